@@ -1,0 +1,83 @@
+"""How an expert stack starts from a dense tensor, and what seeds its draws.
+
+Both starts work on any tensor of a linear, weight (out, in) or bias (out,), and return the stack
+(N, out, in) or (N, out). A tensor on the meta device yields a stack on the meta device.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from .functional import accumulation_dtype
+
+
+def independent_experts(
+    tensor: Tensor, num_experts: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Expert 0 is `tensor` itself, the others are fresh draws of the same distribution.
+
+    The model's own initialisation is known by its result alone, be it normal, truncated, uniform
+    or constant. Each other expert is drawn from that result, entry by entry with replacement: its
+    distribution is the empirical one, with the same mean, standard deviation and bounds.
+
+    Args:
+        tensor: shape (*S).
+        num_experts: N.
+        generator: on the device of `tensor`; None takes torch's global one.
+
+    Returns:
+        The stack, shape (N, *S).
+    """
+    experts = tensor.new_empty(num_experts, *tensor.shape)
+    if tensor.is_meta:
+        return experts
+    values = tensor.detach().reshape(-1)
+    experts[0] = tensor.detach()
+    for expert in experts[1:]:
+        index = torch.randint(len(values), expert.shape, generator=generator, device=tensor.device)
+        torch.take(values, index, out=expert)
+    return experts
+
+
+def upcycled_experts(
+    tensor: Tensor, weights: Tensor, noise: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Every expert is `tensor` plus noise, and their fused tensor is `tensor`.
+
+    `E_i = W / sum(w) + n_i` with `sum_i w_i n_i = 0`. Without noise the experts would be exact
+    copies, which never separate while their fusion weights are equal.
+
+    Args:
+        tensor: `W`, shape (*S).
+        weights: the fusion weights `w` that the experts start with, shape (N,), of non-zero sum.
+        noise: standard deviation of the noise, as a share of the standard deviation of `tensor`.
+        generator: on the device of `tensor`; None takes torch's global one.
+
+    Returns:
+        The stack, shape (N, *S).
+    """
+    shape = (len(weights), *tensor.shape)
+    if tensor.is_meta:
+        return tensor.new_empty(shape)
+    dtype = accumulation_dtype(tensor.dtype)
+    weights = weights.detach().to(tensor.device, dtype)
+    dense = tensor.detach().to(dtype)
+    scale = noise * dense.std(correction=0)
+    experts = scale * torch.randn(shape, generator=generator, device=tensor.device, dtype=dtype)
+    experts += (dense - torch.tensordot(weights, experts, dims=1)) / weights.sum()
+    return experts.to(tensor.dtype)
+
+
+def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator | None:
+    """The generator for one tensor: its draws depend on the seed and the name alone.
+
+    So the experts of a linear are the same whichever other linears are wrapped, and in any order.
+    Draws on different kinds of device differ. The meta device needs, and gets, none.
+    """
+    if device.type == "meta":
+        return None
+    mixed = (seed << 32 | zlib.crc32(name.encode())) % 2**63
+    return torch.Generator(device).manual_seed(mixed)

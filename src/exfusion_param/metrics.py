@@ -1,0 +1,68 @@
+"""Numbers to log while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .functional import accumulation_dtype
+from .fusion_weights import MemoryBank
+from .parametrization import fusion_weights_of, original, wrapped_linears
+
+
+@torch.no_grad()
+def metrics(model: nn.Module) -> dict[str, float]:
+    """What the experts of a wrapped model do, as a flat dict that any tracker takes.
+
+    For each FFN group (linear, with one router each) of name `g`:
+
+    - `fusion_weights/g/i`: fusion weight of expert i, in a memory bank as it is now.
+    - `effective_experts/g`: exp of the entropy of the fusion weights scaled to sum one: N if they
+      are equal, 1 if one expert takes all, nan while they are zero.
+    - `entropy/g`: that entropy, in nats.
+    - `expert_distance/g`: root mean square distance of the experts' weights from their mean, as a
+      share of the root mean square of the mean.
+    - `bank_mass/g`: sum of the memory bank; from zeros it grows as `1 - momentum^t`. `mb` alone.
+
+    The whole model is read from the device once.
+
+    Raises:
+        ValueError: nothing is wrapped.
+    """
+    linears = wrapped_linears(model).values()
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no wrapped linear to measure.")
+    groups = {weights.group: weights for weights in map(fusion_weights_of, linears)}
+    values: dict[str, Tensor] = {}
+    for name, weights in groups.items():
+        fusing = weights().float()
+        values |= {f"fusion_weights/{name}/{i}": weight for i, weight in enumerate(fusing)}
+        values[f"entropy/{name}"] = entropy = _entropy(fusing)
+        values[f"effective_experts/{name}"] = entropy.exp()
+        values[f"expert_distance/{name}"] = _distance(map(_weight_stack, weights.linears))
+        if isinstance(weights, MemoryBank):
+            values[f"bank_mass/{name}"] = weights.bank.float().sum()
+    numbers = torch.stack(list(values.values())).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def _weight_stack(linear: nn.Module) -> Tensor:
+    return original(linear, "weight")
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of weights, shape (N,), scaled to sum one; learned ones may be negative."""
+    shares = weights.abs() / weights.abs().sum()
+    return torch.special.entr(shares).sum()
+
+
+def _distance(stacks: Iterator[Tensor]) -> Tensor:
+    """Distance between the experts of a group, over all its stacks, shape (N, out, in) each."""
+    within, across = [], []
+    for stack in stacks:
+        experts = stack.to(accumulation_dtype(stack.dtype)).flatten(1)
+        within.append(experts.var(dim=0, correction=0).sum())
+        across.append(experts.mean(dim=0).square().sum())
+    return (torch.stack(within).sum() / torch.stack(across).sum()).sqrt().float()

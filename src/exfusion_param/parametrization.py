@@ -1,0 +1,194 @@
+"""The parametrization that turns the weight of a linear into a weighted sum of experts.
+
+Formula: `W = sum_i w_i E_i` and `b = sum_i w_i b_i` (Eq. 7), so that `W x + b` is the weighted sum
+of the experts' outputs. Nothing but the weight changes: the linear stays in its place, is called as
+before, and sees a weight of its usual shape.
+
+Storage: `linear.parametrizations.weight.original` is the stack `E`, shape (N, out, in), and
+`linear.parametrizations.bias.original` is (N, out). The group's fusion weights belong to its first
+linear, as `parametrizations.weight[0].fusion_weights`; the other parametrizations refer to them.
+
+Cost: one pass over the stack at each use of the weight, another in backward. The forward and
+backward of the linear are those of the dense one.
+
+Note [The class of a wrapped linear]
+`torch.nn.utils.parametrize` gives a parametrized module a class of its own, `ParametrizedLinear`,
+which holds the property `weight`. We add to that class what a property cannot do:
+- `forward` of a memory bank's linears shows the input to the router first. A forward hook could,
+  but `nn.TransformerEncoder` takes its eval fast path without asking for hooks, and then fails.
+- `reset_parameters` draws every expert anew. The inherited one would write to a temporary weight.
+- `__deepcopy__` gives the copy a class of its own. torch shares the class, so that removing the
+  parametrizations of a copy, to export an average of the weights, breaks the original.
+All of it goes away with the class when the parametrizations are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import functional
+from .experts import upcycled_experts
+from .fusion_weights import FusionWeights, MemoryBank
+
+
+class ExpertFusion(nn.Module):
+    """Fuses one expert stack; the module that is registered with `parametrize`.
+
+    Args:
+        fusion_weights: the group's fusion weights.
+        experts: the stack to start with, shape (N, *S).
+        owns_weights: whether the fusion weights are this module's child; one module of each group.
+    """
+
+    fusion_weights: FusionWeights
+
+    def __init__(self, fusion_weights: FusionWeights, experts: Tensor, owns_weights: bool) -> None:
+        super().__init__()
+        if owns_weights:
+            self.fusion_weights = fusion_weights
+        else:  # past nn.Module's registration, so that the state dict names them once
+            self.__dict__["fusion_weights"] = fusion_weights
+        self._first_experts: Tensor | None = experts
+
+    def forward(self, experts: Tensor) -> Tensor:
+        """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
+        return functional.fuse(experts, self.fusion_weights())
+
+    def right_inverse(self, tensor: Tensor) -> Tensor:
+        """The stack, shape (N, *S), for a dense tensor, shape (*S).
+
+        At registration that is the stack given to the constructor. After it, when the user assigns
+        to `linear.weight`, it is one that fuses to the assigned tensor (once a zero bank is full).
+        """
+        if self._first_experts is not None:
+            experts, self._first_experts = self._first_experts, None
+            return experts
+        weights = self.fusion_weights
+        return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
+
+
+def attach(
+    linear: nn.Module,
+    fusion_weights: FusionWeights,
+    stacks: Mapping[str, Tensor],
+    *,
+    owns_weights: bool,
+    reads_input: bool,
+    ends_group: bool,
+) -> None:
+    """Parametrize a linear's tensors with expert stacks.
+
+    Args:
+        linear: the module.
+        fusion_weights: the group's fusion weights.
+        stacks: the expert stack for each tensor's name, "weight" first.
+        owns_weights: whether this linear's weight owns the fusion weights.
+        reads_input: whether the memory bank's router reads this linear's input.
+        ends_group: whether the group's forward is over after this linear.
+    """
+    order = tuple(name for name, _ in linear.named_parameters(recurse=False))
+    for name, experts in stacks.items():
+        owner = owns_weights and name == "weight"
+        fusion = ExpertFusion(fusion_weights, experts, owns_weights=owner)
+        parametrize.register_parametrization(linear, name, fusion, unsafe=True)
+        original(linear, name).grad = None
+    _extend_class(linear, order)
+    if isinstance(fusion_weights, MemoryBank):
+        _observe_input(linear, reads_input=reads_input, ends_group=ends_group)
+
+
+def detach(linear: nn.Module) -> None:
+    """Leave the fused tensors as the linear's own parameters, in their first order."""
+    order = dense_order(linear)
+    for name in fused_names(linear):
+        parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
+    for name in order:  # removal appends: bias would come before a weight that was removed later
+        parameter = linear.get_parameter(name)
+        delattr(linear, name)
+        linear.register_parameter(name, parameter)
+        parameter.grad = None  # it has the stack's shape
+
+
+def original(linear: nn.Module, name: str) -> nn.Parameter:
+    """The expert stack behind a fused tensor."""
+    return linear.get_parameter(f"parametrizations.{name}.original")
+
+
+def wrapped_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears with expert stacks by their names in the model."""
+    return {fqn: module for fqn, module in model.named_modules() if fused_names(module)}
+
+
+def fusion_weights_of(linear: nn.Module) -> FusionWeights:
+    """The fusion weights of a wrapped linear."""
+    weights = linear.get_submodule("parametrizations.weight.0").fusion_weights
+    assert isinstance(weights, FusionWeights)
+    return weights
+
+
+def fused_names(linear: nn.Module) -> list[str]:
+    """The names of the tensors that are fused, such as ["weight", "bias"]."""
+    if not parametrize.is_parametrized(linear):
+        return []
+    lists = linear.get_submodule("parametrizations").named_children()
+    return [name for name, fusions in lists if isinstance(fusions[0], ExpertFusion)]  # type: ignore[index]
+
+
+def dense_order(linear: nn.Module) -> tuple[str, ...]:
+    """The names of a wrapped linear's parameters, in the order of the dense one."""
+    order: tuple[str, ...] = type(linear)._dense_order  # type: ignore[attr-defined]
+    return order
+
+
+def _extend_class(linear: nn.Module, order: tuple[str, ...]) -> None:
+    """Add to a parametrized linear's class what Note [The class of a wrapped linear] says."""
+    cls: Any = type(linear)
+    cls._dense_order = order
+    cls.__deepcopy__ = _deepcopy_into_own_class(cls.__deepcopy__)
+    if hasattr(cls, "reset_parameters"):
+        cls.reset_parameters = _reset_experts
+
+
+def _deepcopy_into_own_class(inherited: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        replica, cls = inherited(self, memo), type(self)
+        if type(replica) is cls:  # not yet copied within this deepcopy
+            replica.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+        return replica
+
+    return deepcopy
+
+
+def _reset_experts(self: nn.Module) -> None:
+    """Let the dense class's `reset_parameters` draw each expert, in place."""
+    dense_class: Any = type(self).__bases__[0]
+    scratch = dense_class.__new__(dense_class)
+    scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
+    stacks = {name: original(self, name).detach() for name in fused_names(self)}
+    for expert in zip(*stacks.values(), strict=True):
+        scratch._parameters.update(zip(stacks, map(nn.Parameter, expert), strict=True))
+        scratch.reset_parameters()
+
+
+def _observe_input(linear: nn.Module, reads_input: bool, ends_group: bool) -> None:
+    """Tell the memory bank when the group's forward begins, with its input, and when it ends."""
+    cls: Any = type(linear)
+    dense_forward = cls.forward
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        bank = self.parametrizations.weight[0].fusion_weights  # type: ignore[index, union-attr]
+        if reads_input:
+            bank.observe(x)
+        else:
+            bank.require_observed()
+        try:
+            return dense_forward(self, x, *args, **kwargs)
+        finally:
+            if ends_group:
+                bank.release()
+
+    cls.forward = forward

@@ -1,0 +1,192 @@
+"""Dense state dicts out of and into a wrapped model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .experts import upcycled_experts
+from .fusion_weights import FusionWeights
+from .parametrization import dense_order, fused_names, fusion_weights_of, original
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not fit between a model and a state dict, as `nn.Module.load_state_dict` says it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _Fused(NamedTuple):
+    """A tensor of the dense model that is fused from a stack in the wrapped one."""
+
+    linear: nn.Module
+    name: str
+
+
+@torch.no_grad()
+def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
+    """The state dict that `fuse(model)` would have; the model is left as it is.
+
+    Args:
+        model: a wrapped model, in training or eval. A memory bank counts as it is.
+
+    Returns:
+        The dense tensors under the dense model's keys, in its order. What is not fused shares
+        memory with the model, as in `state_dict()`.
+    """
+    return OrderedDict(
+        (key, getattr(value.linear, value.name) if isinstance(value, _Fused) else value)
+        for key, value in _dense_view(model).items()
+    )
+
+
+@torch.no_grad()
+def load_dense_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    generator: torch.Generator | None = None,
+) -> IncompatibleKeys:
+    """Put a dense checkpoint into a wrapped model.
+
+    Experts are upcycled: each is the checkpoint's weight plus noise that leaves the fused weight as
+    it was (`config.upcycle_noise`). Fusion weights, routers and banks start anew.
+
+    Args:
+        model: a wrapped model.
+        state_dict: tensors under the dense model's keys.
+        strict: whether every key must be there and be known.
+        generator: draws the noise; None takes torch's global one.
+
+    Returns:
+        The keys that were missing and unexpected, both empty if `strict`.
+
+    Raises:
+        ValueError: keys or shapes do not fit. The model is then unchanged.
+    """
+    dense = _dense_view(model)
+    keys = IncompatibleKeys(
+        [key for key in dense if key not in state_dict],
+        [key for key in state_dict if key not in dense],
+    )
+    _check_dense(dense, state_dict, keys, strict)
+    plain = {}
+    for key, tensor in state_dict.items():
+        if isinstance(fused := dense.get(key), _Fused):
+            _start_from(fused, tensor, generator)
+        elif key in dense:
+            plain[key] = tensor
+    model.load_state_dict(plain, strict=False)
+    return keys
+
+
+def guard_loading(
+    model: nn.Module, weights: FusionWeights, linears: Mapping[str, nn.Module]
+) -> None:
+    """Let `model.load_state_dict` refuse what does not fit the stacks, before it copies anything.
+
+    Args:
+        model: the module that `load_state_dict` is called on.
+        weights: the fusion weights of the group; their handles remove the guard.
+        linears: the wrapped linears of the group by their names in `model`.
+    """
+    guard = _LoadGuard([_join(fqn, "") for fqn in linears], weights.config.num_experts)
+    weights.handles.append(model.register_load_state_dict_pre_hook(guard))
+
+
+class _LoadGuard:
+    """A hook that refuses dense checkpoints and stacks of another number of experts.
+
+    torch copies what fits before it reports what does not, so the check comes first. It holds names
+    alone, for a deepcopy of the model to take along.
+    """
+
+    def __init__(self, prefixes: list[str], num_experts: int) -> None:
+        self.prefixes = prefixes
+        self.num_experts = num_experts
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        for name in (prefix + linear for linear in self.prefixes):
+            stack = state_dict.get(f"{name}parametrizations.weight.original")
+            if stack is None and f"{name}weight" in state_dict:
+                raise ValueError(
+                    f"{name}weight is dense, and the model is wrapped. Load this state dict with "
+                    "exfusion_param.load_dense_state_dict(model, state_dict), or before wrap()."
+                )
+            if stack is not None and len(stack) != self.num_experts:
+                raise ValueError(
+                    f"{name}parametrizations.weight.original holds {len(stack)} experts, the model "
+                    f"{self.num_experts}. Wrap the model with num_experts={len(stack)}."
+                )
+
+
+def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
+    """The dense model's keys in its order, each with its tensor or where to fuse it."""
+    state = model.state_dict()
+    linear_of: dict[str, tuple[str, nn.Module]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if fused_names(module):
+            linear_of |= {_join(fqn, key): (fqn, module) for key in module.state_dict()}
+    dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()
+    for key, tensor in state.items():
+        if key not in linear_of:
+            dense[key] = tensor
+            continue
+        fqn, linear = linear_of[key]
+        for name in dense_order(linear):
+            is_fused = name in fused_names(linear)
+            dense[_join(fqn, name)] = _Fused(linear, name) if is_fused else state[_join(fqn, name)]
+    return dense
+
+
+def _check_dense(
+    dense: Mapping[str, Tensor | _Fused],
+    state_dict: Mapping[str, Any],
+    keys: IncompatibleKeys,
+    strict: bool,
+) -> None:
+    problems = []
+    if strict and keys.missing_keys:
+        problems.append(f"missing keys: {', '.join(keys.missing_keys)}")
+    if strict and keys.unexpected_keys:
+        problems.append(f"unexpected keys: {', '.join(keys.unexpected_keys)}")
+    for key in dense.keys() & state_dict.keys():
+        ours, theirs = _shape(dense[key]), getattr(state_dict[key], "shape", None)
+        if ours != theirs:
+            problems.append(f"{key} has shape {_text(theirs)}, the model {_text(ours)}")
+    if problems:
+        raise ValueError(
+            f"The state dict does not fit the dense form of the model: {'; '.join(problems)}. "
+            "A wrapped model's own checkpoint loads with model.load_state_dict."
+        )
+
+
+def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None) -> None:
+    """Upcycle a stack from a dense tensor, and start the group's fusion weights anew."""
+    weights = fusion_weights_of(fused.linear)
+    weights.reset_parameters()
+    stack = original(fused.linear, fused.name)
+    tensor = tensor.to(stack.device, stack.dtype)
+    stack.copy_(upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise, generator))
+
+
+def _shape(value: Any) -> torch.Size | None:
+    if isinstance(value, _Fused):
+        return original(value.linear, value.name).shape[1:]
+    return getattr(value, "shape", None)
+
+
+def _text(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
+
+
+def _join(*names: str) -> str:
+    return ".".join(names).removeprefix(".")

@@ -1,0 +1,91 @@
+"""What happens at an optimizer's step, without a call by the user.
+
+torch runs global hooks around the `step` of every `torch.optim.Optimizer`. Ours find the FFN groups
+whose parameters that optimizer holds. Before the step they refuse state that does not fit the
+expert stacks; after it they let the memory banks move. Several optimizers that share a model, and
+several models, stay apart by the parameters that each optimizer holds.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+if TYPE_CHECKING:
+    from .fusion_weights import FusionWeights
+
+_watched: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
+_strangers: weakref.WeakKeyDictionary[FusionWeights, int] = weakref.WeakKeyDictionary()
+_hooks: list[Any] = []
+
+
+def watch(weights: FusionWeights) -> None:
+    """Tell these fusion weights of the optimizers' steps, for as long as they live."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    _watched.add(weights)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for weights in _groups_of(optimizer):
+        _refuse_dense_state(optimizer, weights)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # Set by GradScaler around the step of optimizers that skip inside their own kernel.
+    found_inf = getattr(optimizer, "found_inf", None)
+    skipped = found_inf > 0 if isinstance(found_inf, Tensor) else None
+    for weights in _groups_of(optimizer):
+        weights.optimizer_stepped(skipped)
+        _warn_if_left_out(optimizer, weights)
+
+
+def _groups_of(optimizer: Optimizer) -> Iterator[FusionWeights]:
+    """The fusion weights of every group of which the optimizer holds a parameter."""
+    held = _held(optimizer)
+    for weights in list(_watched):
+        parameters = (*weights.parameters(), *weights.expert_stacks())
+        if any(id(parameter) in held for parameter in parameters):
+            yield weights
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _refuse_dense_state(optimizer: Optimizer, weights: FusionWeights) -> None:
+    """Raise if the optimizer remembers the dense tensor that a stack has taken the place of."""
+    for stack in weights.expert_stacks():
+        for value in optimizer.state.get(stack, {}).values():
+            if isinstance(value, Tensor) and value.shape == stack.shape[1:]:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} holds state of shape {tuple(value.shape)} for an "
+                    f"expert stack of shape {tuple(stack.shape)} in {weights.group!r}: it was made "
+                    "before wrap(). Make the optimizer after wrap()."
+                )
+
+
+def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights) -> None:
+    """Warn once if the experts train and the group's router or learned weights do not."""
+    trainable = [parameter for parameter in weights.parameters() if parameter.requires_grad]
+    held = _held(optimizer)
+    if not trainable or any(id(parameter) in held for parameter in trainable):
+        _strangers.pop(weights, None)
+        return
+    _strangers[weights] = _strangers.get(weights, 0) + 1
+    if _strangers[weights] == 2:  # another optimizer may hold them, and step after this one
+        warnings.warn(
+            f"The fusion weights of {weights.group!r} are in no optimizer that has stepped. If the "
+            "optimizer was made before wrap(), make it after; otherwise freeze them.",
+            stacklevel=2,
+        )

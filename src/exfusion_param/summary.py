@@ -1,0 +1,161 @@
+"""What a wrapped model holds, or would hold, in training and once shipped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .api import resolve_config, wrap
+from .config import ExFusionConfig
+from .discovery import Filter
+from .parametrization import fused_names, fusion_weights_of, original, wrapped_linears
+
+ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSummary:
+    """One linear: its name in the model, its FFN group, and its dense shapes by tensor name."""
+
+    name: str
+    group: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `summarize` found; `str()` gives a table.
+
+    Args:
+        config: the settings.
+        linears: the wrapped linears, group by group.
+        fusion_parameters: parameters of the routers, or of the learned fusion weights.
+        training_parameters: parameters of the wrapped model.
+        shipped_parameters: parameters after `fuse`.
+        training_bytes: of the weights, and of the gradients and AdamW's two moments of those that
+            are trained, in the weights' own dtypes.
+        shipped_bytes: of the weights after `fuse`.
+    """
+
+    config: ExFusionConfig
+    linears: tuple[LinearSummary, ...]
+    fusion_parameters: int
+    training_parameters: int
+    shipped_parameters: int
+    training_bytes: int
+    shipped_bytes: int
+
+    @property
+    def num_groups(self) -> int:
+        """How many FFN groups are wrapped."""
+        return len({linear.group for linear in self.linears})
+
+    def __str__(self) -> str:
+        config = self.config
+        rows = [("FFN group", "linear", "weight", "experts")]
+        for linear in self.linears:
+            shape = " x ".join(map(str, linear.shapes["weight"]))
+            rows.append((linear.group, linear.name, shape, f"{config.num_experts} x {shape}"))
+        return "\n".join(
+            [
+                f"ExFusion {config.variant}, {config.num_experts} experts: "
+                f"{len(self.linears)} linears in {self.num_groups} FFN groups",
+                *_aligned(rows),
+                f"router or fusion weights: {self.fusion_parameters:,} parameters",
+                f"in training: {self.training_parameters:,} parameters, "
+                f"{_size(self.training_bytes)} with gradients and AdamW's moments",
+                f"shipped: {self.shipped_parameters:,} parameters, {_size(self.shipped_bytes)}",
+            ]
+        )
+
+
+def summarize(
+    model: nn.Module,
+    config: ExFusionConfig | None = None,
+    *,
+    filter_fn: Filter | None = None,
+    **fields: Any,
+) -> Summary:
+    """What is wrapped in a model, or, for a dense one, what `wrap` with these arguments would do.
+
+    Args:
+        model: a wrapped model; or a dense one for a dry run, which neither changes nor copies it.
+        config: for a dry run, as for `wrap`.
+        filter_fn: for a dry run, as for `wrap`.
+        **fields: for a dry run, as for `wrap`.
+
+    Returns:
+        A `Summary`; print it for a table.
+
+    Raises:
+        TypeError: as `wrap` does.
+        ValueError: as `wrap` does; or settings are given for a model that is wrapped already.
+    """
+    if wrapped_linears(model):
+        if config is not None or filter_fn is not None or fields:
+            raise ValueError("The model is wrapped already. Call summarize(model) alone.")
+        return _summary(model)
+    config = resolve_config(config, fields)
+    return _summary(wrap(_meta_copy(model), config, filter_fn=filter_fn))
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters have shapes and no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if nn.parameter.is_lazy(tensor):
+            continue
+        meta = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, tensor.requires_grad)
+        memo[id(tensor)] = meta
+    return copy.deepcopy(model, memo)
+
+
+def _summary(model: nn.Module) -> Summary:
+    wrapped = wrapped_linears(model)
+    groups = set(map(fusion_weights_of, wrapped.values()))
+    config = next(iter(groups)).config
+    linears = [
+        LinearSummary(fqn, fusion_weights_of(linear).group, _dense_shapes(linear))
+        for fqn, linear in wrapped.items()
+    ]
+    fusion = [parameter for weights in groups for parameter in weights.parameters()]
+    stacks = [stack for weights in groups for stack in weights.expert_stacks()]
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    surplus = [*fusion, *(stack[1:] for stack in stacks)]
+    return Summary(
+        config,
+        tuple(linears),
+        fusion_parameters=_count(fusion),
+        training_parameters=_count(parameters),
+        shipped_parameters=_count(parameters) - _count(surplus),
+        training_bytes=_bytes(parameters) + (ADAMW_TENSORS - 1) * _bytes(trained),
+        shipped_bytes=_bytes(parameters) - _bytes(surplus),
+    )
+
+
+def _dense_shapes(linear: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(original(linear, name).shape[1:]) for name in fused_names(linear)}
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -1,0 +1,152 @@
+"""What `wrap` and `fuse` refuse, before they change anything.
+
+Each check raises a ValueError that names the linears and the way out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .config import ExFusionConfig
+from .discovery import FFNGroup
+from .parametrization import fused_names, fusion_weights_of, original
+
+
+def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusionConfig) -> None:
+    """Raise a ValueError unless every linear of the groups can be wrapped as the config says."""
+    linears = {fqn: linear for group in groups for fqn, linear in group.linears.items()}
+    _refuse_parallel_wrappers(model)
+    _refuse(
+        linears,
+        lambda linear: bool(fused_names(linear)),
+        "already wrapped. Call fuse(model) first, or leave them out with filter_fn or layers.",
+    )
+    _refuse(linears, is_parametrized, "parametrized by something else. Remove that first.")
+    _refuse(
+        linears,
+        lambda linear: not isinstance(linear.weight, nn.Parameter),
+        "without a weight of their own, as FSDP leaves them. Wrap before sharding.",
+    )
+    _refuse(
+        linears,
+        lambda linear: isinstance(linear.weight, nn.UninitializedParameter),
+        "lazy and have no shape yet. Run a forward first.",
+    )
+    _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
+    _refuse(
+        linears,
+        lambda linear: any(not tensor.is_floating_point() for tensor in linear.parameters(False)),
+        "not of a floating dtype. Experts are trained: wrap before quantising.",
+    )
+    _refuse(
+        linears,
+        lambda linear: any(not tensor.requires_grad for tensor in linear.parameters(False)),
+        "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
+    )
+    _refuse_tied(model, linears)
+    if config.variant == "mb":
+        _refuse(
+            linears,
+            lambda linear: isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear),
+            "read without being called, so that a router sees no input. "
+            'Use variant="sw" or "dw", or leave them out with filter_fn.',
+        )
+
+
+def check_fusable(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    """Raise a ValueError unless `fuse` can leave plain weights in all of the wrapped linears."""
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no wrapped linear, so nothing to fuse.")
+    _refuse(
+        linears,
+        is_sharded,
+        "sharded (DTensor). Take fused_state_dict(model), which gathers nothing.",
+    )
+    inside = set(map(id, linears.values()))
+    for fqn, linear in linears.items():
+        weights = fusion_weights_of(linear)
+        if any(id(other) not in inside for other in weights.linears):
+            raise ValueError(
+                f"{fqn!r} shares its fusion weights with linears outside of "
+                f"{type(model).__name__}. Fuse a module that holds all of {weights.group!r}."
+            )
+    _refuse_non_finite(linears)
+
+
+def is_sharded(linear: nn.Module) -> bool:
+    """Whether a parameter of the linear is a DTensor."""
+    if "torch.distributed.tensor" not in sys.modules:  # importing it takes long, and says no
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in linear.parameters())
+
+
+@torch.no_grad()
+def _refuse_non_finite(linears: Mapping[str, nn.Module]) -> None:
+    fused = {
+        f"{fqn}.{name}": (original(linear, name), fusion_weights_of(linear)())
+        for fqn, linear in linears.items()
+        for name in fused_names(linear)
+    }
+    flags = [_is_finite(tensor) & _is_finite(weights) for tensor, weights in fused.values()]
+    if all(flags):
+        return
+    named = [name for name, flag in zip(fused, flags, strict=True) if not flag]
+    raise ValueError(
+        f"{_names(named)}: the experts or their fusion weights hold NaN or inf. "
+        "Load the last good checkpoint before fusing."
+    )
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return torch.tensor(True)
+    return torch.isfinite(tensor).all()
+
+
+def _refuse(
+    linears: Mapping[str, nn.Module], is_bad: Callable[[nn.Module], bool], problem: str
+) -> None:
+    if bad := [fqn for fqn, linear in linears.items() if is_bad(linear)]:
+        raise ValueError(f"{_names(bad)}: {'is' if len(bad) == 1 else 'are'} {problem}")
+
+
+def _refuse_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for fqn, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(tensor)].append(f"{fqn}.{name}".removeprefix("."))
+    tied = [
+        owners[id(tensor)]
+        for linear in linears.values()
+        for tensor in linear.parameters(recurse=False)
+        if len(owners[id(tensor)]) > 1
+    ]
+    if tied:
+        raise ValueError(
+            f"{' is tied to '.join(tied[0])}: a stack in one of them would change the other. "
+            "Untie them, or leave them out with filter_fn."
+        )
+
+
+def _refuse_parallel_wrappers(model: nn.Module) -> None:
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+    for module in model.modules():
+        if type(module).__name__ in wrappers:
+            raise ValueError(
+                f"The model is inside {type(module).__name__} already, which manages its dense "
+                "parameters. Call wrap(model) first."
+            )
+
+
+def _names(fqns: Iterable[str]) -> str:
+    fqns = list(fqns)
+    more = f" and {len(fqns) - 4} more" if len(fqns) > 5 else ""
+    return ", ".join(fqn or "(the model itself)" for fqn in fqns[: 4 if more else 5]) + more
