@@ -1,0 +1,110 @@
+"""Files that a run leaves behind: metrics.csv, plots and report.html."""
+
+import base64
+import csv
+import html
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+
+from exfusion_param import plotting
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .3em 1em; border-bottom: 1px solid #ccc }
+td:not(:first-child) { text-align: right } img { max-width: 100% } code { background: #eee }
+"""
+
+
+class Result(NamedTuple):
+    """One line of the report's table."""
+
+    run: str
+    accuracy: float
+    step_ms: float
+    training_parameters: int
+    shipped_parameters: int
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as lines of text."""
+    header = f"{'run':10}{'test accuracy':>15}{'step time':>11}{'in training':>13}{'shipped':>10}"
+    lines = [
+        f"{result.run:10}{result.accuracy:13.2f} %{result.step_ms / results[0].step_ms:11.2f}"
+        f"{result.training_parameters:13,}{result.shipped_parameters:10,}"
+        for result in results
+    ]
+    return "\n".join([header, *lines])
+
+
+def hardware() -> str:
+    """The GPU, or the processor and how many threads torch uses of it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Write rows as CSV; a row may lack columns that others have."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_plots(folder: Path, runs: Sequence[str]) -> list[Path]:
+    """Draw loss, accuracy and fusion weights from the folder's metrics.csv."""
+    history = plotting.read_history(folder / "metrics.csv")
+    paths = []
+    for column in ("loss", "accuracy"):
+        histories = {
+            run: {"step": history["step"], column: history[f"{column}/{run}"]} for run in runs
+        }
+        axes = plotting.curves(histories, column)
+        axes.set_ylabel("training loss" if column == "loss" else "test accuracy, %")
+        paths.append(_save(folder / f"{column}.png"))
+    groups = plotting.group_names(history)
+    shape = (math.ceil(len(groups) / 2), 2)
+    _, grid = plt.subplots(
+        *shape, figsize=(9, 3 * shape[0]), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for group, axes in zip(groups, grid.flat, strict=False):
+        plotting.fusion_weights(history, group, ax=axes).label_outer()
+    paths.append(_save(folder / "fusion_weights.png"))
+    return paths
+
+
+def _save(path: Path) -> Path:
+    plt.savefig(path, dpi=120)
+    plt.close()
+    return path
+
+
+def write_report(folder: Path, results: Sequence[Result], facts: dict[str, str]) -> Path:
+    """Write report.html, which holds the table, the facts and the plots in one file."""
+    plots = write_plots(folder, [result.run for result in results])
+    dense_ms = results[0].step_ms
+    lines = [
+        f"<tr><td>{html.escape(result.run)}</td><td>{result.accuracy:.2f} %</td>"
+        f"<td>{result.step_ms / dense_ms:.2f}</td><td>{result.training_parameters:,}</td>"
+        f"<td>{result.shipped_parameters:,}</td></tr>"
+        for result in results
+    ]
+    images = [base64.b64encode(plot.read_bytes()).decode() for plot in plots]
+    path = folder / "report.html"
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8><title>ExFusion demo</title><style>{STYLE}</style>"
+        "<h1>ExFusion beside dense training</h1>"
+        "<table><tr><th>run</th><th>test accuracy</th><th>step time (dense = 1)</th>"
+        f"<th>parameters in training</th><th>shipped</th></tr>{''.join(lines)}</table>"
+        + "".join(f"<p><b>{html.escape(k)}</b>: {html.escape(v)}</p>" for k, v in facts.items())
+        + "".join(f'<p><img src="data:image/png;base64,{image}"></p>' for image in images)
+    )
+    return path

@@ -1,0 +1,156 @@
+"""Train several models side by side, on the same batches, in a loop that can stop at any step."""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import exfusion_param as exf
+
+from . import checkpoint
+from .data import Data, Images
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LOG_EVERY, SAVE_EVERY = 10, 25  # steps
+
+
+class Run:
+    """One model in training, as any script would train it."""
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, steps: int) -> None:
+        self.model = model.to(DEVICE)
+        self.optimizer = torch.optim.AdamW(exf.param_groups(model, weight_decay))
+        self.scheduler = OneCycleLR(self.optimizer, lr, total_steps=steps, cycle_momentum=False)
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Train on one batch; its loss, and the time that it took."""
+        start = time.perf_counter()
+        loss = F.cross_entropy(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return {"loss": loss.item(), "step_ms": 1000 * (time.perf_counter() - start)}
+
+    @torch.no_grad()
+    def logits(self, images: Images) -> tuple[Tensor, Tensor]:
+        """The model's logits for the images, and their labels."""
+        self.model.eval()
+        batches = [(self.model(x.to(DEVICE)).cpu(), y) for x, y in DataLoader(images, 500)]
+        self.model.train()
+        logits, labels = zip(*batches, strict=True)
+        return torch.cat(logits), torch.cat(labels)
+
+    def accuracy(self, images: Images) -> float:
+        """Share of the images that are classified rightly, in percent."""
+        logits, labels = self.logits(images)
+        return 100 * (logits.argmax(1) == labels).float().mean().item()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {key: part.state_dict() for key, part in vars(self).items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        for key, part in vars(self).items():
+            part.load_state_dict(state[key])
+
+
+class Comparison:
+    """Several runs in training side by side, on the same batches.
+
+    Args:
+        models: the models by the names of their runs; one is called "exfusion".
+        data: the images.
+        out: the folder of the checkpoint.
+        settings: plain values; `epochs`, `batch_size`, `lr`, `weight_decay` and `seed` are used, and
+            all of them must be the same for a run to continue.
+    """
+
+    def __init__(
+        self, models: dict[str, nn.Module], data: Data, out: Path, settings: dict[str, Any]
+    ) -> None:
+        self.data, self.settings = data, settings
+        self.steps_per_epoch = len(data.train) // settings["batch_size"]
+        self.total_steps = settings["epochs"] * self.steps_per_epoch
+        recipe = (settings["lr"], settings["weight_decay"], self.total_steps)
+        self.runs = {name: Run(model, *recipe) for name, model in models.items()}
+        self.step = 0
+        self.rows: list[dict[str, float]] = []  # of metrics.csv
+        self.path = out / "checkpoint.pt"
+
+    def train(self) -> None:
+        """Train until the last step, from the checkpoint on if there is one."""
+        self.resume()
+        stop = checkpoint.StopRequest()
+        with tqdm(total=self.total_steps, initial=self.step, unit="step") as bar:
+            for images, labels in self.batches():
+                row = self.train_step(images.to(DEVICE), labels.to(DEVICE))
+                bar.update()
+                bar.set_postfix_str(self.progress(row), refresh=False)
+                if stop.received or self.step % SAVE_EVERY == 0:
+                    self.save()
+                if stop.received:
+                    sys.exit(f"\nStopped after step {self.step}. The same command continues.")
+        self.save()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are left; an epoch's order depends on the seed and its number alone."""
+        while self.step < self.total_steps:
+            epoch, done = divmod(self.step, self.steps_per_epoch)
+            order = torch.Generator().manual_seed(self.settings["seed"] + epoch)
+            size = self.settings["batch_size"]
+            loader = DataLoader(
+                self.data.train, size, shuffle=True, generator=order, drop_last=True
+            )
+            yield from itertools.islice(loader, done, None)
+
+    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Train every run on one batch; log the step if it is due."""
+        self.step += 1
+        row: dict[str, float] = {"step": self.step}
+        for name, run in self.runs.items():
+            row |= {f"{key}/{name}": value for key, value in run.step(images, labels).items()}
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if ends_epoch:
+            for name, run in self.runs.items():
+                row[f"accuracy/{name}"] = run.accuracy(self.data.test)
+        if ends_epoch or self.step % LOG_EVERY == 0:
+            self.rows.append(row | exf.metrics(self.runs["exfusion"].model))
+        return row
+
+    def progress(self, row: dict[str, float]) -> str:
+        """Loss, accuracy and step time of every run in a few words."""
+        return ", ".join(
+            f"{name} loss {row[f'loss/{name}']:.2f} acc {self.last_accuracy(name):.1f} % "
+            f"{row[f'step_ms/{name}']:.0f} ms"
+            for name in self.runs
+        )
+
+    def last_accuracy(self, name: str) -> float:
+        """Test accuracy of a run after its last epoch, in percent; nan before the first."""
+        measured = [row[key] for row in self.rows if (key := f"accuracy/{name}") in row]
+        return measured[-1] if measured else float("nan")
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that `resume` needs."""
+        state = {name: run.state() for name, run in self.runs.items()}
+        state |= {"step": self.step, "rows": self.rows, "settings": self.settings}
+        checkpoint.save(self.path, state)
+
+    def resume(self) -> None:
+        """Continue where the last checkpoint was written, if there is one."""
+        state = checkpoint.load(self.path, self.settings, DEVICE)
+        if state is not None:
+            self.step, self.rows = state["step"], state["rows"]
+            for name, run in self.runs.items():
+                run.load(state[name])
