@@ -77,7 +77,7 @@ def build_models(arguments: dict[str, Any], config: exf.ExFusionConfig) -> dict[
 
 
 def ship(comparison: Comparison, arguments: dict[str, Any], settings: Settings) -> str:
-    """Fuse the trained model, save it, and check it in a fresh dense model; what the check found."""
+    """Fuse the trained model, save it, check it in a fresh dense model; what the check found."""
     run, images = comparison.runs["exfusion"], comparison.data.test
     trained, _ = run.logits(images)
     exf.fuse(run.model)

@@ -14,6 +14,8 @@ from torchvision.datasets import ImageFolder
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
+DECOMPRESS = {".gz": gzip.decompress, ".xz": lzma.decompress}
+
 Images = Subset[tuple[Tensor, int]]
 
 
@@ -84,9 +86,10 @@ def _read_idx(folder: Path, name: str, header: int) -> np.ndarray[Any, np.dtype[
     path = _idx_file(folder, name)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no {name}, plain, .gz or .xz.")
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rb") as file:
-        return np.frombuffer(bytearray(file.read()), np.uint8, offset=header)
+    content = path.read_bytes()
+    if path.suffix in DECOMPRESS:
+        content = DECOMPRESS[path.suffix](content)
+    return np.frombuffer(bytearray(content), np.uint8, offset=header)
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:

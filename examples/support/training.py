@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import exfusion_param as exf
-
-from . import checkpoint
-from .data import Data, Images
+from support import checkpoint
+from support.data import Data, Images
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOG_EVERY, SAVE_EVERY = 10, 25  # steps
@@ -72,8 +71,8 @@ class Comparison:
         models: the models by the names of their runs; one is called "exfusion".
         data: the images.
         out: the folder of the checkpoint.
-        settings: plain values; `epochs`, `batch_size`, `lr`, `weight_decay` and `seed` are used, and
-            all of them must be the same for a run to continue.
+        settings: plain values that must be the same for a run to continue; among them `epochs`,
+            `batch_size`, `lr`, `weight_decay` and `seed`.
     """
 
     def __init__(
@@ -143,7 +142,7 @@ class Comparison:
 
     def save(self) -> None:
         """Write a checkpoint of everything that `resume` needs."""
-        state = {name: run.state() for name, run in self.runs.items()}
+        state: dict[str, Any] = {name: run.state() for name, run in self.runs.items()}
         state |= {"step": self.step, "rows": self.rows, "settings": self.settings}
         checkpoint.save(self.path, state)
 

@@ -6,7 +6,7 @@ Both starts work on any tensor of a linear, weight (out, in) or bias (out,), and
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 
 import torch
 from torch import Tensor
@@ -79,5 +79,6 @@ def named_generator(seed: int, name: str, device: torch.device) -> torch.Generat
     """
     if device.type == "meta":
         return None
-    mixed = (seed << 32 | zlib.crc32(name.encode())) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # 32 bits: torch's generator on the CPU ignores the others
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4]))

@@ -7,6 +7,7 @@ in float32 at least, also in a bfloat16 model: a bank moves by less than bfloat1
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -205,7 +206,10 @@ class MemoryBank(FusionWeights):
             self.current = self.bank
             return
         weights = functional.route(x, self.router)
-        if torch.is_grad_enabled() and self._anchor() is not None:
+        anchor = self._anchor()
+        if torch.is_grad_enabled() and anchor is not None:
+            if not torch.compiler.is_compiling():  # a hook on a parameter cannot be traced
+                self.pending.follow(anchor)
             weights = self.pending.mark(weights)
         self.current = functional.update_bank(self.bank, weights, self.config.momentum)
 
@@ -243,7 +247,7 @@ class MemoryBank(FusionWeights):
 
     def _anchor(self) -> nn.Parameter | None:
         """A trainable parameter of the group, or None if all are frozen."""
-        candidates = (self.router, *self.expert_stacks())
+        candidates = itertools.chain([self.router], self.expert_stacks())
         return next((tensor for tensor in candidates if tensor.requires_grad), None)
 
 

@@ -38,22 +38,15 @@ class PendingMean:
         self._settled = False  # the backward that counted last has written the anchor's gradient
         self._anchor: Tensor | None = None
         self._anchor_hook: RemovableHandle | None = None
-        self._enlist()
-
-    def _enlist(self) -> None:
         number = next(_serial_numbers)
         _live[number] = self
         # Custom operators take tensors, so this one names the object. It requires a gradient, and
         # gets none, so that `mark` is differentiated where neither the router nor x is.
         self._name = torch.tensor(float(number), dtype=torch.float64, requires_grad=True)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: the counts. The copy has a name and an anchor of its own."""
-        return {"_total": self._total, "_settled": self._settled}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-        self.__dict__.update(state)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PendingMean:
+        """An empty one: a copied model has no gradients either."""
+        return PendingMean()
 
     def mark(self, weights: Tensor) -> Tensor:
         """`weights` unchanged; they count once a gradient flows back through the result."""

@@ -1,0 +1,121 @@
+"""The mathematics: Eq. 7, 10, 11 and the facts that follow from them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import momenta, num_experts, seeds, sizes
+from torch import Tensor
+
+from exfusion_param import functional
+
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+
+
+def draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+@given(n=num_experts, out=sizes, features=sizes, tokens=sizes, has_bias=st.booleans(), seed=seeds)
+def test_linear_with_fused_weight_is_weighted_sum_of_the_experts_outputs(
+    n: int, out: int, features: int, tokens: int, has_bias: bool, seed: int
+) -> None:
+    e, b, w, x = draw(seed, (n, out, features), (n, out), (n,), (tokens, features))
+    fused = torch.nn.functional.linear(
+        x, functional.fuse(e, w), functional.fuse(b, w) if has_bias else None
+    )
+    outputs = [w[i] * (x @ e[i].T + (b[i] if has_bias else 0)) for i in range(n)]
+    torch.testing.assert_close(fused, sum(outputs), rtol=1e-12, atol=1e-12)
+
+
+@given(n=num_experts, shape=st.lists(sizes, max_size=3), dtype=dtypes, seed=seeds)
+def test_fusing_rounds_once_in_any_dtype(
+    n: int, shape: list[int], dtype: torch.dtype, seed: int
+) -> None:
+    e, w = draw(seed, (n, *shape), (n,), dtype=dtype)
+    exact = torch.tensordot(w.double(), e.double(), dims=1)
+    fused = functional.fuse(e, w.float() if dtype != torch.float64 else w)
+    assert fused.dtype == dtype
+    # half a unit in the last place for the cast, a few of the accumulator's for the sum
+    bound = torch.finfo(dtype).eps / 2 * exact.abs()
+    accumulator = torch.finfo(functional.accumulation_dtype(dtype)).eps
+    bound += 2 * n * accumulator * torch.tensordot(w.double().abs(), e.double().abs(), dims=1)
+    assert ((fused.double() - exact).abs() <= bound).all()
+
+
+@given(n=num_experts, out=sizes, features=sizes, seed=seeds)
+def test_gradients_are_multiples_of_the_dense_gradient(
+    n: int, out: int, features: int, seed: int
+) -> None:
+    e, w, g = draw(seed, (n, out, features), (n,), (out, features))
+    e.requires_grad_()
+    w.requires_grad_()
+    functional.fuse(e, w).backward(g)
+    assert e.grad is not None
+    assert w.grad is not None
+    for i in range(n):
+        torch.testing.assert_close(e.grad[i], w[i].detach() * g, rtol=0, atol=1e-14)
+        expected = (e[i] * g).sum().detach()
+        torch.testing.assert_close(w.grad[i], expected, rtol=0, atol=1e-12)
+
+
+@given(n=num_experts, out=sizes, features=sizes, seed=seeds)
+def test_gradcheck_and_second_derivatives(n: int, out: int, features: int, seed: int) -> None:
+    e, w, x, router = draw(seed, (n, out, features), (n,), (2, 3, features), (n, features))
+    tensors = [tensor.requires_grad_() for tensor in (e, w, x, router)]
+
+    def ffn(e: Tensor, w: Tensor, x: Tensor, router: Tensor) -> Tensor:
+        bank = functional.update_bank(w, functional.route(x, router), 0.5)
+        return torch.nn.functional.linear(x, functional.fuse(e, bank))
+
+    assert torch.autograd.gradcheck(ffn, tensors)
+    assert torch.autograd.gradgradcheck(ffn, tensors)
+
+
+@given(n=num_experts, out=sizes, features=sizes, seed=seeds, data=st.data())
+def test_permuting_experts_with_their_weights_changes_nothing(
+    n: int, out: int, features: int, seed: int, data: st.DataObject
+) -> None:
+    e, w = draw(seed, (n, out, features), (n,))
+    order = data.draw(st.permutations(range(n)))
+    torch.testing.assert_close(
+        functional.fuse(e[order], w[order]), functional.fuse(e, w), rtol=0, atol=1e-14
+    )
+
+
+@given(n=num_experts, features=sizes, shape=st.lists(sizes, min_size=1, max_size=3), seed=seeds)
+def test_routed_weights_are_the_mean_of_each_tokens_softmax(
+    n: int, features: int, shape: list[int], seed: int
+) -> None:
+    x, router = draw(seed, (*shape, features), (n, features))
+    tokens = x.reshape(-1, features)
+    expected = torch.stack([torch.softmax(router @ token, 0) for token in tokens]).mean(0)
+    routed = functional.route(x, router)
+    torch.testing.assert_close(routed, expected, rtol=0, atol=1e-14)
+    assert routed.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@given(n=num_experts, momentum=momenta, steps=st.integers(1, 60))
+def test_mass_of_a_bank_from_zeros_is_one_minus_momentum_to_the_step(
+    n: int, momentum: float, steps: int
+) -> None:
+    bank = torch.zeros(n, dtype=torch.float64)
+    for step in range(steps):
+        (logits,) = draw(step, (n,))
+        bank = functional.update_bank(bank, logits.softmax(0), momentum)
+    assert bank.sum().item() == pytest.approx(1 - momentum**steps, abs=1e-12)
+
+
+def test_autocast_does_not_lower_the_precision_of_the_sum() -> None:
+    e, w, x, router = draw(0, (4, 16, 8), (4,), (2, 8), (4, 8), dtype=torch.float32)
+    fused, routed = functional.fuse(e, w), functional.route(x, router)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(functional.fuse(e, w), fused)
+        assert torch.equal(functional.route(x, router), routed)
+
+
+def test_meta_tensors_fuse_to_meta_tensors() -> None:
+    fused = functional.fuse(torch.empty(4, 3, 2, device="meta"), torch.ones(4, device="meta"))
+    assert fused.is_meta
+    assert fused.shape == (3, 2)
