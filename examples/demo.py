@@ -46,6 +46,7 @@ class Settings:
         batch_size: images in a batch.
         lr: highest learning rate of AdamW.
         weight_decay: of AdamW.
+        save_every: steps between two checkpoints.
         smoke: train for a moment on a few images, to see that everything works.
     """
 
@@ -58,6 +59,7 @@ class Settings:
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.05
+    save_every: int = 25
     smoke: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def main(settings: Settings) -> None:
     """Train, ship and report."""
     data = load(settings.data, settings.image_size, limit=200 if settings.smoke else None)
     if settings.smoke:
-        settings = dataclasses.replace(settings, epochs=2, batch_size=20)
+        settings = dataclasses.replace(settings, epochs=2, batch_size=20, save_every=4)
     arguments = {
         "model_name": "vit_tiny_patch16_224",
         "img_size": data.size,

@@ -19,7 +19,7 @@ from support import checkpoint
 from support.data import Data, Images
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LOG_EVERY, SAVE_EVERY = 10, 25  # steps
+LOG_EVERY = 10  # steps
 
 
 class Run:
@@ -72,7 +72,7 @@ class Comparison:
         data: the images.
         out: the folder of the checkpoint.
         settings: plain values that must be the same for a run to continue; among them `epochs`,
-            `batch_size`, `lr`, `weight_decay` and `seed`.
+            `batch_size`, `lr`, `weight_decay`, `save_every` and `seed`.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Comparison:
                 row = self.train_step(images.to(DEVICE), labels.to(DEVICE))
                 bar.update()
                 bar.set_postfix_str(self.progress(row), refresh=False)
-                if stop.received or self.step % SAVE_EVERY == 0:
+                if stop.received or self.step % self.settings["save_every"] == 0:
                     self.save()
                 if stop.received:
-                    sys.exit(f"\nStopped after step {self.step}. The same command continues.")
+                    sys.exit(f"Stopped after step {self.step}. The same command continues.")
         self.save()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -42,7 +42,9 @@ class PendingMean:
         _live[number] = self
         # Custom operators take tensors, so this one names the object. It requires a gradient, and
         # gets none, so that `mark` is differentiated where neither the router nor x is.
-        self._name = torch.tensor(float(number), dtype=torch.float64, requires_grad=True)
+        self._name = torch.tensor(
+            float(number), dtype=torch.float64, device="cpu", requires_grad=True
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PendingMean:
         """An empty one: a copied model has no gradients either."""

@@ -36,7 +36,7 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusi
     _refuse(
         linears,
         lambda linear: isinstance(linear.weight, nn.UninitializedParameter),
-        "lazy and have no shape yet. Run a forward first.",
+        "lazy, without a shape yet. Run a forward first.",
     )
     _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
     _refuse(

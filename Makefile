@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test nightly clean
+
+demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: .venv/installed  ## linter, formatter check, type checker and the tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	HYPOTHESIS_PROFILE=ci $(BIN)/pytest --numprocesses=2
+
+nightly: .venv/installed  ## the tests with many more random cases
+	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --numprocesses=2
+
+clean:  ## remove the environment and what the demo wrote
+	rm -rf .venv runs
+
+.venv/installed: pyproject.toml constraints.txt tools/torchvision_cpu.py
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/torchvision_cpu.py
+	touch $@

@@ -1,0 +1,128 @@
+"""summarize, metrics and plots."""
+
+import csv
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import timm
+import torch
+from models import FFNs, inputs, loss_of
+
+import exfusion_param as exf
+from exfusion_param import plotting
+
+
+def test_a_dry_run_says_what_wrap_does_and_changes_nothing() -> None:
+    model = FFNs()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for fields in ({"variant": "sw"}, {"variant": "dw", "layers": (1,)}, {"shared_router": False}):
+        dry = exf.summarize(model, **fields)
+        assert dry == exf.summarize(exf.wrap(FFNs(), **fields))
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_numbers_of_a_summary_are_those_of_the_models() -> None:
+    dense = FFNs()
+    shipped = sum(p.numel() for p in dense.parameters())
+    model = exf.wrap(dense, num_experts=3)
+    model.head.requires_grad_(False)
+    summary = exf.summarize(model)
+    training = sum(p.numel() for p in model.parameters())
+    frozen = sum(p.numel() for p in model.head.parameters())
+    assert summary.shipped_parameters == shipped
+    assert summary.shipped_bytes == 4 * shipped
+    assert summary.training_parameters == training
+    assert summary.training_bytes == 4 * (4 * training - 3 * frozen)
+    assert summary.fusion_parameters == 2 * 3 * 4
+    assert summary.linears[0].shapes == {"weight": (6, 4), "bias": (6,)}
+
+
+def test_a_summary_prints_as_a_table() -> None:
+    text = str(exf.summarize(timm.create_model("deit_tiny_patch16_224")))
+    assert text.startswith("ExFusion mb, 4 experts: 24 linears in 12 FFN groups\n")
+    assert "blocks.0.mlp   blocks.0.mlp.fc1   768 x 192  4 x 768 x 192\n" in text
+    assert "router or fusion weights: 9,216 parameters\n" in text
+    assert text.endswith("shipped: 5,717,416 parameters, 21.8 MiB")
+
+
+def test_settings_for_a_wrapped_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"wrapped already. Call summarize\(model\) alone"):
+        exf.summarize(exf.wrap(FFNs()), num_experts=8)
+
+
+def test_metrics_say_what_the_experts_do() -> None:
+    model = exf.wrap(FFNs(), momentum=0.9, num_experts=3)
+    optimizer = torch.optim.AdamW(exf.param_groups(model, 0.0), lr=0.0)
+    assert math.isnan(exf.metrics(model)["entropy/blocks.0"])
+    for _ in range(4):
+        loss_of(model, inputs().float()).backward()
+        optimizer.step()
+    values = exf.metrics(model)
+    assert all(type(value) is float for value in values.values())
+    name = "blocks.1"
+    bank = model.blocks[1].fc1.parametrizations.weight[0].fusion_weights.bank
+    assert [values[f"fusion_weights/{name}/{i}"] for i in range(3)] == bank.tolist()
+    assert values[f"bank_mass/{name}"] == pytest.approx(1 - 0.9**4)
+    shares = (bank / bank.sum()).tolist()
+    entropy = -sum(share * math.log(share) for share in shares)
+    assert values[f"entropy/{name}"] == pytest.approx(entropy, rel=1e-5)
+    assert values[f"effective_experts/{name}"] == pytest.approx(math.exp(entropy), rel=1e-5)
+
+
+def test_expert_distance_is_relative_to_the_mean_expert() -> None:
+    model = exf.wrap(FFNs(depth=1), variant="sw", num_experts=2)
+    with torch.no_grad():
+        for linear in (model.blocks[0].fc1, model.blocks[0].fc2):
+            stack = linear.parametrizations.weight.original
+            stack[0].fill_(5.0)
+            stack[1].fill_(3.0)
+    assert exf.metrics(model)["expert_distance/blocks.0"] == pytest.approx(1 / 4)
+    with torch.no_grad():
+        for linear in (model.blocks[0].fc1, model.blocks[0].fc2):
+            linear.parametrizations.weight.original.fill_(5.0)
+    assert exf.metrics(model)["expert_distance/blocks.0"] == 0
+
+
+def test_metrics_change_nothing() -> None:
+    model = exf.wrap(FFNs(), bank_init="uniform")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    exf.metrics(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> dict[str, list[float]]:
+    model = exf.wrap(FFNs(), variant="dw")
+    rows = [{"step": step, "loss": step**0.5} | exf.metrics(model) for step in range(3)]
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows([rows[0], rows[1] | {"loss": ""}, rows[2]])
+    return plotting.read_history(tmp_path / "metrics.csv")
+
+
+def test_fusion_weights_are_drawn_for_each_expert(history: dict[str, list[float]]) -> None:
+    assert plotting.group_names(history) == ["blocks.0", "blocks.1"]
+    axes = plotting.fusion_weights(history, "blocks.1")
+    assert [line.get_label() for line in axes.lines] == [f"expert {i}" for i in range(4)]
+    assert list(axes.lines[0].get_ydata()) == history["fusion_weights/blocks.1/0"] == [0.25] * 3
+    with pytest.raises(ValueError, match="no FFN group 'blocks.2'. Its groups are: blocks.0, "):
+        plotting.fusion_weights(history, "blocks.2")
+    plt.close("all")
+
+
+def test_curves_leave_out_what_was_not_measured(history: dict[str, list[float]]) -> None:
+    axes = plt.figure().subplots()
+    assert plotting.curves({"run": history}, "loss", ax=axes) is axes
+    assert list(axes.lines[0].get_xdata()) == [0, 2]
+    with pytest.raises(ValueError, match="'run' has no column 'lr'. It has step, loss, "):
+        plotting.curves({"run": history}, "lr")
+    plt.close("all")
+
+
+def test_an_empty_file_reads_as_no_history(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").touch()
+    assert plotting.read_history(tmp_path / "metrics.csv") == {}

@@ -1,0 +1,199 @@
+"""Dense checkpoints out of and into wrapped models."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from models import FFNs, inputs, loss_of
+from safetensors.torch import load_file, save_file
+from strategies import configs
+from torch import Tensor, nn
+
+import exfusion_param as exf
+from exfusion_param import ExFusionConfig
+
+VARIANTS = ["sw", "dw", "mb"]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@given(config=configs())
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_state_dict_is_that_of_the_fused_model(config: ExFusionConfig, bias: bool) -> None:
+    model = exf.wrap(FFNs(bias=bias), config)
+    model(inputs().float())  # a training forward does not show
+    before = snapshot(model)
+    state = exf.fused_state_dict(model)
+    assert_unchanged(model, before)
+    assert list(state) == list(FFNs(bias=bias).state_dict())
+    for weights in model.modules():  # fuse would warn
+        if hasattr(weights, "bank") and not weights.bank.any():
+            return
+    fused = exf.fuse(model).state_dict()
+    assert list(state) == list(fused)
+    assert all(torch.equal(state[name], fused[name]) for name in fused)
+    assert not any(value.requires_grad for value in state.values())
+
+
+def test_fused_state_dict_of_a_dense_model_is_its_own() -> None:
+    model = FFNs()
+    assert list(exf.fused_state_dict(model)) == list(model.state_dict())
+
+
+def test_fused_state_dict_names_a_shared_module_as_often_as_the_dense_model_does() -> None:
+    dense = FFNs(depth=1)
+    dense.blocks.append(dense.blocks[0])
+    keys = list(dense.state_dict())
+    assert sum("fc1.weight" in key for key in keys) == 2
+    model = exf.wrap(dense, variant="sw")
+    assert list(exf.fused_state_dict(model)) == keys
+    assert list(exf.fuse(model).state_dict()) == keys
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dense_checkpoint_loads_into_a_wrapped_model(variant: str) -> None:
+    dense = FFNs()
+    model = exf.wrap(FFNs(), variant=variant, bank_init="uniform", num_experts=3)
+    missing, unexpected = exf.load_dense_state_dict(model, dense.state_dict())
+    assert missing == unexpected == []
+    x = inputs().float()
+    torch.testing.assert_close(model.eval()(x), dense(x))
+    stack = model.blocks[0].fc1.parametrizations.weight.original
+    assert not torch.equal(stack[0], stack[1])
+    for name, value in exf.fused_state_dict(model).items():
+        torch.testing.assert_close(value, dense.state_dict()[name])
+
+
+def test_loading_a_dense_checkpoint_starts_a_trained_models_fusion_weights_anew() -> None:
+    model = exf.wrap(FFNs(), variant="dw")
+    weights = model.blocks[0].fc1.parametrizations.weight[0].fusion_weights.weights
+    with torch.no_grad():
+        weights.copy_(torch.tensor([3.0, -1.0, 0.0, 0.5]))
+    exf.load_dense_state_dict(model, FFNs().state_dict())
+    assert torch.equal(weights, torch.full((4,), 0.25))
+
+
+def test_noise_of_a_dense_load_is_reproducible() -> None:
+    dense, model = FFNs().state_dict(), exf.wrap(FFNs(), variant="sw")
+    states = []
+    for _ in range(2):
+        exf.load_dense_state_dict(model, dense, generator=torch.Generator().manual_seed(1))
+        states.append(snapshot(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"head.weight": None}, "missing keys: head.weight"),
+    ({"blocks.0.fc1.bias": None}, "missing keys: blocks.0.fc1.bias"),
+    ({"extra": torch.ones(1)}, "unexpected keys: extra"),
+    ({"blocks.0.fc1.weight": torch.ones(2, 2)}, r"blocks.0.fc1.weight has shape \(2, 2\)"),
+    ({"stem.bias": torch.ones(9)}, r"stem.bias has shape \(9,\), the model \(4,\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
+def test_a_dense_checkpoint_that_does_not_fit_changes_nothing(
+    changes: dict[str, Any], message: str
+) -> None:
+    state = FFNs().state_dict()
+    for name, value in changes.items():
+        state.pop(name, None)
+        if value is not None:
+            state[name] = value
+    model = exf.wrap(FFNs(), bank_init="uniform")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        exf.load_dense_state_dict(model, state)
+    assert_unchanged(model, before)
+
+
+def test_without_strict_the_keys_that_did_not_fit_are_returned() -> None:
+    dense = FFNs().state_dict()
+    state = {"extra": torch.ones(1), **dense}
+    del state["blocks.0.fc1.bias"], state["head.weight"]
+    model = exf.wrap(FFNs(), variant="sw")
+    keys = exf.load_dense_state_dict(model, state, strict=False)
+    assert keys.missing_keys == ["blocks.0.fc1.bias", "head.weight"]
+    assert keys.unexpected_keys == ["extra"]
+    torch.testing.assert_close(model.blocks[0].fc1.weight, dense["blocks.0.fc1.weight"])
+
+
+class InsideAnother(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_plain_loading_of_a_dense_checkpoint_says_what_to_call_and_changes_nothing(
+    strict: bool, copied: bool, inside: bool
+) -> None:
+    model, state = exf.wrap(FFNs(), bank_init="uniform"), FFNs().state_dict()
+    if copied:
+        model = copy.deepcopy(model)
+    if inside:
+        model, state = InsideAnother(model), {f"model.{k}": v for k, v in state.items()}
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"blocks.0.fc1.weight is dense, .*load_dense_state_dict"):
+        model.load_state_dict(state, strict=strict)
+    assert_unchanged(model, before)
+
+
+def test_another_number_of_experts_is_refused_and_changes_nothing() -> None:
+    model = exf.wrap(FFNs(), num_experts=4, bank_init="uniform")
+    state = exf.wrap(FFNs(), num_experts=8, bank_init="uniform").state_dict()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="holds 8 experts, the model 4. .* num_experts=8"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+def test_after_fuse_plain_loading_works_again() -> None:
+    model = exf.fuse(exf.wrap(FFNs(), variant="sw"))
+    model.load_state_dict(FFNs().state_dict())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_wrapped_checkpoint_survives_safetensors(variant: str, tmp_path: Any) -> None:
+    model = exf.wrap(FFNs(), variant=variant, bank_init="uniform")
+    state = model.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)  # nothing twice
+    save_file(state, tmp_path / "model.safetensors")
+    other = exf.wrap(FFNs(), variant=variant, bank_init="uniform")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = inputs().float()
+    assert torch.equal(other(x), model(x))
+
+
+@given(config=configs())
+def test_training_resumes_exactly_from_a_checkpoint(config: ExFusionConfig) -> None:
+    model = exf.wrap(FFNs(), config)
+    optimizer = torch.optim.AdamW(exf.param_groups(model, 0.05), lr=0.01)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            for micro_batch in inputs(seed=step).float().chunk(2):
+                (loss_of(model, micro_batch) / 2).backward()
+            optimizer.step()
+
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(3, 6))
+
+    resumed = exf.wrap(FFNs(), config)
+    stepper = torch.optim.AdamW(exf.param_groups(resumed, 0.05), lr=0.01)
+    resumed.load_state_dict(saved[0])
+    stepper.load_state_dict(saved[1])
+    train(resumed, stepper, range(3, 6))
+    assert_unchanged(resumed, model.state_dict())
