@@ -152,6 +152,16 @@ def test_fuse_refuses_non_finite_values_and_stays_wrapped(value: float, where: s
         assert torch.equal(tensor.nan_to_num(7), state[name].nan_to_num(7))
 
 
+def test_a_weight_cannot_be_assigned_under_fusion_weights_that_sum_to_zero() -> None:
+    linear = exf.wrap(FFNs(), variant="dw").blocks[0].fc1
+    before = linear.parametrizations.weight.original.detach().clone()
+    with torch.no_grad():
+        linear.parametrizations.weight[0].fusion_weights.weights.zero_()
+    with pytest.raises(ValueError, match="fusion weights sum to zero"):
+        linear.weight = torch.ones(6, 4)
+    assert torch.equal(linear.parametrizations.weight.original, before)
+
+
 def test_fuse_refuses_a_part_of_a_group() -> None:
     model = exf.wrap(FFNs(), bank_init="uniform")
     with pytest.raises(ValueError, match="Fuse a module that holds all of 'blocks.0'"):
@@ -175,7 +185,8 @@ def test_sharded_linears_are_refused_by_wrap_and_fuse() -> None:
         with pytest.raises(ValueError, match=r"blocks.0.fc1: is sharded \(DTensor\). Wrap first"):
             exf.wrap(model)
 
-        model = exf.wrap(FFNs(), bank_init="uniform")
+        with pytest.warns(UserWarning, match="not averaged over ranks yet"):
+            model = exf.wrap(FFNs(), bank_init="uniform")
         stacks = model.blocks[0].fc1.parametrizations.weight
         stacks.original = shard(stacks.original)
         with pytest.raises(ValueError, match=r"sharded \(DTensor\). Take fused_state_dict"):

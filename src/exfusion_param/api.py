@@ -55,12 +55,7 @@ def wrap(
     for plan in plans:
         plan.carry_out()
         guard_loading(model, plan.weights, plan.linears)
-    if config.variant == "mb" and config.expert_init == "upcycle" and config.bank_init == "zeros":
-        warnings.warn(
-            "Upcycled experts under a memory bank of zeros: the model forgets what it was "
-            'pretrained for while the bank fills. Use bank_init="uniform".',
-            stacklevel=2,
-        )
+    _warn_of_bank(config)
     return model
 
 
@@ -98,6 +93,29 @@ def resolve_config(config: ExFusionConfig | None, fields: dict[str, Any]) -> ExF
     if config is not None and not isinstance(config, ExFusionConfig):
         raise TypeError(f"config must be an ExFusionConfig or None, got {type(config).__name__}.")
     return (config or ExFusionConfig()).replace(**fields)
+
+
+def _warn_of_bank(config: ExFusionConfig) -> None:
+    if config.variant != "mb":
+        return
+    if config.expert_init == "upcycle" and config.bank_init == "zeros":
+        warnings.warn(
+            "Upcycled experts under a memory bank of zeros: the model forgets what it was "
+            'pretrained for while the bank fills. Use bank_init="uniform".',
+            stacklevel=3,
+        )
+    if _world_size() > 1:
+        warnings.warn(
+            "Memory banks are not averaged over ranks yet: each follows the data of its own rank. "
+            'Use variant="sw" or "dw" on several ranks.',
+            stacklevel=3,
+        )
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    is_running = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_running else 1
 
 
 def _warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:

@@ -58,12 +58,17 @@ def upcycled_experts(
 
     Returns:
         The stack, shape (N, *S).
+
+    Raises:
+        ValueError: the weights sum to zero, so that no experts fuse to the tensor.
     """
     shape = (len(weights), *tensor.shape)
     if tensor.is_meta:
         return tensor.new_empty(shape)
     dtype = accumulation_dtype(tensor.dtype)
     weights = weights.detach().to(tensor.device, dtype)
+    if weights.sum() == 0:
+        raise ValueError("The fusion weights sum to zero. Set them before the dense weight.")
     dense = tensor.detach().to(dtype)
     scale = noise * dense.std(correction=0)
     experts = scale * torch.randn(shape, generator=generator, device=tensor.device, dtype=dtype)

@@ -1,14 +1,13 @@
-"""The fusion weights `w` of one FFN group, shape (N,): static, learned, or a memory bank.
+"""The fusion weights `w` of one FFN group, shape (N,): static and learned.
 
 One module serves all linears of the group. It belongs to the weight parametrization of the first,
 so that it appears once in `state_dict()` and goes with `remove_parametrizations`. Its tensors stay
-in float32 at least, also in a bfloat16 model: a bank moves by less than bfloat16 resolves.
+in float32 at least, also in a bfloat16 model: they move by less than bfloat16 resolves. The third
+variant, the memory bank, is in memory_bank.py.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional, step_hooks
 from .config import ExFusionConfig
-from .pending import PendingMean
 
 Linears = tuple[nn.Module, ...]
 
@@ -128,127 +126,6 @@ class LearnedWeights(FusionWeights):
     def forward(self) -> Tensor:
         """The learned vector, shape (N,)."""
         return self.weights
-
-
-class MemoryBank(FusionWeights):
-    """`mb`: the running mean `m` of a router's output on the FFN's input (Eq. 10, 11).
-
-    In training `observe` is given the input before the group's linears run, and they fuse with
-    `delta m + (1 - delta) w`. The bank itself moves when the optimizer steps (pending.py). In eval,
-    and outside of a forward, the group fuses with the bank as it is.
-
-    Args:
-        group: name of the FFN group.
-        config: the settings of the parametrization.
-        linears: the linears that fuse with these weights.
-        in_features: D, features of the FFN's input.
-        device: where the router and the bank live.
-        dtype: float32 or float64.
-        generator: draws the router; None takes torch's global one.
-    """
-
-    bank: Tensor
-
-    def __init__(
-        self,
-        group: str,
-        config: ExFusionConfig,
-        linears: Linears,
-        *,
-        in_features: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(group, config, linears)
-        shape = (config.num_experts, in_features)
-        self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
-        self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
-        self.pending = PendingMean()
-        self.current: Tensor | None = None
-        self.reset_parameters(generator)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: all but the running forward's graph."""
-        return self.__dict__ | {"current": None}
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
-
-        A zero router gives 1/N, so that an upcycled model is unchanged in training as in eval.
-        """
-        if self.config.expert_init == "upcycle":
-            nn.init.zeros_(self.router)
-        else:
-            bound = 1 / math.sqrt(self.router.shape[1])
-            nn.init.uniform_(self.router, -bound, bound, generator=generator)
-        start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
-        nn.init.constant_(self.bank, start)
-        self.pending.take()
-        self.pending.follow(self._anchor())
-
-    def forward(self) -> Tensor:
-        """In a training forward the moved bank, otherwise the bank, shape (N,)."""
-        return self.bank if self.current is None else self.current
-
-    def start(self) -> Tensor:
-        """The bank scaled to sum one, or 1/N while it is empty, shape (N,)."""
-        bank = self.bank
-        if bank.is_meta or self.is_empty():
-            return uniform_weights(len(bank), bank.device, bank.dtype)
-        return bank / bank.sum()
-
-    def observe(self, x: Tensor) -> None:
-        """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
-        if not self.training:
-            return
-        if x.numel() == 0:  # no token, no vote
-            self.current = self.bank
-            return
-        weights = functional.route(x, self.router)
-        anchor = self._anchor()
-        if torch.is_grad_enabled() and anchor is not None:
-            if not torch.compiler.is_compiling():  # a hook on a parameter cannot be traced
-                self.pending.follow(anchor)
-            weights = self.pending.mark(weights)
-        self.current = functional.update_bank(self.bank, weights, self.config.momentum)
-
-    def require_observed(self) -> None:
-        """Raise if a linear of the group runs in training before the one whose input is routed."""
-        if self.training and self.current is None:
-            raise RuntimeError(
-                f"A linear of {self.group!r} ran before the one whose input its shared router "
-                "reads. Give each linear a router of its own: wrap(model, shared_router=False)."
-            )
-
-    def release(self) -> None:
-        """The group's forward is over."""
-        self.current = None
-
-    def retire(self) -> None:
-        """Leave no hook behind; the group is about to be fused."""
-        super().retire()
-        self.pending.follow(None)
-
-    def is_empty(self) -> bool:
-        """Whether the bank is all zeros."""
-        return not self.bank.is_meta and not self.bank.any()
-
-    @torch.no_grad()
-    def optimizer_stepped(self, skipped: Tensor | None) -> None:
-        """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
-        self.release()
-        self.pending.follow(self._anchor())
-        weights = self.pending.take()
-        if weights is None:
-            return
-        moved = functional.update_bank(self.bank, weights, self.config.momentum)
-        self.bank.copy_(moved if skipped is None else torch.where(skipped, self.bank, moved))
-
-    def _anchor(self) -> nn.Parameter | None:
-        """A trainable parameter of the group, or None if all are frozen."""
-        candidates = itertools.chain([self.router], self.expert_stacks())
-        return next((tensor for tensor in candidates if tensor.requires_grad), None)
 
 
 def uniform_weights(num_experts: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import accumulation_dtype
-from .fusion_weights import MemoryBank
+from .memory_bank import MemoryBank
 from .parametrization import fusion_weights_of, original, wrapped_linears
 
 

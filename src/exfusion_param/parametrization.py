@@ -32,7 +32,8 @@ from torch.nn.utils import parametrize
 
 from . import functional
 from .experts import upcycled_experts
-from .fusion_weights import FusionWeights, MemoryBank
+from .fusion_weights import FusionWeights
+from .memory_bank import MemoryBank
 
 
 class ExpertFusion(nn.Module):

@@ -19,10 +19,10 @@ from .functional import accumulation_dtype
 from .fusion_weights import (
     FusionWeights,
     LearnedWeights,
-    MemoryBank,
     StaticWeights,
     uniform_weights,
 )
+from .memory_bank import MemoryBank
 from .parametrization import attach
 
 

@@ -8,6 +8,7 @@ several models, stay apart by the parameters that each optimizer holds.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .fusion_weights import FusionWeights
 
 _watched: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
-_strangers: weakref.WeakKeyDictionary[FusionWeights, int] = weakref.WeakKeyDictionary()
+_steps_left_out: weakref.WeakKeyDictionary[FusionWeights, int] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
@@ -37,7 +38,7 @@ def watch(weights: FusionWeights) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for weights in _groups_of(optimizer):
+    for weights in _groups_of(_held(optimizer)):
         _refuse_dense_state(optimizer, weights)
 
 
@@ -45,22 +46,22 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # Set by GradScaler around the step of optimizers that skip inside their own kernel.
     found_inf = getattr(optimizer, "found_inf", None)
     skipped = found_inf > 0 if isinstance(found_inf, Tensor) else None
-    for weights in _groups_of(optimizer):
-        weights.optimizer_stepped(skipped)
-        _warn_if_left_out(optimizer, weights)
-
-
-def _groups_of(optimizer: Optimizer) -> Iterator[FusionWeights]:
-    """The fusion weights of every group of which the optimizer holds a parameter."""
     held = _held(optimizer)
-    for weights in list(_watched):
-        parameters = (*weights.parameters(), *weights.expert_stacks())
-        if any(id(parameter) in held for parameter in parameters):
-            yield weights
+    for weights in _groups_of(held):
+        weights.optimizer_stepped(skipped)
+        _warn_if_left_out(weights, held)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
+    """The fusion weights of every group that has one of these parameters."""
+    for weights in list(_watched):
+        parameters = itertools.chain(weights.parameters(), weights.expert_stacks())
+        if any(id(parameter) in held for parameter in parameters):
+            yield weights
 
 
 def _refuse_dense_state(optimizer: Optimizer, weights: FusionWeights) -> None:
@@ -75,15 +76,14 @@ def _refuse_dense_state(optimizer: Optimizer, weights: FusionWeights) -> None:
                 )
 
 
-def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights) -> None:
+def _warn_if_left_out(weights: FusionWeights, held: set[int]) -> None:
     """Warn once if the experts train and the group's router or learned weights do not."""
     trainable = [parameter for parameter in weights.parameters() if parameter.requires_grad]
-    held = _held(optimizer)
     if not trainable or any(id(parameter) in held for parameter in trainable):
-        _strangers.pop(weights, None)
+        _steps_left_out.pop(weights, None)
         return
-    _strangers[weights] = _strangers.get(weights, 0) + 1
-    if _strangers[weights] == 2:  # another optimizer may hold them, and step after this one
+    steps = _steps_left_out[weights] = _steps_left_out.get(weights, 0) + 1
+    if steps == 2:  # another optimizer may hold them, and step after this one
         warnings.warn(
             f"The fusion weights of {weights.group!r} are in no optimizer that has stepped. If the "
             "optimizer was made before wrap(), make it after; otherwise freeze them.",

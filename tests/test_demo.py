@@ -1,0 +1,93 @@
+"""The demo's script: its files, its check, and what a Ctrl-C or a kill does to it (nothing)."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import load_file
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(DEMO), "--smoke", "--out", str(out), *arguments]
+    return subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=out.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # other tests run beside it
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return output
+
+
+def metrics(out: Path, without: Sequence[str] = ()) -> list[dict[str, str]]:
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith(tuple(without))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    return out, finish(start(out))
+
+
+def test_it_leaves_a_model_that_timm_loads_and_a_report(uninterrupted: tuple[Path, str]) -> None:
+    out, output = uninterrupted
+    check = next(line for line in output.splitlines() if line.startswith("Check: "))
+    assert check == "Check: fused and trained logits agree on 200 images, max difference 0"
+    config = json.loads((out / "config.json").read_text())
+    model = timm.create_model(**config["model"])
+    model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
+    for name in ("loss.png", "accuracy.png", "fusion_weights.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    report = (out / "report.html").read_text()
+    assert check.removeprefix("Check: ") in report
+    assert report.count("data:image/png;base64") == 3
+    assert [row["step"] for row in metrics(out)] == ["10", "20"]
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    by: signal.Signals, uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(out)
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(by)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert not (out / "model.safetensors").exists()
+    if by != signal.SIGKILL:
+        assert "The same command continues." in error
+    finish(start(out))
+    expected, _ = uninterrupted
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    assert metrics(out, without=["step_ms"]) == metrics(expected, without=["step_ms"])
+
+
+def test_other_settings_for_the_same_folder_are_refused(uninterrupted: tuple[Path, str]) -> None:
+    out, _ = uninterrupted
+    process = start(out, "--variant", "dw", "--num-experts", "3")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "holds a run with other settings (exfusion). Take another --out" in error
+    assert "Traceback" not in error

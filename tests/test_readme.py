@@ -1,0 +1,34 @@
+"""The README's code runs, from top to bottom, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_blocks_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert (tmp_path / "average.pt").exists()
+
+
+def test_the_commands_are_those_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = set(re.findall(r"^    make ([a-z]+)", README, re.MULTILINE))
+    assert commands == {"demo", "test"}
+    assert all(f"\n{command}:" in makefile for command in commands)
+
+
+def test_every_link_to_a_file_is_valid() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
