@@ -214,3 +214,32 @@ def test_a_meta_model_becomes_real_by_a_dense_checkpoint(variant: str) -> None:
     exf.load_dense_state_dict(model, dense.state_dict())
     x = inputs().float()
     torch.testing.assert_close(model(x), dense(x))
+
+
+class ScaledLinear(nn.Linear):
+    """A linear with more than weight and bias."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize("variant", ["sw", "dw", "mb"])
+def test_a_subclass_keeps_its_forward_and_its_other_tensors(variant: str) -> None:
+    model = nn.Sequential(ScaledLinear(4, 8), nn.ReLU(), ScaledLinear(8, 4))
+    before = shape_of(model)
+    exf.wrap(model, variant=variant, bank_init="uniform", filter_fn=["*"])
+    model[0].scale.fill_(3.0)
+    assert set(model[0].parametrizations) == {"weight", "bias"}
+    model(inputs().float())
+    state = exf.fused_state_dict(model)
+    exf.fuse(model)
+    assert shape_of(model) == before
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert model[0].calls == 1

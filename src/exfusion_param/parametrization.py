@@ -104,14 +104,23 @@ def attach(
 
 def detach(linear: nn.Module) -> None:
     """Leave the fused tensors as the linear's own parameters, in their first order."""
-    order = dense_order(linear)
-    for name in fused_names(linear):
+    order, fused = dense_order(linear), fused_names(linear)
+    for name in fused:
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
-    for name in order:  # removal appends: bias would come before a weight that was removed later
+        linear.get_parameter(name).grad = None  # it has the stack's shape
+    for name in order:  # removal puts them behind what was not fused
         parameter = linear.get_parameter(name)
         delattr(linear, name)
         linear.register_parameter(name, parameter)
-        parameter.grad = None  # it has the stack's shape
+
+
+def dense_tensors(linear: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors of a dense linear that `attach` replaces: the weight, and the bias if it has one.
+
+    A subclass may have further parameters; Eq. 7 holds for these two.
+    """
+    own = dict(linear.named_parameters(recurse=False))
+    return {name: own[name] for name in ("weight", "bias") if name in own}
 
 
 def original(linear: nn.Module, name: str) -> nn.Parameter:

@@ -7,7 +7,7 @@ into the model, which cannot fail half way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .fusion_weights import (
     uniform_weights,
 )
 from .memory_bank import MemoryBank
-from .parametrization import attach
+from .parametrization import attach, dense_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +86,11 @@ def _plan(group: FFNGroup, config: ExFusionConfig, seed: int) -> GroupPlan:
     stacks = {
         fqn: {
             name: _experts(tensor, f"{fqn}.{name}", config, seed)
-            for name, tensor in _weight_first(linear)
+            for name, tensor in dense_tensors(linear).items()
         }
         for fqn, linear in group.linears.items()
     }
     return GroupPlan(group.linears, _fusion_weights(group, config, seed), stacks)
-
-
-def _weight_first(linear: nn.Module) -> Sequence[tuple[str, nn.Parameter]]:
-    return sorted(linear.named_parameters(recurse=False), key=lambda item: item[0] != "weight")
 
 
 def _experts(tensor: Tensor, name: str, config: ExFusionConfig, seed: int) -> Tensor:

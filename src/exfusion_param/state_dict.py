@@ -134,7 +134,9 @@ def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     linear_of: dict[str, tuple[str, nn.Module]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
         if fused_names(module):
-            linear_of |= {_join(fqn, key): (fqn, module) for key in module.state_dict()}
+            for key in module.state_dict():
+                if key in dense_order(module) or key.startswith("parametrizations."):
+                    linear_of[_join(fqn, key)] = fqn, module
     dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()
     for key, tensor in state.items():
         if key not in linear_of:

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .config import ExFusionConfig
 from .discovery import FFNGroup
-from .parametrization import fused_names, fusion_weights_of, original
+from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
 
 
 def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusionConfig) -> None:
@@ -41,12 +41,12 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusi
     _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
     _refuse(
         linears,
-        lambda linear: any(not tensor.is_floating_point() for tensor in linear.parameters(False)),
+        lambda linear: any(not t.is_floating_point() for t in dense_tensors(linear).values()),
         "not of a floating dtype. Experts are trained: wrap before quantising.",
     )
     _refuse(
         linears,
-        lambda linear: any(not tensor.requires_grad for tensor in linear.parameters(False)),
+        lambda linear: any(not t.requires_grad for t in dense_tensors(linear).values()),
         "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
     )
     _refuse_tied(model, linears)
@@ -126,7 +126,7 @@ def _refuse_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
     tied = [
         owners[id(tensor)]
         for linear in linears.values()
-        for tensor in linear.parameters(recurse=False)
+        for tensor in dense_tensors(linear).values()
         if len(owners[id(tensor)]) > 1
     ]
     if tied:
