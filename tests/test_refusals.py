@@ -50,8 +50,23 @@ def lazy() -> nn.Module:
     return model
 
 
+def with_lora() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(FFNs(), LoraConfig(target_modules=["fc1"], r=2))
+
+
+def converted() -> nn.Module:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = FFNs()
+    linear = model.blocks[0].fc1
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data))
+    return model
+
+
 def without_ffn() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 5))
 
 
 def in_data_parallel() -> nn.Module:
@@ -64,12 +79,22 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (frozen, {}, r"blocks.0.fc1, blocks.0.fc2: are frozen. Set requires_grad"),
     (quantised, {}, "blocks.0.fc1: is not of a floating dtype"),
     (normalised, {}, "blocks.0.fc1: is parametrized by something else"),
-    (lazy, {}, "blocks.0.fc1: is lazy, without a shape yet. Run a forward first"),
+    (with_lora, {}, r"fc1: are inside an adapter \(peft\). Merge it first"),
+    (converted, {}, "blocks.0.fc1: is converted to a tensor subclass"),
+    (lazy, {}, r"blocks.0.fc1 is lazy, without a shape yet. Run a forward before wrap\(\)"),
     (lambda: exf.wrap(FFNs()), {}, r"already wrapped. Call fuse\(model\) first"),
-    (without_ffn, {}, r"No FFN of a known kind in Sequential. The linears .* 0, 2. .*filter_fn="),
-    (FFNs, {"filter_fn": ["*.fc1", "*.w1"]}, r"The glob '\*.w1' matches no linear. .* blocks.0"),
-    (FFNs, {"filter_fn": lambda module, fqn: False}, "No linear that filter_fn accepts in FFNs"),
-    (FFNs, {"filter_fn": []}, "No linear that filter_fn accepts in FFNs"),
+    (
+        without_ffn,
+        {},
+        r"No FFN was found in Sequential. Its linears are: 0, 2. .*filter_fn=\['\*'\]\)",
+    ),
+    (
+        FFNs,
+        {"filter_fn": ["*.fc1", "*.w1"]},
+        r"The glob '\*.w1' matches no linear. .*blocks.\*.fc1",
+    ),
+    (FFNs, {"filter_fn": lambda module, fqn: False}, "filter_fn accepts no linear in FFNs"),
+    (FFNs, {"filter_fn": []}, "filter_fn accepts no linear in FFNs"),
     (FFNs, {"layers": (2,)}, "layers names FFN group 2; the model has 2"),
     (FFNs, {"layers": (-3,)}, "layers names FFN group -3; the model has 2"),
     (in_data_parallel, {}, r"inside DataParallel already, .* Call wrap\(model\) first"),
@@ -96,7 +121,7 @@ def test_wrap_refuses_and_leaves_the_model_as_it_was(
     assert after == before
 
 
-@pytest.mark.parametrize(("make", "arguments", "message"), REFUSED[:10])
+@pytest.mark.parametrize(("make", "arguments", "message"), REFUSED[:12])
 def test_a_dry_run_refuses_what_wrap_refuses(
     make: Callable[[], nn.Module], arguments: dict[str, Any], message: str
 ) -> None:

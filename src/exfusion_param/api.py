@@ -54,7 +54,7 @@ def wrap(
     plans = plan_groups(groups, config, choose_seed(config, generator))  # allocates everything
     for plan in plans:
         plan.carry_out()
-        guard_loading(model, plan.weights, plan.linears)
+        guard_loading(model, plan.weights, plan.group.linears)
     _warn_of_bank(config)
     return model
 

@@ -1,24 +1,24 @@
 """Finds the FFN groups of a model: which linears make up an FFN, in the order in which they run.
 
-A family of models is a line of data, `FFN_LINEARS`: the class of the module that holds the FFN, and
-the names of its linears. Subclasses count. What no line names, a filter can.
+First by name (ffn_shapes.py). Where no name fits, by structure: a module with just two linears, D
+to H and H back to D with H > D, or with two of D to H for a gated FFN. What neither finds, a filter
+can name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-Filter = Callable[[nn.Module, str], bool] | Sequence[str]
+from .ffn_shapes import ATTENTION, FFN_SHAPES, MIXTURES, FFNShape
+from .projections import Projection, projection_of
 
-FFN_LINEARS: Mapping[str, tuple[str, ...]] = {
-    "timm.layers.mlp.Mlp": ("fc1", "fc2"),
-    "torch.nn.modules.transformer.TransformerEncoderLayer": ("linear1", "linear2"),
-    "torch.nn.modules.transformer.TransformerDecoderLayer": ("linear1", "linear2"),
-}
+Filter = Callable[[nn.Module, str], bool] | Sequence[str]
+Linears = Mapping[str, nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,12 @@ class FFNGroup:
     Args:
         name: name in the model of the module that holds them.
         linears: each linear by its name in the model, in the order in which they run.
+        inputs: names of those that read the FFN's input, the first linear among them.
     """
 
     name: str
-    linears: Mapping[str, nn.Module]
+    linears: Linears
+    inputs: tuple[str, ...]
 
 
 def select_groups(
@@ -42,43 +44,130 @@ def select_groups(
     Args:
         model: any module.
         filter_fn: asked for each linear of the model, `filter_fn(module, fqn)`, or globs for the
-            names of linears. Chosen linears of a known FFN form its group; others form one group
-            with the chosen linears beside them. None takes the linears of all known FFNs.
+            names of linears. Chosen linears of an FFN form its group; others form one group with
+            the chosen linears beside them. None takes the linears of all FFNs that are found.
         layers: indices of the groups to take; None takes all.
 
     Raises:
-        ValueError: nothing matched, a glob matched nothing, or an index is out of range.
+        ValueError: nothing matched, a glob matched nothing, an index is out of range, a linear has
+            no shape yet, or the model is a mixture of experts and no filter chooses among its
+            linears.
     """
     linears = candidate_linears(model)
-    known = _known_ffns(model, linears)
-    groups = known if filter_fn is None else _group(_filtered(linears, filter_fn), known)
+    _refuse_lazy(linears)
+    if filter_fn is None:
+        _refuse_mixtures(model)
+    groups = find_ffns(model)
+    if filter_fn is not None:
+        groups = _group(_filtered(linears, filter_fn), groups)
     if not groups:
         raise ValueError(_nothing_matched(model, linears, filter_fn))
     return groups if layers is None else _at(groups, layers)
 
 
 def candidate_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear of the model by its name, wrapped ones included."""
-    return {fqn: module for fqn, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Every projection of the model by its name, wrapped ones included."""
+    return {fqn: module for fqn, module in model.named_modules() if projection_of(module)}
 
 
-def _known_ffns(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[FFNGroup]:
-    groups = []
+def find_ffns(model: nn.Module) -> list[FFNGroup]:
+    """All FFNs of the model, in its order; each linear in one, held by the smallest module."""
+    modules = list(model.named_modules())
+    groups: list[FFNGroup] = []
+    taken: set[nn.Module] = set()
+    for fqn, module in reversed(modules):  # what is inside of a module comes before it
+        if _is_attention(fqn, module):
+            continue
+        found = _by_name(module) or _by_structure(module)
+        if found and taken.isdisjoint(found.values()):
+            taken.update(found.values())
+            linears = {_join(fqn, name): linear for name, linear in found.items()}
+            groups.append(FFNGroup(fqn, linears, tuple(linears)[:-1]))
+    rank = {fqn: index for index, (fqn, _) in enumerate(modules)}
+    return sorted(groups, key=lambda group: rank[group.inputs[0]])
+
+
+def _by_name(module: nn.Module) -> dict[str, nn.Module]:
+    for shape in FFN_SHAPES:
+        if shape.holder.search(_class_name(module)) and (found := _fitting(module, shape)):
+            return found
+    return {}
+
+
+def _fitting(module: nn.Module, shape: FFNShape) -> dict[str, nn.Module]:
+    names = (*shape.inputs, shape.output)
+    linears = {name: _descendant(module, name) for name in names}
+    maps = [projection_of(linear) if linear is not None else None for linear in linears.values()]
+    if not all(maps) or not _is_ffn([p for p in maps if p is not None]):
+        return {}
+    return {name: linear for name, linear in linears.items() if linear is not None}
+
+
+def _by_structure(module: nn.Module) -> dict[str, nn.Module]:
+    """Two or three linears, directly in the module or anywhere below it, that make up an FFN."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # what these hold need not run in turn
+        return {}
+    children = {name: child for name, child in module.named_children() if _is_linear(child)}
+    below = {name: child for name, child in module.named_modules() if _is_linear(child)}
+    for linears in (children, below):
+        if len(linears) not in (2, 3) or any(ATTENTION.search(name) for name in linears):
+            continue
+        maps = [p for p in map(projection_of, linears.values()) if p is not None]
+        # With H < D it may be an adapter, or squeeze-and-excitation.
+        if _is_ffn(maps) and maps[0].out_features > maps[0].in_features:
+            return linears
+    return {}
+
+
+def _is_ffn(maps: Sequence[Projection]) -> bool:
+    """Whether all but the last map D to H and the last maps H, or one half of it, back to D."""
+    *first, last = maps
+    widths = {(p.in_features, p.out_features) for p in first}
+    if len(widths) != 1:
+        return False
+    ((features, hidden),) = widths
+    return last.in_features in (hidden, hidden / 2) and last.out_features == features
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module can be part of an FFN by its structure: convolutions need a name."""
+    projection = projection_of(module)
+    return projection is not None and not isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _is_attention(fqn: str, module: nn.Module) -> bool:
+    return bool(ATTENTION.search(fqn.rpartition(".")[2]) or ATTENTION.search(_class_name(module)))
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _descendant(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        child = dict(module.named_children()).get(part)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
+def _refuse_lazy(linears: Linears) -> None:
+    for fqn, linear in linears.items():
+        if any(map(nn.parameter.is_lazy, linear.parameters(recurse=False))):
+            raise ValueError(f"{fqn} is lazy, without a shape yet. Run a forward before wrap().")
+
+
+def _refuse_mixtures(model: nn.Module) -> None:
     for fqn, module in model.named_modules():
-        names = [_join(fqn, name) for name in _ffn_linears(module)]
-        if found := {name: linears[name] for name in names if name in linears}:
-            groups.append(FFNGroup(fqn, found))
-    return groups
+        if MIXTURES.search(_class_name(module)):
+            raise ValueError(
+                f"{type(model).__name__} is a mixture of experts already: {fqn or 'the model'} is "
+                f"a {_class_name(module)}. Choose among its dense linears with filter_fn."
+            )
 
 
-def _ffn_linears(module: nn.Module) -> tuple[str, ...]:
-    for cls in type(module).__mro__:
-        if names := FFN_LINEARS.get(f"{cls.__module__}.{cls.__qualname__}"):
-            return names
-    return ()
-
-
-def _filtered(linears: Mapping[str, nn.Module], filter_fn: Filter) -> dict[str, nn.Module]:
+def _filtered(linears: Linears, filter_fn: Filter) -> dict[str, nn.Module]:
     if callable(filter_fn):
         return {fqn: linear for fqn, linear in linears.items() if filter_fn(linear, fqn)}
     globs = [filter_fn] if isinstance(filter_fn, str) else list(filter_fn)
@@ -89,16 +178,20 @@ def _filtered(linears: Mapping[str, nn.Module], filter_fn: Filter) -> dict[str, 
     return {fqn: linear for fqn, linear in linears.items() if fqn in chosen}
 
 
-def _group(chosen: Mapping[str, nn.Module], known: Sequence[FFNGroup]) -> list[FFNGroup]:
-    """The chosen linears by FFN, or by the module that holds them if no known FFN does."""
-    ffn_of = {fqn: group for group in known for fqn in group.linears}
-    groups: dict[str, dict[str, nn.Module]] = {}
-    for fqn, linear in chosen.items():
-        if fqn not in ffn_of:
-            groups.setdefault(fqn.rpartition(".")[0], {})[fqn] = linear
-        elif (ffn := ffn_of[fqn]).name not in groups:
-            groups[ffn.name] = {name: chosen[name] for name in ffn.linears if name in chosen}
-    return [FFNGroup(name, linears) for name, linears in groups.items()]
+def _group(chosen: Linears, ffns: Sequence[FFNGroup]) -> list[FFNGroup]:
+    """The chosen linears by FFN, or by the module that holds them if no FFN does."""
+    ffn_of = {fqn: ffn for ffn in ffns for fqn in ffn.linears}
+    groups: dict[str, FFNGroup] = {}
+    for fqn in chosen:
+        ffn = ffn_of.get(fqn)
+        name = ffn.name if ffn else fqn.rpartition(".")[0]
+        if name not in groups:
+            beside = [other for other in chosen if other.rpartition(".")[0] == name]
+            names = [n for n in ffn.linears if n in chosen] if ffn else beside
+            inputs = [n for n in ffn.inputs if n in chosen] if ffn else []
+            linears = {n: chosen[n] for n in names}
+            groups[name] = FFNGroup(name, linears, tuple(inputs or names[:1]))
+    return list(groups.values())
 
 
 def _at(groups: Sequence[FFNGroup], layers: Sequence[int]) -> list[FFNGroup]:
@@ -113,17 +206,15 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _nothing_matched(
-    model: nn.Module, linears: Mapping[str, nn.Module], filter_fn: Filter | None
-) -> str:
-    what = "No FFN of a known kind" if filter_fn is None else "No linear that filter_fn accepts"
-    return (
-        f"{what} in {type(model).__name__}. {_list_of(linears)} Choose some by name, for example "
-        'wrap(model, filter_fn=["*.fc1", "*.fc2"]).'
-    )
+def _nothing_matched(model: nn.Module, linears: Linears, filter_fn: Filter | None) -> str:
+    what = "No FFN was found" if filter_fn is None else "filter_fn accepts no linear"
+    return f"{what} in {type(model).__name__}. {_list_of(linears)}"
 
 
-def _list_of(linears: Mapping[str, nn.Module]) -> str:
-    shown = [fqn or "(the model itself)" for fqn in linears][:20]
-    more = f" and {len(linears) - len(shown)} more" if len(linears) > len(shown) else ""
-    return f"The linears of the model are: {', '.join(shown) or 'none'}{more}."
+def _list_of(linears: Linears) -> str:
+    if not linears:
+        return "The model has no linears."
+    names = [fqn or "(the model itself)" for fqn in linears]
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    globs = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn) for fqn in linears))
+    return f"Its linears are: {shown}. All of them: wrap(model, filter_fn={globs})."

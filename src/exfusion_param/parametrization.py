@@ -24,6 +24,7 @@ All of it goes away with the class when the parametrizations are removed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ from . import functional
 from .experts import upcycled_experts
 from .fusion_weights import FusionWeights
 from .memory_bank import MemoryBank
+from .projections import projection_of
 
 
 class ExpertFusion(nn.Module):
@@ -72,34 +74,44 @@ class ExpertFusion(nn.Module):
         return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlaceInGroup:
+    """What a linear is to its FFN group.
+
+    Args:
+        is_first: runs first, and its weight owns the fusion weights.
+        reads_input: reads the FFN's input, as the first one does, and gate and value alike.
+        is_last: runs last.
+    """
+
+    is_first: bool
+    reads_input: bool
+    is_last: bool
+
+
 def attach(
     linear: nn.Module,
     fusion_weights: FusionWeights,
     stacks: Mapping[str, Tensor],
-    *,
-    owns_weights: bool,
-    reads_input: bool,
-    ends_group: bool,
+    place: PlaceInGroup,
 ) -> None:
     """Parametrize a linear's tensors with expert stacks.
 
     Args:
         linear: the module.
         fusion_weights: the group's fusion weights.
-        stacks: the expert stack for each tensor's name, "weight" first.
-        owns_weights: whether this linear's weight owns the fusion weights.
-        reads_input: whether the memory bank's router reads this linear's input.
-        ends_group: whether the group's forward is over after this linear.
+        stacks: the expert stack for each tensor's name.
+        place: the linear's place in the group.
     """
     order = tuple(name for name, _ in linear.named_parameters(recurse=False))
     for name, experts in stacks.items():
-        owner = owns_weights and name == "weight"
-        fusion = ExpertFusion(fusion_weights, experts, owns_weights=owner)
+        owns_weights = place.is_first and name == "weight"
+        fusion = ExpertFusion(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
         original(linear, name).grad = None
     _extend_class(linear, order)
     if isinstance(fusion_weights, MemoryBank):
-        _observe_input(linear, reads_input=reads_input, ends_group=ends_group)
+        _observe_input(linear, place)
 
 
 def detach(linear: nn.Module) -> None:
@@ -184,21 +196,24 @@ def _reset_experts(self: nn.Module) -> None:
         scratch.reset_parameters()
 
 
-def _observe_input(linear: nn.Module, reads_input: bool, ends_group: bool) -> None:
+def _observe_input(linear: nn.Module, place: PlaceInGroup) -> None:
     """Tell the memory bank when the group's forward begins, with its input, and when it ends."""
     cls: Any = type(linear)
     dense_forward = cls.forward
+    projection = projection_of(linear)
+    assert projection is not None
+    feature_dim = projection.feature_dim
 
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         bank = self.parametrizations.weight[0].fusion_weights  # type: ignore[index, union-attr]
-        if reads_input:
-            bank.observe(x)
+        if place.is_first or (place.reads_input and bank.current is None):
+            bank.observe(x.movedim(feature_dim, -1))
         else:
             bank.require_observed()
         try:
             return dense_forward(self, x, *args, **kwargs)
         finally:
-            if ends_group:
+            if place.is_last:
                 bank.release()
 
     cls.forward = forward

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import ExFusionConfig
 from .discovery import FFNGroup
@@ -23,7 +23,8 @@ from .fusion_weights import (
     uniform_weights,
 )
 from .memory_bank import MemoryBank
-from .parametrization import attach, dense_tensors
+from .parametrization import PlaceInGroup, attach, dense_tensors
+from .projections import projection_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,27 +32,25 @@ class GroupPlan:
     """Linears that are to share fusion weights, and what they get.
 
     Args:
-        linears: each linear by its name in the model, in the order in which they run.
+        group: the linears.
         weights: their fusion weights.
         stacks: for each linear's name, the expert stack of each of its tensors.
     """
 
-    linears: Mapping[str, nn.Module]
+    group: FFNGroup
     weights: FusionWeights
     stacks: Mapping[str, Mapping[str, Tensor]]
 
     def carry_out(self) -> None:
         """Parametrize the linears with the stacks."""
-        names = list(self.linears)
-        for fqn, linear in self.linears.items():
-            attach(
-                linear,
-                self.weights,
-                self.stacks[fqn],
-                owns_weights=fqn == names[0],
-                reads_input=fqn == names[0],
-                ends_group=fqn == names[-1],
+        names = list(self.group.linears)
+        for fqn, linear in self.group.linears.items():
+            place = PlaceInGroup(
+                is_first=fqn == names[0],
+                reads_input=fqn in self.group.inputs,
+                is_last=fqn == names[-1],
             )
+            attach(linear, self.weights, self.stacks[fqn], place)
 
 
 def choose_seed(config: ExFusionConfig, generator: torch.Generator | None) -> int:
@@ -77,7 +76,9 @@ def _routed_together(groups: Iterable[FFNGroup], config: ExFusionConfig) -> Iter
     """The groups as they share fusion weights: linear by linear with one router each."""
     for group in groups:
         if config.variant == "mb" and not config.shared_router:
-            yield from (FFNGroup(fqn, {fqn: linear}) for fqn, linear in group.linears.items())
+            yield from (
+                FFNGroup(fqn, {fqn: linear}, (fqn,)) for fqn, linear in group.linears.items()
+            )
         else:
             yield group
 
@@ -90,7 +91,7 @@ def _plan(group: FFNGroup, config: ExFusionConfig, seed: int) -> GroupPlan:
         }
         for fqn, linear in group.linears.items()
     }
-    return GroupPlan(group.linears, _fusion_weights(group, config, seed), stacks)
+    return GroupPlan(group, _fusion_weights(group, config, seed), stacks)
 
 
 def _experts(tensor: Tensor, name: str, config: ExFusionConfig, seed: int) -> Tensor:
@@ -103,7 +104,8 @@ def _experts(tensor: Tensor, name: str, config: ExFusionConfig, seed: int) -> Te
 
 def _fusion_weights(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
     linears = tuple(group.linears.values())
-    weight = linears[0].get_parameter("weight")
+    weight, projection = linears[0].get_parameter("weight"), projection_of(linears[0])
+    assert projection is not None
     device, dtype = weight.device, accumulation_dtype(weight.dtype)
     if config.variant == "sw":
         return StaticWeights(group.name, config, linears)
@@ -113,7 +115,7 @@ def _fusion_weights(group: FFNGroup, config: ExFusionConfig, seed: int) -> Fusio
         group.name,
         config,
         linears,
-        in_features=weight.shape[1],
+        in_features=projection.in_features,
         device=device,
         dtype=dtype,
         generator=named_generator(seed, f"{group.name}.router", device),

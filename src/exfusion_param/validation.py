@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .config import ExFusionConfig
 from .discovery import FFNGroup
 from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
+from .projections import ADAPTED
 
 
 def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusionConfig) -> None:
@@ -27,18 +28,23 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusi
         lambda linear: bool(fused_names(linear)),
         "already wrapped. Call fuse(model) first, or leave them out with filter_fn or layers.",
     )
+    _refuse(
+        linears,
+        lambda linear: ADAPTED in dict(linear.named_children()),
+        "inside an adapter (peft). Merge it first, model.merge_and_unload(), or wrap before peft.",
+    )
     _refuse(linears, is_parametrized, "parametrized by something else. Remove that first.")
     _refuse(
         linears,
         lambda linear: not isinstance(linear.weight, nn.Parameter),
         "without a weight of their own, as FSDP leaves them. Wrap before sharding.",
     )
+    _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
     _refuse(
         linears,
-        lambda linear: isinstance(linear.weight, nn.UninitializedParameter),
-        "lazy, without a shape yet. Run a forward first.",
+        lambda linear: any(type(t.data) is not Tensor for t in dense_tensors(linear).values()),
+        "converted to a tensor subclass, as torchao does. Wrap before converting.",
     )
-    _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
     _refuse(
         linears,
         lambda linear: any(not t.is_floating_point() for t in dense_tensors(linear).values()),

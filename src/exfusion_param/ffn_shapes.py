@@ -1,0 +1,60 @@
+"""The FFNs that are known, as data: the names of their linears, family by family.
+
+A shape names the linears that read the FFN's input and the one that writes its output, relative to
+the module that holds them. It fits where all of them are there and their features fit: D to H, and
+H back to D. An FFN whose first linear makes gate and value in one has 2 H there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class FFNShape:
+    """Names of the linears of an FFN, relative to the module that holds it.
+
+    Args:
+        inputs: those that read the FFN's input, in the order in which they run.
+        output: the one that writes its output.
+        holder: a pattern for the class name of that module, for names that others use too.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    holder: re.Pattern[str] = re.compile("")
+
+
+FFN_SHAPES = (
+    # timm: ViT, DeiT, Swin, PVTv2, BEiT, EVA, CaiT, XCiT, Mixer, TNT, Twins, MaxViT, ConvNeXt;
+    # transformers: ViT, Swin, SegFormer, CLIP, Whisper, BART, OPT, Phi
+    FFNShape(("fc1",), "fc2", re.compile(r"^(?!SEModule|SqueezeExcit)")),
+    FFNShape(("fc1_g", "fc1_x"), "fc2"),  # timm: SwiGLU of EVA-02, DINOv3, AIMv2
+    FFNShape(("w0", "w1"), "w2"),  # timm: ViTamin
+    FFNShape(("conv1",), "conv3", re.compile("^SpatialMlp$")),  # timm: Visformer
+    FFNShape(("linear1",), "linear2"),  # torch.nn's Transformer layers
+    FFNShape(("0",), "3", re.compile("^MLP(Block)?$")),  # torchvision: ViT, Swin
+    FFNShape(("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, ELECTRA, DeBERTa
+    FFNShape(("lin1",), "lin2"),  # DistilBERT
+    FFNShape(("ffn",), "ffn_output"),  # ALBERT
+    FFNShape(("wi",), "wo"),  # T5 v1.0
+    FFNShape(("wi_0", "wi_1"), "wo"),  # T5 v1.1
+    FFNShape(("c_fc",), "c_proj"),  # GPT-2, GPT-Neo
+    FFNShape(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    FFNShape(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
+    FFNShape(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, DINOv2 giant
+    FFNShape(("gate_up_proj",), "down_proj"),  # Phi-3, GLM
+    FFNShape(("up_proj",), "down_proj"),  # MPT, Nemotron
+    FFNShape(("w1", "w3"), "w2"),  # Llama as published
+    FFNShape(("w12",), "w3"),  # DINOv2 as published
+    FFNShape(("dense1",), "dense2"),  # PVT, PVTv2
+    FFNShape(("pwconv1",), "pwconv2", re.compile("^ConvNe[xX]t")),
+    FFNShape(("conv1",), "conv2", re.compile("^PoolFormerOutput$")),
+)
+
+MIXTURES = re.compile(r"Experts$|MoE$|SparseMoe|SparseMoE|SparseMLP|SoftMoE|MoeLayer|MoeBlock")
+"""Class names of layers that hold experts already."""
+
+ATTENTION = re.compile(r"att(entio)?n|query|key|value", re.IGNORECASE)
+"""Names of modules and classes in which a linear is never part of an FFN."""

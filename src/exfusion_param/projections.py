@@ -1,0 +1,48 @@
+"""The modules that are a linear in all but name: what they map, and where their features lie.
+
+`torch.nn.Linear` and its subclasses, convolutions with a kernel of one (their weight is a
+linear's), and the `Conv1D` of transformers' GPT-2, whose weight is (in, out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ADAPTED = "base_layer"
+"""Name of the linear inside of an adapter of peft, which stands in its place and maps the same."""
+
+_TRANSPOSED = "transformers.pytorch_utils.Conv1D"
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A map of features.
+
+    Args:
+        in_features: D of its input.
+        out_features: of its output.
+        feature_dim: dimension of its input that holds the features, counted from the end.
+    """
+
+    in_features: int
+    out_features: int
+    feature_dim: int = -1
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """What a module maps, or None if it is no projection."""
+    if isinstance(module, nn.Linear):
+        return Projection(module.in_features, module.out_features)
+    if isinstance(module, _CONVOLUTIONS):
+        is_pointwise = math.prod(module.kernel_size) == 1 and module.groups == 1
+        dim = -len(module.kernel_size) - 1
+        return Projection(module.in_channels, module.out_channels, dim) if is_pointwise else None
+    if any(f"{cls.__module__}.{cls.__qualname__}" == _TRANSPOSED for cls in type(module).__mro__):
+        return Projection(module.nx, module.nf)  # type: ignore[arg-type]
+    if (adapted := dict(module.named_children()).get(ADAPTED)) is not None:
+        return projection_of(adapted)
+    return None

@@ -1,0 +1,90 @@
+"""FFN discovery over architectures of timm and transformers, and over unknown ones."""
+
+from pathlib import Path
+
+import coverage
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import exfusion_param as exf
+from exfusion_param.discovery import find_ffns
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "coverage.md"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own code
+def test_every_ffn_of_every_architecture_is_found_and_the_document_says_so() -> None:
+    rows = list(coverage.rows())
+    assert len(rows) >= 60
+    assert [row for row in rows if not row.is_covered] == []
+    assert coverage.table(rows) == DOCUMENT.read_text()
+
+
+def found(model: nn.Module) -> list[list[str]]:
+    return [list(group.linears) for group in find_ffns(model)]
+
+
+class Nested(nn.Module):
+    """A gated FFN as many write it: value and gate from one linear, inside of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.ModuleDict({"proj": nn.Linear(8, 64)}), nn.Linear(32, 8))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)
+
+
+class MultiQueryAttention(nn.Module):
+    """Wider inside than outside, as an FFN is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(8, 32), nn.Linear(32, 8)
+
+
+UNKNOWN = [
+    (nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(), nn.Linear(32, 8)), ["0", "3"]),
+    (Nested(), ["net.0.proj", "net.1"]),
+    (Gated(), ["a", "b", "c"]),
+    (nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 10)), None),  # a classifier
+    (nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8)), None),  # an adapter
+    (nn.ModuleList([nn.Linear(8, 32), nn.Linear(32, 8)]), None),  # need not run in turn
+    (MultiQueryAttention(), None),
+    (nn.MultiheadAttention(8, 2), None),
+    (nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1)), None),  # convolutions need a name
+]
+
+
+@pytest.mark.parametrize(("ffn", "expected"), UNKNOWN)
+def test_structure_tells_ffns_from_what_only_looks_like_one(
+    ffn: nn.Module, expected: list[str] | None
+) -> None:
+    block = nn.ModuleDict({"part": ffn, "other": nn.Linear(8, 8)})
+    names = [] if expected is None else [[f"part.{name}" for name in expected]]
+    assert found(block) == names
+
+
+def test_every_linear_of_a_whole_model_outside_of_its_ffns_is_left_alone() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForMaskedLM.from_config(transformers.BertConfig())
+    chosen = {name for group in find_ffns(model) for name in group.linears}
+    expected = {
+        f"bert.encoder.layer.{i}.{part}.dense"
+        for i in range(12)
+        for part in ("intermediate", "output")
+    }
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "switch_transformers"])
+def test_mixtures_of_experts_are_refused_by_name(name: str) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name))
+    with pytest.raises(ValueError, match="is a mixture of experts already: .* filter_fn"):
+        exf.wrap(model)
