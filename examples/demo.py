@@ -110,6 +110,8 @@ def facts(settings: Settings, check: str) -> dict[str, str]:
 
 def main(settings: Settings) -> None:
     """Train, ship and report."""
+    seed = settings.exfusion.seed or 0  # the control needs the same draws
+    settings = dataclasses.replace(settings, exfusion=settings.exfusion.replace(seed=seed))
     data = load(settings.data, settings.image_size, limit=200 if settings.smoke else None)
     if settings.smoke:
         settings = dataclasses.replace(settings, epochs=2, batch_size=20, save_every=4)

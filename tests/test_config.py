@@ -38,6 +38,7 @@ def test_layers_survive_json_as_a_tuple() -> None:
         ({"fuse_on": "never"}, ValueError, "fuse_on must be one of forward, got 'never'"),
         ({"upcycle_noise": -1}, ValueError, "upcycle_noise must be >= 0 and finite, got -1"),
         ({"upcycle_noise": float("inf")}, ValueError, "upcycle_noise must be >= 0 and finite"),
+        ({"drop_ratio": 0}, ValueError, r"drop_ratio must be in \(0, 1\], got 0. .*upcycle"),
         ({"shared_router": 1}, TypeError, "shared_router must be a bool, got 1"),
         ({"layers": 3}, TypeError, "layers must be a sequence of ints or None, got 3"),
         ({"layers": "01"}, TypeError, "layers must be a sequence of ints or None, got '01'"),

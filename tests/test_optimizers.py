@@ -62,8 +62,14 @@ def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
 def test_globs_exempt_more_and_a_negative_decay_is_refused() -> None:
     model = exf.wrap(FFNs(depth=1))
     assert "head.weight" in names_by_decay(model, no_weight_decay=["head.*", "*.router"])[0.0]
-    with pytest.raises(ValueError, match=r"weight_decay must be >= 0, got -0.1"):
-        exf.param_groups(model, -0.1)
+    assert names_by_decay(model, no_weight_decay="*.router")[0.05]
+    exempt = names_by_decay(model, no_weight_decay=["blocks.0.fc1.weight"])[0.0]
+    assert "blocks.0.fc1.parametrizations.weight.original" in exempt
+    with pytest.raises(ValueError, match="glob '.*routers' in no_weight_decay matches no param"):
+        exf.param_groups(model, 0.1, no_weight_decay=["*.routers"])
+    for decay in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="weight_decay must be >= 0, got"):
+            exf.param_groups(model, decay)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_an_optimizer_without_the_fusion_weights_warns_once(variant: str) -> Non
     exf.wrap(model, variant=variant)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(4):
+        for _ in range(25):
             loss_of(model, inputs().float()).backward()
             optimizer.step()
     messages = [str(warning.message) for warning in caught]
@@ -118,10 +124,53 @@ def test_fusion_weights_in_an_optimizer_of_their_own_do_not_warn() -> None:
     routers = [p for name, p in model.named_parameters() if name in own]
     rest = [p for name, p in model.named_parameters() if name not in own]
     optimizers = torch.optim.SGD(rest, lr=0.1), torch.optim.SGD(routers, lr=0.01)
-    for _ in range(4):
+    for _ in range(25):
         loss_of(model, inputs().float()).backward()
         for optimizer in optimizers:
             optimizer.step()
+
+
+def test_an_optimizer_for_each_kind_of_parameter_does_not_warn() -> None:
+    model = exf.wrap(FFNs())
+    kinds: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        kinds.setdefault(name.rsplit(".", 2)[-2], []).append(parameter)
+    optimizers = [torch.optim.SGD(parameters, lr=0.1) for parameters in kinds.values()]
+    assert len(optimizers) > 3
+    for _ in range(12):
+        loss_of(model, inputs().float()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_muon_takes_the_dense_matrices_and_another_optimizer_the_stacks() -> None:
+    model = exf.wrap(FFNs(), variant="dw")
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon(model.parameters())
+    matrices = [p for n, p in model.named_parameters() if n.endswith(".weight")]
+    rest = [p for n, p in model.named_parameters() if not n.endswith(".weight")]
+    optimizers = torch.optim.Muon(matrices), torch.optim.AdamW(rest)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss_of(model, inputs().float()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not any(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("variant", "spread"), [("sw", 1e-5), ("dw", 0.05), ("mb", 0.1)])
+def test_under_adamw_the_experts_move_almost_alike(variant: str, spread: float) -> None:
+    model = exf.wrap(FFNs(dim=8, hidden=16), variant=variant, bank_init="uniform", seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    stack = model.blocks[0].fc1.parametrizations.weight.original
+    start = stack.detach().clone()
+    for step in range(100):
+        optimizer.zero_grad()
+        loss_of(model, inputs(8, seed=step).float()).backward()
+        optimizer.step()
+    moved = stack.detach() - start
+    mean = moved.mean(0)
+    assert mean.norm() > 0.1
+    assert (moved - mean).norm(dim=(1, 2)).mean() / mean.norm() < spread
 
 
 def test_adafactors_factored_state_is_not_taken_for_stale() -> None:

@@ -34,6 +34,7 @@ def test_public_names_are_frozen() -> None:
         "metrics",
         "param_groups",
         "summarize",
+        "token_mask",
         "wrap",
     ]
     assert all(hasattr(exfusion_param, name) for name in exfusion_param.__all__)

@@ -138,6 +138,15 @@ def test_wrap_names_what_is_no_config() -> None:
         exf.wrap(FFNs(), experts=4)
 
 
+def test_arguments_of_the_wrong_kind_are_named() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got NoneType"):
+        exf.wrap(None)
+    with pytest.raises(TypeError, match="filter_fn must be a function or globs, got 5"):
+        exf.wrap(FFNs(), filter_fn=5)
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of inference_mode"):
+        exf.wrap(FFNs())
+
+
 def test_running_out_of_memory_leaves_the_model_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = FFNs(), []
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from models import FFNs, inputs, loss_of
+from torch import nn
 
 import exfusion_param as exf
 from exfusion_param import plotting
@@ -84,6 +85,38 @@ def test_expert_distance_is_relative_to_the_mean_expert() -> None:
         for linear in (model.blocks[0].fc1, model.blocks[0].fc2):
             linear.parametrizations.weight.original.fill_(5.0)
     assert exf.metrics(model)["expert_distance/blocks.0"] == 0
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = FFNs(), FFNs()
+
+
+def test_parts_that_were_wrapped_apart_are_reported_by_their_names_in_the_whole() -> None:
+    model = TwoTowers()
+    exf.wrap(model.image, variant="dw", num_experts=3)
+    exf.wrap(model.text, variant="sw", num_experts=5)
+    summary = exf.summarize(model)
+    assert summary.num_groups == 4
+    assert [config.num_experts for config in summary.configs] == [3, 5]
+    assert [linear.num_experts for linear in summary.linears] == [3] * 4 + [5] * 4
+    assert "dw, 3 experts and sw, 5 experts: 8 linears in 4 FFN groups" in str(summary)
+    groups = {name.split("/")[1] for name in exf.metrics(model)}
+    assert groups == {f"{part}.blocks.{i}" for part in ("image", "text") for i in range(2)}
+    assert {name.split("/")[1] for name in exf.metrics(model.text)} == {"blocks.0", "blocks.1"}
+
+
+def test_a_dry_run_leaves_the_draws_to_wrap() -> None:
+    stacks = []
+    for dry in (True, False):
+        torch.manual_seed(0)
+        model = FFNs()
+        if dry:
+            exf.summarize(model)
+        exf.wrap(model)
+        stacks.append(model.blocks[0].fc1.parametrizations.weight.original)
+    assert torch.equal(*stacks)
 
 
 def test_metrics_change_nothing() -> None:

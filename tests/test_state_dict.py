@@ -27,6 +27,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 @given(config=configs())
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.filterwarnings("ignore:The memory bank of")
 def test_fused_state_dict_is_that_of_the_fused_model(config: ExFusionConfig, bias: bool) -> None:
     model = exf.wrap(FFNs(bias=bias), config)
     model(inputs().float())  # a training forward does not show
@@ -34,9 +35,6 @@ def test_fused_state_dict_is_that_of_the_fused_model(config: ExFusionConfig, bia
     state = exf.fused_state_dict(model)
     assert_unchanged(model, before)
     assert list(state) == list(FFNs(bias=bias).state_dict())
-    for weights in model.modules():  # fuse would warn
-        if hasattr(weights, "bank") and not weights.bank.any():
-            return
     fused = exf.fuse(model).state_dict()
     assert list(state) == list(fused)
     assert all(torch.equal(state[name], fused[name]) for name in fused)
@@ -197,3 +195,54 @@ def test_training_resumes_exactly_from_a_checkpoint(config: ExFusionConfig) -> N
     stepper.load_state_dict(saved[1])
     train(resumed, stepper, range(3, 6))
     assert_unchanged(resumed, model.state_dict())
+
+
+def test_a_bank_of_zeros_warns_where_it_leaves_nothing_of_the_weights() -> None:
+    model = exf.wrap(FFNs())
+    with pytest.warns(UserWarning, match='2 FFN groups .* still zero, .* bank_init="uniform"'):
+        exf.load_dense_state_dict(model, FFNs().state_dict())
+    with pytest.warns(UserWarning, match="still zero"):
+        exf.fused_state_dict(model)
+
+
+def test_what_a_partial_checkpoint_does_not_speak_of_keeps_its_fused_value() -> None:
+    model = exf.wrap(FFNs(), variant="dw")
+    with torch.no_grad():
+        weights = model.blocks[0].fc1.parametrizations.weight[0].fusion_weights.weights
+        weights.copy_(torch.tensor([3.0, -1.0, 0.0, 0.5]))
+    before = exf.fused_state_dict(model)
+    given = {"blocks.0.fc1.weight": torch.randn(6, 4)}
+    keys = exf.load_dense_state_dict(model, given, strict=False)
+    assert set(keys.missing_keys) == set(before) - set(given)
+    for name, value in exf.fused_state_dict(model).items():
+        torch.testing.assert_close(value, given.get(name, before[name]))
+
+
+def test_the_generator_of_a_dense_load_draws_the_routers_too() -> None:
+    states = []
+    for _ in range(2):
+        model = exf.wrap(FFNs(), bank_init="uniform")
+        generator = torch.Generator().manual_seed(1)
+        exf.load_dense_state_dict(model, FFNs().state_dict(), generator=generator)
+        states.append({k: v for k, v in model.state_dict().items() if "router" in k})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_stack_of_biases_of_another_number_is_refused_too() -> None:
+    model = exf.wrap(FFNs(), variant="sw")
+    state = {
+        name: torch.cat([value, value]) if name.endswith("bias.original") else value
+        for name, value in model.state_dict().items()
+    }
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="bias.original holds 8 experts, the model 4"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+def test_a_model_of_which_a_part_was_fused_or_replaced_loads_its_own_checkpoint() -> None:
+    model = exf.wrap(FFNs(), variant="sw")
+    exf.fuse(model.blocks[0])
+    model.load_state_dict(model.state_dict())
+    model.blocks[1] = FFNs().blocks[1]
+    model.load_state_dict(model.state_dict())

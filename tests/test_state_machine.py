@@ -174,4 +174,4 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 Lifecycle.TestCase.settings = settings(stateful_step_count=20)
-TestLifecycle = Lifecycle.TestCase
+TestLifecycle = pytest.mark.filterwarnings("ignore:The memory bank of")(Lifecycle.TestCase)

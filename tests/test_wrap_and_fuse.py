@@ -135,7 +135,7 @@ def test_layers_choose_ffn_groups(layers: tuple[int, ...] | None, wrapped: list[
 
 def test_a_config_and_fields_together() -> None:
     model = exf.wrap(FFNs(), ExFusionConfig(num_experts=8, variant="sw"), variant="dw")
-    assert exf.summarize(model).config == ExFusionConfig(num_experts=8, variant="dw")
+    assert exf.summarize(model).configs == (ExFusionConfig(num_experts=8, variant="dw"),)
 
 
 def test_parameters_keep_their_identity_so_that_references_stay_valid() -> None:
@@ -170,7 +170,7 @@ def test_fusing_a_part_leaves_the_rest_wrapped() -> None:
 
 def test_an_untrained_bank_of_zeros_is_fused_with_a_warning() -> None:
     model = exf.wrap(FFNs())
-    with pytest.warns(UserWarning, match=r"memory bank of 2 FFN groups .* Train before fuse\(\)"):
+    with pytest.warns(UserWarning, match=r"memory bank of 2 FFN groups .* Train first"):
         exf.fuse(model)
     assert not model.blocks[0].fc1.weight.any()
 

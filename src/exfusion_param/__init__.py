@@ -16,6 +16,7 @@ from .metrics import metrics
 from .optim import param_groups
 from .state_dict import fused_state_dict, load_dense_state_dict
 from .summary import Summary, summarize
+from .token_mask import token_mask
 
 __version__ = "0.1.0"
 
@@ -28,5 +29,6 @@ __all__ = [
     "metrics",
     "param_groups",
     "summarize",
+    "token_mask",
     "wrap",
 ]

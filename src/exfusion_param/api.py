@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 
 from .config import ExFusionConfig
 from .discovery import Filter, select_groups
-from .fusion_weights import FusionWeights
-from .parametrization import detach, fusion_weights_of, wrapped_linears
+from .fusion_weights import warn_of_empty_banks
+from .memory_bank import MemoryBank
+from .parametrization import detach, groups_of, wrapped_linears
 from .planning import choose_seed, plan_groups
 from .state_dict import guard_loading
 from .validation import check_fusable, check_wrappable
@@ -48,6 +49,10 @@ def wrap(
         ValueError: a field is out of range, nothing matched, or a linear cannot be wrapped (tied,
             frozen, sharded, wrapped already, not floating). The model is then unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
     config = resolve_config(config, fields)
     groups = select_groups(model, filter_fn, config.layers)
     check_wrappable(model, groups, config)
@@ -55,6 +60,11 @@ def wrap(
     for plan in plans:
         plan.carry_out()
         guard_loading(model, plan.weights, plan.group.linears)
+    if "transformers" in sys.modules:  # else the model is none of its
+        from .integrations.transformers import follow_attention_masks
+
+        banks = [plan.weights for plan in plans if isinstance(plan.weights, MemoryBank)]
+        follow_attention_masks(model, banks)
     _warn_of_bank(config)
     return model
 
@@ -76,11 +86,11 @@ def fuse(model: Model) -> Model:
             is then unchanged.
     """
     linears = wrapped_linears(model)
-    groups = set(map(fusion_weights_of, linears.values()))
+    groups = groups_of(model)
     for weights in groups:
         weights.release()
     check_fusable(model, linears)
-    _warn_of_empty_banks(groups)
+    warn_of_empty_banks(groups)
     for weights in groups:
         weights.retire()
     for linear in linears.values():
@@ -98,7 +108,7 @@ def resolve_config(config: ExFusionConfig | None, fields: dict[str, Any]) -> ExF
 def _warn_of_bank(config: ExFusionConfig) -> None:
     if config.variant != "mb":
         return
-    if config.expert_init == "upcycle" and config.bank_init == "zeros":
+    if config.expert_init != "independent" and config.bank_init == "zeros":
         warnings.warn(
             "Upcycled experts under a memory bank of zeros: the model forgets what it was "
             'pretrained for while the bank fills. Use bank_init="uniform".',
@@ -116,12 +126,3 @@ def _world_size() -> int:
     distributed = torch.distributed
     is_running = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if is_running else 1
-
-
-def _warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:
-    if empty := sorted(weights.group for weights in groups if weights.is_empty()):
-        warnings.warn(
-            f"The memory bank of {len(empty)} FFN groups ({empty[0]!r} first) is still zero, and "
-            'so are their fused weights. Train before fuse(), or wrap with bank_init="uniform".',
-            stacklevel=3,
-        )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 Variant = Literal["sw", "dw", "mb"]
-ExpertInit = Literal["independent", "upcycle"]
+ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 BankInit = Literal["zeros", "uniform"]
 FuseOn = Literal["forward"]
 
@@ -35,8 +35,11 @@ class ExFusionConfig:
             linear, on that linear's own input (Table IX). `"mb"` only.
         expert_init: `"independent"`: expert 0 keeps the model's own weight, the others are fresh
             draws of the same distribution; `"upcycle"`: every expert is the model's weight plus
-            noise that leaves the fused weight as it was, for pretrained models.
+            noise that leaves the fused weight as it was, for pretrained models; `"drop_upcycle"`:
+            every expert is the model's weight, but for a share of the FFN's hidden units that are
+            drawn anew (arXiv 2502.19261).
         upcycle_noise: standard deviation of that noise, as a share of the weight's own.
+        drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
         bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,
             needed for pretrained weights). `"mb"` only.
         fuse_on: when the weights are fused; `"forward"` is at each use, as in the paper.
@@ -55,6 +58,7 @@ class ExFusionConfig:
     shared_router: bool = True
     expert_init: ExpertInit = "independent"
     upcycle_noise: float = 0.1
+    drop_ratio: float = 0.5
     bank_init: BankInit = "zeros"
     fuse_on: FuseOn = "forward"
     layers: tuple[int, ...] | None = None
@@ -86,6 +90,12 @@ class ExFusionConfig:
         _check_type("upcycle_noise", self.upcycle_noise, int, float)
         if not 0 <= self.upcycle_noise < float("inf"):
             raise ValueError(f"upcycle_noise must be >= 0 and finite, got {self.upcycle_noise}.")
+        _check_type("drop_ratio", self.drop_ratio, int, float)
+        if not 0 < self.drop_ratio <= 1:
+            raise ValueError(
+                f"drop_ratio must be in (0, 1], got {self.drop_ratio}. "
+                'For no new draws use expert_init="upcycle".'
+            )
         if not isinstance(self.shared_router, bool):
             raise TypeError(f"shared_router must be a bool, got {self.shared_router!r}.")
         if self.seed is not None:

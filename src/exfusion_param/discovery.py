@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -53,6 +53,8 @@ def select_groups(
             no shape yet, or the model is a mixture of experts and no filter chooses among its
             linears.
     """
+    if not (filter_fn is None or callable(filter_fn) or isinstance(filter_fn, Iterable)):
+        raise TypeError(f"filter_fn must be a function or globs, got {filter_fn!r}.")
     linears = candidate_linears(model)
     _refuse_lazy(linears)
     if filter_fn is None:

@@ -1,6 +1,6 @@
 """How an expert stack starts from a dense tensor, and what seeds its draws.
 
-Both starts work on any tensor of a linear, weight (out, in) or bias (out,), and return the stack
+Every start works on any tensor of a linear, weight (out, in) or bias (out,), and returns the stack
 (N, out, in) or (N, out). A tensor on the meta device yields a stack on the meta device.
 """
 
@@ -74,6 +74,35 @@ def upcycled_experts(
     experts = scale * torch.randn(shape, generator=generator, device=tensor.device, dtype=dtype)
     experts += (dense - torch.tensordot(weights, experts, dims=1)) / weights.sum()
     return experts.to(tensor.dtype)
+
+
+def drop_upcycled_experts(
+    tensor: Tensor, dim: int, units: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Every expert is `tensor`, but for some hidden units drawn anew (arXiv 2502.19261).
+
+    New entries are normal with the mean and standard deviation of `tensor`. The fused tensor is
+    another one, so that the function changes; the experts differ from the start.
+
+    Args:
+        tensor: shape (*S).
+        dim: dimension of `tensor` that runs over the hidden units.
+        units: for each of N experts the units to draw anew, shape (N, K).
+        generator: on the device of `tensor`; None takes torch's global one.
+
+    Returns:
+        The stack, shape (N, *S).
+    """
+    experts = tensor.detach().repeat(len(units), *[1] * tensor.ndim)
+    if tensor.is_meta:
+        return experts
+    deviation, mean = torch.std_mean(tensor.detach(), correction=0)
+    for expert, drawn in zip(experts, units.to(tensor.device), strict=True):
+        shape = [*expert.shape]
+        shape[dim] = len(drawn)
+        noise = torch.randn(shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+        expert.index_copy_(dim, drawn, mean + deviation * noise)
+    return experts
 
 
 def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator | None:

@@ -36,7 +36,7 @@ def fuse(experts: Tensor, weights: Tensor) -> Tensor:
         )
 
 
-def route(x: Tensor, router: Tensor) -> Tensor:
+def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
     """The current fusion weights, `w = mean over tokens and samples of softmax(G(x))` (Eq. 10).
 
     The softmax is taken for each token and the mean after it, which is how the paper reads.
@@ -44,13 +44,20 @@ def route(x: Tensor, router: Tensor) -> Tensor:
     Args:
         x: input of the FFN, shape (..., D), at least one token.
         router: weight of `G`, shape (N, D).
+        mask: shape (...), true or non-zero where a token counts; None counts all, and so does a
+            mask that leaves none.
 
     Returns:
         `w`, shape (N,), summing to one, in the dtype of `router`.
     """
     with _without_autocast(x.device):
         logits = F.linear(x.to(router.dtype), router)  # (..., N)
-        return logits.softmax(dim=-1).flatten(0, -2).mean(dim=0)
+        shares = logits.softmax(dim=-1).reshape(-1, len(router))  # (tokens, N)
+        if mask is None:
+            return shares.mean(dim=0)
+        counts = (mask != 0).flatten().to(shares.dtype)  # (tokens,)
+        counts = torch.where(counts.any(), counts, torch.ones_like(counts))
+        return (counts / counts.sum()) @ shares
 
 
 def update_bank(bank: Tensor, weights: Tensor, momentum: float) -> Tensor:

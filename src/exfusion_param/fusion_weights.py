@@ -8,7 +8,8 @@ variant, the memory bank, is in memory_bank.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,16 +26,20 @@ class FusionWeights(nn.Module):
     """What all variants share. Calling the module gives the `w` to fuse with now.
 
     Args:
-        group: name of the FFN group, its FFN's name in the model.
+        group: name of the FFN group, its FFN's name in the model that was wrapped.
+        first_linear: name of the first linear within the FFN.
         config: the settings of the parametrization.
         linears: the linears that fuse with these weights.
     """
 
     linears: Linears
 
-    def __init__(self, group: str, config: ExFusionConfig, linears: Linears) -> None:
+    def __init__(
+        self, group: str, first_linear: str, config: ExFusionConfig, linears: Linears
+    ) -> None:
         super().__init__()
         self.group = group
+        self.first_linear = first_linear
         self.config = config
         self.handles: list[RemovableHandle] = []  # of hooks that serve this group
         # Kept out of the submodules: the linears own this module, not the reverse.
@@ -49,8 +54,12 @@ class FusionWeights(nn.Module):
         """The fusion weights to fuse with now, shape (N,)."""
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        """Start anew, as `wrap` does."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Start anew, as `wrap` does.
+
+        Args:
+            generator: draws a router; None takes torch's global one.
+        """
 
     def start(self) -> Tensor:
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""
@@ -110,16 +119,17 @@ class LearnedWeights(FusionWeights):
     def __init__(
         self,
         group: str,
+        first_linear: str,
         config: ExFusionConfig,
         linears: Linears,
         *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(group, config, linears)
+        super().__init__(group, first_linear, config, linears)
         self.weights = nn.Parameter(uniform_weights(config.num_experts, device, dtype))
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the weights to 1/N."""
         nn.init.constant_(self.weights, 1 / self.config.num_experts)
 
@@ -131,3 +141,13 @@ class LearnedWeights(FusionWeights):
 def uniform_weights(num_experts: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """1/N for each of N experts, shape (N,)."""
     return torch.full((num_experts,), 1 / num_experts, device=device, dtype=dtype)
+
+
+def warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:
+    """Warn if what is about to be shipped or loaded is multiplied by zero."""
+    if empty := sorted(weights.group for weights in groups if weights.is_empty()):
+        warnings.warn(
+            f"The memory bank of {len(empty)} FFN groups ({empty[0]!r} first) is still zero, and "
+            'so are their fused weights. Train first, or wrap with bank_init="uniform".',
+            stacklevel=3,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class MemoryBank(FusionWeights):
 
     Args:
         group: name of the FFN group.
+        first_linear: name of the first linear within the FFN.
         config: the settings of the parametrization.
         linears: the linears that fuse with these weights.
         in_features: D, features of the FFN's input.
@@ -37,6 +39,7 @@ class MemoryBank(FusionWeights):
     def __init__(
         self,
         group: str,
+        first_linear: str,
         config: ExFusionConfig,
         linears: Linears,
         *,
@@ -45,28 +48,30 @@ class MemoryBank(FusionWeights):
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(group, config, linears)
+        super().__init__(group, first_linear, config, linears)
         shape = (config.num_experts, in_features)
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
         self.pending = PendingMean()
+        self.is_bypassed = False
         self.current: Tensor | None = None
+        self.token_mask: Tensor | None = None  # of the running forward, see token_mask.py
         self.reset_parameters(generator)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: all but the running forward's graph."""
-        return self.__dict__ | {"current": None}
+        return self.__dict__ | {"current": None, "token_mask": None}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
 
         A zero router gives 1/N, so that an upcycled model is unchanged in training as in eval.
         """
-        if self.config.expert_init == "upcycle":
-            nn.init.zeros_(self.router)
-        else:
+        if self.config.expert_init == "independent":
             bound = 1 / math.sqrt(self.router.shape[1])
             nn.init.uniform_(self.router, -bound, bound, generator=generator)
+        else:
+            nn.init.zeros_(self.router)
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
         nn.init.constant_(self.bank, start)
         self.pending.take()
@@ -74,7 +79,7 @@ class MemoryBank(FusionWeights):
 
     def forward(self) -> Tensor:
         """In a training forward the moved bank, otherwise the bank, shape (N,)."""
-        return self.bank if self.current is None else self.current
+        return self.current if self.training and self.current is not None else self.bank
 
     def start(self) -> Tensor:
         """The bank scaled to sum one, or 1/N while it is empty, shape (N,)."""
@@ -85,12 +90,13 @@ class MemoryBank(FusionWeights):
 
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
+        self.current = None
         if not self.training:
             return
         if x.numel() == 0:  # no token, no vote
-            self.current = self.bank
+            self.current = self.bank.clone().requires_grad_(torch.is_grad_enabled())
             return
-        weights = functional.route(x, self.router)
+        weights = functional.route(x, self.router, self._mask_for(x))
         anchor = self._anchor()
         if torch.is_grad_enabled() and anchor is not None:
             if not torch.compiler.is_compiling():  # a hook on a parameter cannot be traced
@@ -98,12 +104,25 @@ class MemoryBank(FusionWeights):
             weights = self.pending.mark(weights)
         self.current = functional.update_bank(self.bank, weights, self.config.momentum)
 
+    def _mask_for(self, x: Tensor) -> Tensor | None:
+        """The token mask if it speaks of the tokens of x, also where these are in one dimension."""
+        mask = self.token_mask
+        if mask is None or mask.numel() * x.shape[-1] != x.numel():
+            return None
+        return mask
+
     def require_observed(self) -> None:
-        """Raise if a linear of the group runs in training before the one whose input is routed."""
-        if self.training and self.current is None:
+        """Raise if a linear of the group trains without the one whose input is routed."""
+        if not self.training:
+            return
+        has_graph = self.current is not None and (
+            self.current.requires_grad or not torch.is_grad_enabled() or self._anchor() is None
+        )
+        if not has_graph:
             raise RuntimeError(
-                f"A linear of {self.group!r} ran before the one whose input its shared router "
-                "reads. Give each linear a router of its own: wrap(model, shared_router=False)."
+                f"A linear of {self.group!r} ran without the one whose input its shared router "
+                "reads: before it, or outside of its checkpoint. Checkpoint the whole FFN, or give "
+                "each linear a router of its own: wrap(model, shared_router=False)."
             )
 
     def release(self) -> None:
@@ -126,9 +145,22 @@ class MemoryBank(FusionWeights):
         self.pending.follow(self._anchor())
         weights = self.pending.take()
         if weights is None:
+            self._warn_if_bypassed()
             return
         moved = functional.update_bank(self.bank, weights, self.config.momentum)
         self.bank.copy_(moved if skipped is None else torch.where(skipped, self.bank, moved))
+
+    def _warn_if_bypassed(self) -> None:
+        if self.pending.has_counted or self.is_bypassed:
+            return
+        if any(stack.grad is not None for stack in self.expert_stacks()):
+            self.is_bypassed = True
+            warnings.warn(
+                f"The experts of {self.group!r} have gradients, but its router has seen no input: "
+                "the model reads their weights without calling the linears, and the memory bank "
+                'stays as it is. Use variant="sw" or "dw".',
+                stacklevel=2,
+            )
 
     def _anchor(self) -> nn.Parameter | None:
         """A trainable parameter of the group, or None if all are frozen."""

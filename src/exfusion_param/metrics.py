@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .functional import accumulation_dtype
 from .memory_bank import MemoryBank
-from .parametrization import fusion_weights_of, original, wrapped_linears
+from .parametrization import groups_of, original
 
 
 @torch.no_grad()
@@ -31,12 +31,12 @@ def metrics(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: nothing is wrapped.
     """
-    linears = wrapped_linears(model).values()
-    if not linears:
+    groups = groups_of(model)
+    if not groups:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to measure.")
-    groups = {weights.group: weights for weights in map(fusion_weights_of, linears)}
     values: dict[str, Tensor] = {}
-    for name, weights in groups.items():
+    for weights, name in groups.items():
+        weights.release()
         fusing = weights().float()
         values |= {f"fusion_weights/{name}/{i}": weight for i, weight in enumerate(fusing)}
         values[f"entropy/{name}"] = entropy = _entropy(fusing)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,7 +25,8 @@ def param_groups(
     Args:
         model: a wrapped or a dense model.
         weight_decay: of the weights.
-        no_weight_decay: globs for the names of more parameters that are not to decay. Those that
+        no_weight_decay: globs for the names of more parameters that are not to decay; a stack has
+            its dense name too, such as "blocks.0.mlp.fc1.weight". Those that
             `model.no_weight_decay()` lists, as timm's models do, never decay.
 
     Returns:
@@ -32,11 +34,13 @@ def param_groups(
         no group that is empty.
 
     Raises:
-        ValueError: `weight_decay` is negative.
+        ValueError: `weight_decay` is negative, or a glob matches no parameter.
     """
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
-    skipped = [*no_weight_decay, *_declared_by(model)]
+    asked = [no_weight_decay] if isinstance(no_weight_decay, str) else list(no_weight_decay)
+    _refuse_unmatched(model, asked)
+    skipped = [*asked, *_declared_by(model)]
     exempt = _stacked_biases(model) | _learned_fusion_weights(model)
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -44,7 +48,7 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         is_vector = parameter.ndim <= 1 or name.endswith(".bias")
-        is_skipped = any(fnmatchcase(name, glob) for glob in skipped)
+        is_skipped = any(_matches(name, glob) for glob in skipped)
         is_exempt = is_vector or is_skipped or id(parameter) in exempt
         (no_decay if is_exempt else decay).append(parameter)
     groups: tuple[dict[str, Any], ...] = (
@@ -52,6 +56,18 @@ def param_groups(
         {"params": decay, "weight_decay": weight_decay},
     )
     return [group for group in groups if group["params"]]
+
+
+def _matches(name: str, glob: str) -> bool:
+    dense_name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
+    return fnmatchcase(name, glob) or fnmatchcase(dense_name, glob)
+
+
+def _refuse_unmatched(model: nn.Module, globs: Iterable[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for glob in globs:
+        if not any(_matches(name, glob) for name in names):
+            raise ValueError(f"The glob {glob!r} in no_weight_decay matches no parameter.")
 
 
 def _declared_by(model: nn.Module) -> Collection[str]:

@@ -152,6 +152,18 @@ def fusion_weights_of(linear: nn.Module) -> FusionWeights:
     return weights
 
 
+def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
+    """The fusion weights of a model's wrapped linears, each with its FFN group's name in it."""
+    names: dict[FusionWeights, str] = {}
+    for fqn, linear in wrapped_linears(model).items():
+        weights = fusion_weights_of(linear)
+        if linear is weights.linears[0]:
+            names[weights] = fqn.removesuffix(weights.first_linear).rstrip(".")
+        else:
+            names.setdefault(weights, weights.group)
+    return names
+
+
 def fused_names(linear: nn.Module) -> list[str]:
     """The names of the tensors that are fused, such as ["weight", "bias"]."""
     if not parametrize.is_parametrized(linear):
@@ -204,14 +216,15 @@ def _observe_input(linear: nn.Module, place: PlaceInGroup) -> None:
     assert projection is not None
     feature_dim = projection.feature_dim
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
         bank = self.parametrizations.weight[0].fusion_weights  # type: ignore[index, union-attr]
         if place.is_first or (place.reads_input and bank.current is None):
             bank.observe(x.movedim(feature_dim, -1))
         else:
             bank.require_observed()
         try:
-            return dense_forward(self, x, *args, **kwargs)
+            return dense_forward(self, *args, **kwargs)
         finally:
             if place.is_last:
                 bank.release()

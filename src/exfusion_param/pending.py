@@ -3,23 +3,28 @@
 Note [Statistics follow the gradient]
 The bank moves once per optimizer step, by the mean of the current fusion weights `w` of all
 micro-batches. A training loop may run forwards that no step applies: a forward without a backward,
-activation checkpointing's second forward, a micro-batch whose gradient is thrown away because a
-GradScaler skipped the step. So `w` is not counted when it is computed but when the gradient flows
-back through it, and what was counted is dropped when the gradient it belongs to has been dropped.
+activation checkpointing's second forward, a backward that fails or whose gradient goes elsewhere
+(`autograd.grad`) or is thrown away because a GradScaler skipped the step. So `w` is not counted
+when it is computed but with the gradient that flows back through it:
 
-- `mark` is an identity on `w` whose backward counts `w`. Under activation checkpointing exactly one
+- `mark` is an identity on `w` whose backward notes `w`. Under activation checkpointing exactly one
   of the two forwards is differentiated, reentrant or not.
+- What one backward has noted counts when that backward writes the gradient of the anchor, one
+  parameter of the group. If the anchor's gradient was reset since the last backward, what was
+  counted before is dropped: it is None now, or it is zero and was not.
 - `mark` and its backward are custom operators, opaque to torch.compile: the graph calls them, and
   the Python code in them runs each time, in eager and compiled mode alike.
-- One parameter of the group, the anchor, tells whether gradients were reset since the last
-  backward: its `.grad` is then None, or zero. `_settled` tells that from a gradient that the
-  running backward has yet to write.
+
+Backwards are told apart by `torch._C._current_graph_task_id`, the one private name of torch that
+the package uses; torch's own activation checkpointing has no other means either.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,14 +35,31 @@ _live: weakref.WeakValueDictionary[int, PendingMean] = weakref.WeakValueDictiona
 _serial_numbers = itertools.count()
 
 
+@dataclasses.dataclass
+class _Backward:
+    """What one backward has noted.
+
+    Args:
+        kept: of what was counted before it, shape (N + 1,), or None.
+        noted: the sum of its w and how many it sums, shape (N + 1,), or None.
+        has_settled: whether it has written the anchor's gradient.
+    """
+
+    kept: Tensor | None
+    noted: Tensor | None = None
+    has_settled: bool = False
+
+
 class PendingMean:
     """The mean of `w`, shape (N,), over the micro-batches that wait for the optimizer's step."""
 
     def __init__(self) -> None:
+        self.has_counted = False  # ever
         self._total: Tensor | None = None  # (N + 1,): the sum of w, and how many it sums
-        self._settled = False  # the backward that counted last has written the anchor's gradient
-        self._anchor: Tensor | None = None
-        self._anchor_hook: RemovableHandle | None = None
+        self._backwards: dict[int, _Backward] = {}
+        self._anchor: weakref.ref[Tensor] | None = None
+        self._anchor_hooks: list[RemovableHandle] = []
+        self._was_written: Tensor | None = None  # whether the anchor's gradient was not zero
         number = next(_serial_numbers)
         _live[number] = self
         # Custom operators take tensors, so this one names the object. It requires a gradient, and
@@ -56,37 +78,80 @@ class PendingMean:
         return marked
 
     def follow(self, anchor: Tensor | None) -> None:
-        """Tell a dropped gradient by this parameter from now on; None follows none."""
-        if anchor is self._anchor:
+        """Count with the gradient of this leaf from now on; None follows none."""
+        if anchor is not None and self._anchor is not None and anchor is self._anchor():
             return
-        if self._anchor_hook is not None:
-            self._anchor_hook.remove()
-        self._anchor, self._anchor_hook = anchor, None
-        if anchor is not None:
-            self._anchor_hook = anchor.register_post_accumulate_grad_hook(self._settle)
+        for hook in self._anchor_hooks:
+            hook.remove()
+        self._anchor, self._anchor_hooks = None, []
+        if anchor is not None and anchor.is_leaf:
+            self._anchor = weakref.ref(anchor)
+            self._anchor_hooks = [
+                anchor.register_hook(_calling(self, PendingMean._backward)),
+                anchor.register_post_accumulate_grad_hook(_calling(self, PendingMean._settle)),
+            ]
+
+    def _backward(self, gradient: Tensor | None = None) -> _Backward:
+        """The running backward; to be called before it writes the anchor's gradient."""
+        identity = torch._C._current_graph_task_id()
+        if identity not in self._backwards:
+            unsettled = {k: v for k, v in self._backwards.items() if not v.has_settled}
+            self._backwards = unsettled | {identity: _Backward(self._still_applied())}
+        return self._backwards[identity]
+
+    def note(self, weights: Tensor) -> None:
+        """Note one micro-batch's fusion weights, shape (N,), within a backward."""
+        backward = self._backward()
+        entry = torch.cat([weights, weights.new_ones(1)])
+        backward.noted = _sum(backward.noted, entry)
+        if backward.has_settled:
+            self._count(backward)
 
     def _settle(self, anchor: Tensor) -> None:
-        self._settled = True
+        """The running backward has written the anchor's gradient, so what it notes counts."""
+        backward = self._backward()
+        backward.has_settled = True
+        if backward.noted is not None:
+            self._count(backward)
+        self._was_written = None if anchor.grad is None else anchor.grad.any()
 
-    def count(self, weights: Tensor) -> None:
-        """Count one micro-batch's fusion weights, shape (N,)."""
-        entry = torch.cat([weights, weights.new_ones(1)])
-        kept = self._still_applied() if self._settled else self._total
-        self._total = entry if kept is None else kept + entry
-        self._settled = False
+    def _count(self, backward: _Backward) -> None:
+        self._total = _sum(backward.kept, backward.noted)
+        self.has_counted = True
 
     def _still_applied(self) -> Tensor | None:
         """The total, less what was counted for gradients that have been reset since."""
-        gradient = None if self._anchor is None else self._anchor.grad
-        if gradient is None or self._total is None:
+        anchor = None if self._anchor is None else self._anchor()
+        if self._total is None or anchor is None or anchor.grad is None:
             return None
+        if self._was_written is None:
+            return self._total
         # `zero_grad(set_to_none=False)` leaves zeros; to ask for them would stall a GPU.
-        return torch.where(gradient.any(), self._total, 0)
+        is_reset = self._was_written & ~anchor.grad.any()
+        return torch.where(is_reset, 0, self._total)
 
     def take(self) -> Tensor | None:
-        """The mean, shape (N,), and forget it; None where no micro-batch was counted."""
+        """The mean, shape (N,), and forget all; None where no micro-batch was counted."""
         total, self._total = self._total, None
+        self._backwards.clear()
         return None if total is None else total[:-1] / total[-1]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _calling(
+    pending: PendingMean, method: Callable[[PendingMean, Tensor], object]
+) -> Callable[[Tensor], None]:
+    """A hook for the anchor that does not keep the object alive: gc cannot see through hooks."""
+    reference = weakref.ref(pending)
+
+    def hook(tensor: Tensor) -> None:
+        if (alive := reference()) is not None:
+            method(alive, tensor)
+
+    return hook
 
 
 @torch.library.custom_op("exfusion_param::mark", mutates_args=())
@@ -94,10 +159,10 @@ def _mark(weights: Tensor, name: Tensor) -> Tensor:
     return weights.clone()
 
 
-@torch.library.custom_op("exfusion_param::count", mutates_args=())
-def _count(gradient: Tensor, weights: Tensor, name: Tensor) -> Tensor:
+@torch.library.custom_op("exfusion_param::note", mutates_args=())
+def _note(gradient: Tensor, weights: Tensor, name: Tensor) -> Tensor:
     if (pending := _live.get(int(name))) is not None:
-        pending.count(weights)
+        pending.note(weights)
     return gradient.clone()
 
 
@@ -106,18 +171,23 @@ def _(weights: Tensor, name: Tensor) -> Tensor:
     return torch.empty_like(weights)
 
 
-@_count.register_fake
+@_note.register_fake
 def _(gradient: Tensor, weights: Tensor, name: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-def _save_for_count(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_for_note(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*(tensor.detach() for tensor in inputs))
 
 
-def _count_in_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+def _note_in_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     # The result passes through the operator, or torch.compile would drop it as unused.
-    return torch.ops.exfusion_param.count(gradient, *ctx.saved_tensors), None
+    return torch.ops.exfusion_param.note(gradient, *ctx.saved_tensors), None
 
 
-_mark.register_autograd(_count_in_backward, setup_context=_save_for_count)
+def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return gradient, None, None
+
+
+_mark.register_autograd(_note_in_backward, setup_context=_save_for_note)
+_note.register_autograd(_second_derivative)

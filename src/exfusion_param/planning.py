@@ -14,7 +14,13 @@ from torch import Tensor
 
 from .config import ExFusionConfig
 from .discovery import FFNGroup
-from .experts import independent_experts, named_generator, upcycled_experts
+from .drop_upcycling import Dropped, DroppedUnits
+from .experts import (
+    drop_upcycled_experts,
+    independent_experts,
+    named_generator,
+    upcycled_experts,
+)
 from .functional import accumulation_dtype
 from .fusion_weights import (
     FusionWeights,
@@ -68,53 +74,77 @@ def choose_seed(config: ExFusionConfig, generator: torch.Generator | None) -> in
 
 
 def plan_groups(groups: Iterable[FFNGroup], config: ExFusionConfig, seed: int) -> list[GroupPlan]:
-    """Draw the experts and fusion weights of all groups."""
-    return [_plan(group, config, seed) for group in _routed_together(groups, config)]
+    """Draw the experts and fusion weights of all groups.
 
-
-def _routed_together(groups: Iterable[FFNGroup], config: ExFusionConfig) -> Iterator[FFNGroup]:
-    """The groups as they share fusion weights: linear by linear with one router each."""
+    Raises:
+        ValueError: drop-upcycling is asked for in a group that is not a whole FFN.
+    """
+    plans = []
     for group in groups:
-        if config.variant == "mb" and not config.shared_router:
-            yield from (
-                FFNGroup(fqn, {fqn: linear}, (fqn,)) for fqn, linear in group.linears.items()
-            )
-        else:
-            yield group
+        stacks = _stacks(group, config, seed)
+        for part in _routed_together(group, config):
+            weights = _fusion_weights(part, config, seed)
+            plans.append(GroupPlan(part, weights, {fqn: stacks[fqn] for fqn in part.linears}))
+    return plans
 
 
-def _plan(group: FFNGroup, config: ExFusionConfig, seed: int) -> GroupPlan:
-    stacks = {
+def _routed_together(group: FFNGroup, config: ExFusionConfig) -> Iterator[FFNGroup]:
+    """The group as its linears share fusion weights: one by one with one router each."""
+    if config.variant == "mb" and not config.shared_router:
+        for fqn, linear in group.linears.items():
+            yield FFNGroup(fqn, {fqn: linear}, (fqn,))
+    else:
+        yield group
+
+
+def _stacks(group: FFNGroup, config: ExFusionConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+    dropped = None
+    if config.expert_init == "drop_upcycle":
+        generator = named_generator(seed, f"{group.name}.units", torch.device("cpu"))
+        dropped = DroppedUnits(group, config.num_experts, config.drop_ratio, generator)
+    return {
         fqn: {
-            name: _experts(tensor, f"{fqn}.{name}", config, seed)
+            name: _experts(
+                tensor,
+                config,
+                named_generator(seed, f"{fqn}.{name}", tensor.device),
+                dropped.of(fqn, name) if dropped else None,
+            )
             for name, tensor in dense_tensors(linear).items()
         }
         for fqn, linear in group.linears.items()
     }
-    return GroupPlan(group, _fusion_weights(group, config, seed), stacks)
 
 
-def _experts(tensor: Tensor, name: str, config: ExFusionConfig, seed: int) -> Tensor:
-    generator = named_generator(seed, name, tensor.device)
+def _experts(
+    tensor: Tensor,
+    config: ExFusionConfig,
+    generator: torch.Generator | None,
+    dropped: Dropped | None,
+) -> Tensor:
     if config.expert_init == "independent":
         return independent_experts(tensor, config.num_experts, generator)
+    if dropped is not None:
+        return drop_upcycled_experts(tensor, *dropped, generator)
+    # Drop-upcycling leaves exact copies of what belongs to no hidden unit.
+    noise = config.upcycle_noise if config.expert_init == "upcycle" else 0.0
     weights = uniform_weights(config.num_experts, tensor.device, accumulation_dtype(tensor.dtype))
-    return upcycled_experts(tensor, weights, config.upcycle_noise, generator)
+    return upcycled_experts(tensor, weights, noise, generator)
 
 
 def _fusion_weights(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
     linears = tuple(group.linears.values())
+    first = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
+    shared = (group.name, first, config, linears)
     weight, projection = linears[0].get_parameter("weight"), projection_of(linears[0])
     assert projection is not None
     device, dtype = weight.device, accumulation_dtype(weight.dtype)
     if config.variant == "sw":
-        return StaticWeights(group.name, config, linears)
+        return StaticWeights(*shared)
     if config.variant == "dw":
-        return LearnedWeights(group.name, config, linears, device=device, dtype=dtype)
+        return LearnedWeights(*shared, device=device, dtype=dtype)
     return MemoryBank(
-        group.name,
-        config,
-        linears,
+        *shared,
         in_features=projection.in_features,
         device=device,
         dtype=dtype,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from torch import nn
 
@@ -26,11 +27,15 @@ class Projection:
         in_features: D of its input.
         out_features: of its output.
         feature_dim: dimension of its input that holds the features, counted from the end.
+        weight_out: dimension of its weight that runs over the output's features.
+        weight_in: dimension of its weight that runs over the input's features.
     """
 
     in_features: int
     out_features: int
     feature_dim: int = -1
+    weight_out: int = 0
+    weight_in: int = 1
 
 
 def projection_of(module: nn.Module) -> Projection | None:
@@ -42,7 +47,8 @@ def projection_of(module: nn.Module) -> Projection | None:
         dim = -len(module.kernel_size) - 1
         return Projection(module.in_channels, module.out_channels, dim) if is_pointwise else None
     if any(f"{cls.__module__}.{cls.__qualname__}" == _TRANSPOSED for cls in type(module).__mro__):
-        return Projection(module.nx, module.nf)  # type: ignore[arg-type]
+        conv: Any = module
+        return Projection(conv.nx, conv.nf, weight_out=1, weight_in=0)
     if (adapted := dict(module.named_children()).get(ADAPTED)) is not None:
         return projection_of(adapted)
     return None

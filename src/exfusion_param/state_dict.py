@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .experts import upcycled_experts
-from .fusion_weights import FusionWeights
-from .parametrization import dense_order, fused_names, fusion_weights_of, original
+from .fusion_weights import FusionWeights, warn_of_empty_banks
+from .parametrization import (
+    dense_order,
+    fused_names,
+    fusion_weights_of,
+    groups_of,
+    original,
+)
 
 
 class IncompatibleKeys(NamedTuple):
@@ -39,6 +45,10 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         The dense tensors under the dense model's keys, in its order. What is not fused shares
         memory with the model, as in `state_dict()`.
     """
+    groups = groups_of(model)
+    for weights in groups:
+        weights.release()  # a training forward that was cut short may have left its own
+    warn_of_empty_banks(groups)
     return OrderedDict(
         (key, getattr(value.linear, value.name) if isinstance(value, _Fused) else value)
         for key, value in _dense_view(model).items()
@@ -56,13 +66,14 @@ def load_dense_state_dict(
     """Put a dense checkpoint into a wrapped model.
 
     Experts are upcycled: each is the checkpoint's weight plus noise that leaves the fused weight as
-    it was (`config.upcycle_noise`). Fusion weights, routers and banks start anew.
+    it was (`config.upcycle_noise`). Fusion weights, routers and banks of the FFN groups that the
+    checkpoint speaks of start anew; a bank of zeros warns, as it leaves nothing of the weights.
 
     Args:
         model: a wrapped model.
         state_dict: tensors under the dense model's keys.
         strict: whether every key must be there and be known.
-        generator: draws the noise; None takes torch's global one.
+        generator: draws the noise and the routers; None takes torch's global one.
 
     Returns:
         The keys that were missing and unexpected, both empty if `strict`.
@@ -76,13 +87,21 @@ def load_dense_state_dict(
         [key for key in state_dict if key not in dense],
     )
     _check_dense(dense, state_dict, keys, strict)
-    plain = {}
-    for key, tensor in state_dict.items():
-        if isinstance(fused := dense.get(key), _Fused):
-            _start_from(fused, tensor, generator)
-        elif key in dense:
-            plain[key] = tensor
+    given = {key: state_dict[key] for key in dense if key in state_dict}
+    fused = {key: value for key, value in dense.items() if isinstance(value, _Fused)}
+    touched = {fusion_weights_of(value.linear) for key, value in fused.items() if key in given}
+    starts = {
+        value: given[key] if key in given else getattr(value.linear, value.name)
+        for key, value in fused.items()
+        if fusion_weights_of(value.linear) in touched
+    }
+    for weights in dict.fromkeys(fusion_weights_of(value.linear) for value in starts):
+        weights.reset_parameters(generator)
+    for value, tensor in starts.items():
+        _start_from(value, tensor, generator)
+    plain = {key: tensor for key, tensor in given.items() if key not in fused}
     model.load_state_dict(plain, strict=False)
+    warn_of_empty_banks(touched)
     return keys
 
 
@@ -115,17 +134,22 @@ class _LoadGuard:
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
     ) -> None:
         for name in (prefix + linear for linear in self.prefixes):
-            stack = state_dict.get(f"{name}parametrizations.weight.original")
-            if stack is None and f"{name}weight" in state_dict:
-                raise ValueError(
-                    f"{name}weight is dense, and the model is wrapped. Load this state dict with "
-                    "exfusion_param.load_dense_state_dict(model, state_dict), or before wrap()."
-                )
-            if stack is not None and len(stack) != self.num_experts:
-                raise ValueError(
-                    f"{name}parametrizations.weight.original holds {len(stack)} experts, the model "
-                    f"{self.num_experts}. Wrap the model with num_experts={len(stack)}."
-                )
+            linear = module.get_submodule(name.removeprefix(prefix).rstrip("."))
+            for tensor in fused_names(linear):
+                self._check(state_dict, f"{name}{tensor}", f"{name}parametrizations.{tensor}.")
+
+    def _check(self, state_dict: Mapping[str, Any], dense: str, wrapped: str) -> None:
+        stack = state_dict.get(f"{wrapped}original")
+        if stack is None and dense in state_dict:
+            raise ValueError(
+                f"{dense} is dense, and the model is wrapped. Load this state dict with "
+                "exfusion_param.load_dense_state_dict(model, state_dict), or before wrap()."
+            )
+        if stack is not None and len(stack) != self.num_experts:
+            raise ValueError(
+                f"{wrapped}original holds {len(stack)} experts, the model {self.num_experts}. "
+                f"Wrap the model with num_experts={len(stack)}."
+            )
 
 
 def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
@@ -172,9 +196,7 @@ def _check_dense(
 
 
 def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None) -> None:
-    """Upcycle a stack from a dense tensor, and start the group's fusion weights anew."""
     weights = fusion_weights_of(fused.linear)
-    weights.reset_parameters()
     stack = original(fused.linear, fused.name)
     tensor = tensor.to(stack.device, stack.dtype)
     stack.copy_(upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise, generator))

@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from .fusion_weights import FusionWeights
 
 _watched: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
-_steps_left_out: weakref.WeakKeyDictionary[FusionWeights, int] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
+_steps_without: weakref.WeakKeyDictionary[
+    FusionWeights, weakref.WeakKeyDictionary[Optimizer, int]
+] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
+
+PATIENCE = 10
+"""Steps of one optimizer in which another may step that holds the fusion weights."""
 
 
 def watch(weights: FusionWeights) -> None:
@@ -49,7 +55,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
     for weights in _groups_of(held):
         weights.optimizer_stepped(skipped)
-        _warn_if_left_out(weights, held)
+        _warn_if_left_out(optimizer, weights, held)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
@@ -76,14 +82,16 @@ def _refuse_dense_state(optimizer: Optimizer, weights: FusionWeights) -> None:
                 )
 
 
-def _warn_if_left_out(weights: FusionWeights, held: set[int]) -> None:
+def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights, held: set[int]) -> None:
     """Warn once if the experts train and the group's router or learned weights do not."""
     trainable = [parameter for parameter in weights.parameters() if parameter.requires_grad]
     if not trainable or any(id(parameter) in held for parameter in trainable):
-        _steps_left_out.pop(weights, None)
+        _steps_without.pop(weights, None)
         return
-    steps = _steps_left_out[weights] = _steps_left_out.get(weights, 0) + 1
-    if steps == 2:  # another optimizer may hold them, and step after this one
+    steps = _steps_without.setdefault(weights, weakref.WeakKeyDictionary())
+    steps[optimizer] = steps.get(optimizer, 0) + 1
+    if steps[optimizer] == PATIENCE and weights not in _warned:
+        _warned.add(weights)
         warnings.warn(
             f"The fusion weights of {weights.group!r} are in no optimizer that has stepped. If the "
             "optimizer was made before wrap(), make it after; otherwise freeze them.",

@@ -7,22 +7,30 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .api import resolve_config, wrap
 from .config import ExFusionConfig
 from .discovery import Filter
-from .parametrization import fused_names, fusion_weights_of, original, wrapped_linears
+from .parametrization import (
+    fused_names,
+    fusion_weights_of,
+    groups_of,
+    original,
+    wrapped_linears,
+)
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearSummary:
-    """One linear: its name in the model, its FFN group, and its dense shapes by tensor name."""
+    """One linear: its name, its FFN group, its experts, and its dense shapes by tensor name."""
 
     name: str
     group: str
+    num_experts: int
     shapes: Mapping[str, tuple[int, ...]]
 
 
@@ -31,7 +39,7 @@ class Summary:
     """What `summarize` found; `str()` gives a table.
 
     Args:
-        config: the settings.
+        configs: the settings; several if parts were wrapped differently.
         linears: the wrapped linears, group by group.
         fusion_parameters: parameters of the routers, or of the learned fusion weights.
         training_parameters: parameters of the wrapped model.
@@ -41,7 +49,7 @@ class Summary:
         shipped_bytes: of the weights after `fuse`.
     """
 
-    config: ExFusionConfig
+    configs: tuple[ExFusionConfig, ...]
     linears: tuple[LinearSummary, ...]
     fusion_parameters: int
     training_parameters: int
@@ -55,15 +63,16 @@ class Summary:
         return len({linear.group for linear in self.linears})
 
     def __str__(self) -> str:
-        config = self.config
+        variants = " and ".join(
+            f"{config.variant}, {config.num_experts} experts" for config in self.configs
+        )
         rows = [("FFN group", "linear", "weight", "experts")]
         for linear in self.linears:
             shape = " x ".join(map(str, linear.shapes["weight"]))
-            rows.append((linear.group, linear.name, shape, f"{config.num_experts} x {shape}"))
+            rows.append((linear.group, linear.name, shape, f"{linear.num_experts} x {shape}"))
         return "\n".join(
             [
-                f"ExFusion {config.variant}, {config.num_experts} experts: "
-                f"{len(self.linears)} linears in {self.num_groups} FFN groups",
+                f"ExFusion {variants}: {len(self.linears)} linears in {self.num_groups} FFN groups",
                 *_aligned(rows),
                 f"router or fusion weights: {self.fusion_parameters:,} parameters",
                 f"in training: {self.training_parameters:,} parameters, "
@@ -100,7 +109,8 @@ def summarize(
             raise ValueError("The model is wrapped already. Call summarize(model) alone.")
         return _summary(model)
     config = resolve_config(config, fields)
-    return _summary(wrap(_meta_copy(model), config, filter_fn=filter_fn))
+    with torch.random.fork_rng(devices=[]):  # a dry run leaves the draws to wrap
+        return _summary(wrap(_meta_copy(model), config, filter_fn=filter_fn))
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
@@ -117,20 +127,19 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _summary(model: nn.Module) -> Summary:
-    wrapped = wrapped_linears(model)
-    groups = set(map(fusion_weights_of, wrapped.values()))
-    config = next(iter(groups)).config
-    linears = [
-        LinearSummary(fqn, fusion_weights_of(linear).group, _dense_shapes(linear))
-        for fqn, linear in wrapped.items()
-    ]
+    groups = groups_of(model)
+    linears = []
+    for fqn, linear in wrapped_linears(model).items():
+        weights = fusion_weights_of(linear)
+        shapes = {name: tuple(original(linear, name).shape[1:]) for name in fused_names(linear)}
+        linears.append(LinearSummary(fqn, groups[weights], weights.config.num_experts, shapes))
     fusion = [parameter for weights in groups for parameter in weights.parameters()]
     stacks = [stack for weights in groups for stack in weights.expert_stacks()]
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     surplus = [*fusion, *(stack[1:] for stack in stacks)]
     return Summary(
-        config,
+        tuple(dict.fromkeys(weights.config for weights in groups)),
         tuple(linears),
         fusion_parameters=_count(fusion),
         training_parameters=_count(parameters),
@@ -138,10 +147,6 @@ def _summary(model: nn.Module) -> Summary:
         training_bytes=_bytes(parameters) + (ADAMW_TENSORS - 1) * _bytes(trained),
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
     )
-
-
-def _dense_shapes(linear: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(original(linear, name).shape[1:]) for name in fused_names(linear)}
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

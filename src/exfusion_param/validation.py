@@ -37,7 +37,7 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusi
     _refuse(
         linears,
         lambda linear: not isinstance(linear.weight, nn.Parameter),
-        "without a weight of their own, as FSDP leaves them. Wrap before sharding.",
+        "without a weight of their own, as FSDP and pruning leave them. Wrap first.",
     )
     _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
     _refuse(

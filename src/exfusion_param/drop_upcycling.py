@@ -1,0 +1,65 @@
+"""Which entries of an FFN's tensors belong to the hidden units that Drop-Upcycling draws anew."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .discovery import FFNGroup
+from .projections import Projection, projection_of
+
+
+class Dropped(NamedTuple):
+    """Entries of one tensor: a dimension, and for each of N experts K indices along it, (N, K)."""
+
+    dim: int
+    units: Tensor
+
+
+class DroppedUnits:
+    """The hidden units of one FFN that each expert draws anew, in all of its linears alike.
+
+    Args:
+        group: a whole FFN.
+        num_experts: N.
+        ratio: share of the hidden units, in (0, 1].
+        generator: on the CPU; chooses the units.
+
+    Raises:
+        ValueError: the group is not a whole FFN, so that it has no hidden units.
+    """
+
+    def __init__(
+        self, group: FFNGroup, num_experts: int, ratio: float, generator: torch.Generator | None
+    ) -> None:
+        self.group = group
+        *names, self.output = group.linears
+        self.hidden = self._projection(self.output).in_features
+        if not names or tuple(names) != group.inputs or not all(map(self._is_of_hidden, names)):
+            raise ValueError(
+                f"{group.name!r} is not a whole FFN, so that it has no hidden units to draw anew. "
+                'Choose all of its linears, or use expert_init="upcycle".'
+            )
+        count = max(1, round(ratio * self.hidden))
+        orders = [torch.randperm(self.hidden, generator=generator) for _ in range(num_experts)]
+        self.units = torch.stack(orders)[:, :count]  # (N, K)
+
+    def of(self, fqn: str, name: str) -> Dropped | None:
+        """The dropped entries of a linear's "weight" or "bias"; None for the output's bias."""
+        projection = self._projection(fqn)
+        if fqn == self.output:
+            return Dropped(projection.weight_in, self.units) if name == "weight" else None
+        # A first linear that makes value and gate in one holds the unit twice.
+        copies = projection.out_features // self.hidden
+        units = torch.cat([self.units + i * self.hidden for i in range(copies)], dim=1)
+        return Dropped(projection.weight_out if name == "weight" else 0, units)
+
+    def _is_of_hidden(self, fqn: str) -> bool:
+        return self._projection(fqn).out_features in (self.hidden, 2 * self.hidden)
+
+    def _projection(self, fqn: str) -> Projection:
+        projection = projection_of(self.group.linears[fqn])
+        assert projection is not None
+        return projection

@@ -1,0 +1,1 @@
+"""What other libraries need; each module imports its own library."""
