@@ -1,0 +1,80 @@
+"""The command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+import exfusion_param as exf
+from exfusion_param import cli
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    cli.main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_inspect_prints_the_dry_run_of_a_timm_model(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    printed = run(capsys, "inspect", f"timm:{name}")
+    assert printed == f"{exf.summarize(timm.create_model(name))}\n"
+    assert "24 linears in 12 FFN groups" in printed
+
+
+def test_inspect_takes_settings_and_globs(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "timm:deit_tiny_patch16_224"
+    settings = ("--num-experts", "8", "--variant", "dw", "--layers", "0", "1")
+    printed = run(capsys, "inspect", name, *settings)
+    assert printed.startswith("ExFusion dw, 8 experts: 4 linears in 2 FFN groups\n")
+    printed = run(capsys, "inspect", name, "--filter", "*.attn.proj")
+    assert "12 linears in 12 FFN groups" in printed
+
+
+def test_inspect_reads_a_folder_of_transformers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = {"model_type": "bert", "num_hidden_layers": 3, "vocab_size": 99}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    printed = run(capsys, "inspect", f"transformers:{tmp_path}")
+    assert "6 linears in 3 FFN groups" in printed
+    assert "encoder.layer.2.intermediate.dense  3072 x 768" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["timm:no_such_model"], "timm has no model 'no_such_model'"),
+        (["timm:resnet18"], "No FFN was found in ResNet"),
+        (["torch:vit"], "A model is timm:NAME or transformers:DIR, got 'torch:vit'"),
+        (["timm:"], "A model is timm:NAME"),
+        (["transformers:nowhere"], "nowhere is no folder with a config.json"),
+        (["timm:deit_tiny_patch16_224", "--filter", "nope"], "The glob 'nope' matches no linear"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message_and_status_1(
+    arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message) as stopped:
+        cli.main(["inspect", *arguments])
+    assert str(stopped.value).startswith("exfusion: ")
+
+
+def test_a_config_of_an_unknown_model_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="config.json: Unrecognized model"):
+        cli.main(["inspect", f"transformers:{tmp_path}"])
+
+
+def test_the_installed_command_has_help_and_exit_codes() -> None:
+    command = Path(sys.executable).parent / "exfusion"
+    shown = subprocess.run([command, "inspect", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "exfusion inspect timm:swin_tiny_patch4_window7_224" in shown.stdout
+    wrong = subprocess.run([command, "inspect", "x", "--num-experts", "many"], capture_output=True)
+    assert wrong.returncode == 2
+    failed = subprocess.run([command, "inspect", "x"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr == "exfusion: A model is timm:NAME or transformers:DIR, got 'x'.\n"
