@@ -151,7 +151,7 @@ class MemoryBank(FusionWeights):
         self.bank.copy_(moved if skipped is None else torch.where(skipped, self.bank, moved))
 
     def _warn_if_bypassed(self) -> None:
-        if self.pending.has_counted or self.is_bypassed:
+        if self.pending.has_counted or self.is_bypassed or self.bank.is_meta:
             return
         if any(stack.grad is not None for stack in self.expert_stacks()):
             self.is_bypassed = True
