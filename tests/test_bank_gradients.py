@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from banks import X, adamw, assert_bank, backward, bank_of, make, moved
 from models import FFNs, inputs, loss_of
-from test_bank import X, adamw, assert_bank, backward, bank_of, make, moved
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,0 +1,49 @@
+"""A wrapped model with one memory bank, and where that bank has to go."""
+
+from typing import Any
+
+import torch
+from models import FFNs, inputs, loss_of
+from torch import Tensor, nn
+
+import exfusion_param as exf
+from exfusion_param import functional
+
+MOMENTUM = 0.9
+
+
+def make(**kwargs: Any) -> FFNs:
+    model = FFNs(depth=1, **kwargs).double()
+    return exf.wrap(model, momentum=MOMENTUM, bank_init="uniform", seed=0)
+
+
+def bank_of(model: nn.Module) -> nn.Module:
+    return model.blocks[0].fc1.parametrizations.weight[0].fusion_weights
+
+
+def current(model: nn.Module, x: Tensor) -> Tensor:
+    """The fusion weights of a micro-batch, from the router's and the stem's present values."""
+    with torch.no_grad():
+        return functional.route(model.stem(x), bank_of(model).router)
+
+
+def moved(model: nn.Module, *micro_batches: Tensor) -> Tensor:
+    """Where the bank has to go by these micro-batches."""
+    mean = torch.stack([current(model, x) for x in micro_batches]).mean(0)
+    return MOMENTUM * bank_of(model).bank + (1 - MOMENTUM) * mean
+
+
+def assert_bank(model: nn.Module, expected: Tensor) -> None:
+    torch.testing.assert_close(bank_of(model).bank, expected, rtol=0, atol=1e-12)
+
+
+def backward(model: nn.Module, *xs: Tensor) -> None:
+    for x in xs:
+        loss_of(model, x).backward()
+
+
+def adamw(model: nn.Module, **kwargs: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.1, **kwargs)
+
+
+X = [inputs(seed=seed) for seed in range(4)]
