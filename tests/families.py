@@ -38,6 +38,7 @@ TIMM: dict[str, tuple[str, dict[str, Any], int]] = {
     "PVTv2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 64),
     "BEiT": ("beit_base_patch16_224", VIT, 32),
     "EVA-02": ("eva02_tiny_patch14_224", VIT, 32),
+    "EVA-02 SwiGLU": ("eva02_base_patch14_224", VIT, 32),
     "CaiT": ("cait_xxs24_224", VIT, 32),
     "XCiT": ("xcit_nano_12_p16_224", VIT | {"patch_size": 16, "embed_dim": 32}, 32),
     "Mixer": ("mixer_s16_224", {"img_size": 32}, 32),

@@ -1,10 +1,48 @@
 """Every family that `wrap` claims: wrapped, trained, fused, loaded where the dense model is."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES
+from timm.models import load_checkpoint
+from timm.utils import CheckpointSaver
 
 import exfusion_param as exf
+from exfusion_param import functional
+
+
+def test_the_router_of_a_convolutional_ffn_reads_the_channels_of_every_pixel() -> None:
+    model = exf.wrap(FAMILIES["PoolFormer"].make(), momentum=0.0).train()
+    mlp = model.stages[0].blocks[0].mlp
+    x = torch.randn(2, mlp.fc1.in_channels, 5, 7)
+    weights = mlp.fc1.parametrizations.weight[0].fusion_weights
+    pixels = x.permute(0, 2, 3, 1).reshape(2 * 5 * 7, -1)
+    expected = functional.route(pixels, weights.router).detach()
+    mlp(x).sum().backward()
+    torch.optim.SGD(mlp.parameters(), lr=0.0).step()
+    torch.testing.assert_close(weights.bank, expected)
+
+
+def test_gate_and_value_may_run_in_either_order() -> None:
+    mlp = exf.wrap(FAMILIES["Llama"].make(), momentum=0.0).train().layers[0].mlp
+    weights = mlp.gate_proj.parametrizations.weight[0].fusion_weights
+    x = torch.randn(2, 5, 16)
+    expected = functional.route(x, weights.router).detach()
+    up = mlp.up_proj(x)
+    mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up).sum().backward()
+    torch.optim.SGD(mlp.parameters(), lr=0.0).step()
+    torch.testing.assert_close(weights.bank, expected)
+
+
+def test_timms_own_saver_takes_a_fused_model(tmp_path: Path) -> None:
+    model = exf.fuse(exf.wrap(FAMILIES["ViT"].make(), variant="sw"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=0)
+    fresh = FAMILIES["ViT"].make()
+    load_checkpoint(fresh, str(tmp_path / "last.pth.tar"), strict=True)
+    assert all(map(torch.equal, model.state_dict().values(), fresh.state_dict().values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

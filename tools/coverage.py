@@ -31,6 +31,7 @@ TIMM = {
     "beit_base_patch16_224": 12,
     "beitv2_base_patch16_224": 12,
     "eva02_tiny_patch14_224": 12,
+    "eva02_base_patch14_224": 12,
     "eva_giant_patch14_224": 40,
     "cait_xxs24_224": 24 + 2,  # self-attention and class-attention blocks
     "xcit_nano_12_p16_224": 12 + 2,
@@ -118,7 +119,7 @@ TRANSFORMERS: dict[str, Callable[[Any], int]] = {
 }
 
 GATED = {"vit_7b_patch16_dinov3", "aimv2_large_patch14_224", "vitamin_small_224"}
-GATED |= {"mt5", "llama", "mistral", "qwen2", "qwen3", "gemma"}
+GATED |= {"eva02_base_patch14_224", "mt5", "llama", "mistral", "qwen2", "qwen3", "gemma"}
 
 
 class Row(NamedTuple):
