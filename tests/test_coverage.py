@@ -70,6 +70,12 @@ def test_structure_tells_ffns_from_what_only_looks_like_one(
     assert found(block) == names
 
 
+def test_an_ffn_has_the_name_of_the_smallest_module_that_holds_it() -> None:
+    ffn = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    (group,) = find_ffns(nn.Sequential(nn.Sequential(nn.LayerNorm(8), ffn)))
+    assert group.name == "0.1"
+
+
 def test_every_linear_of_a_whole_model_outside_of_its_ffns_is_left_alone() -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForMaskedLM.from_config(transformers.BertConfig())

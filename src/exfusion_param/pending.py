@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,15 +82,19 @@ class PendingMean:
             return
         for hook in self._anchor_hooks:
             hook.remove()
-        self._anchor, self._anchor_hooks = None, []
+        self._anchor, self._anchor_hooks, self._was_written = None, [], None
         if anchor is not None and anchor.is_leaf:
+            # A strong reference would be a cycle that gc cannot see, as it runs through the hooks.
             self._anchor = weakref.ref(anchor)
             self._anchor_hooks = [
-                anchor.register_hook(_calling(self, PendingMean._backward)),
-                anchor.register_post_accumulate_grad_hook(_calling(self, PendingMean._settle)),
+                anchor.register_hook(self._before_write),
+                anchor.register_post_accumulate_grad_hook(self._after_write),
             ]
 
-    def _backward(self, gradient: Tensor | None = None) -> _Backward:
+    def _before_write(self, gradient: Tensor) -> None:
+        self._backward()
+
+    def _backward(self) -> _Backward:
         """The running backward; to be called before it writes the anchor's gradient."""
         identity = torch._C._current_graph_task_id()
         if identity not in self._backwards:
@@ -107,7 +110,7 @@ class PendingMean:
         if backward.has_settled:
             self._count(backward)
 
-    def _settle(self, anchor: Tensor) -> None:
+    def _after_write(self, anchor: Tensor) -> None:
         """The running backward has written the anchor's gradient, so what it notes counts."""
         backward = self._backward()
         backward.has_settled = True
@@ -139,19 +142,6 @@ class PendingMean:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _calling(
-    pending: PendingMean, method: Callable[[PendingMean, Tensor], object]
-) -> Callable[[Tensor], None]:
-    """A hook for the anchor that does not keep the object alive: gc cannot see through hooks."""
-    reference = weakref.ref(pending)
-
-    def hook(tensor: Tensor) -> None:
-        if (alive := reference()) is not None:
-            method(alive, tensor)
-
-    return hook
 
 
 @torch.library.custom_op("exfusion_param::mark", mutates_args=())
