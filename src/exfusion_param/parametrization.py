@@ -15,7 +15,7 @@ Note [The class of a wrapped linear]
 `torch.nn.utils.parametrize` gives a parametrized module a class of its own, `ParametrizedLinear`,
 which holds the property `weight`. We add to that class what a property cannot do:
 - `forward` of a memory bank's linears shows the input to the router first. A forward hook could,
-  but `nn.TransformerEncoder` takes its eval fast path without asking for hooks, and then fails.
+  but `nn.TransformerEncoderLayer` leaves its eval fast path where a module in it has hooks.
 - `reset_parameters` draws every expert anew. The inherited one would write to a temporary weight.
 - `__deepcopy__` gives the copy a class of its own. torch shares the class, so that removing the
   parametrizations of a copy, to export an average of the weights, breaks the original.
