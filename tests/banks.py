@@ -46,4 +46,14 @@ def adamw(model: nn.Module, **kwargs: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.1, **kwargs)
 
 
+def assert_bank_follows(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Two steps of two micro-batches each move the bank by their means."""
+    for xs in (X[:2], X[2:]):
+        expected = moved(model, *xs)
+        backward(model, *xs)
+        optimizer.step()
+        assert_bank(model, expected)
+        optimizer.zero_grad()
+
+
 X = [inputs(seed=seed) for seed in range(4)]

@@ -159,3 +159,12 @@ def test_isinstance_holds_while_wrapped_and_the_exact_type_after() -> None:
     assert isinstance(model.blocks[0].fc1, nn.Linear)
     assert type(model.blocks[0].fc1) is not nn.Linear
     assert type(exf.fuse(model).blocks[0].fc1) is nn.Linear
+
+
+def test_a_parametrization_cache_of_torch_breaks_a_second_backward() -> None:
+    model, x = wrapped("sw"), inputs().float()
+    with parametrize.cached():
+        loss_of(model, x).backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss_of(model, x).backward()
+    train(model)

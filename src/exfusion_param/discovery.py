@@ -18,7 +18,7 @@ from .ffn_shapes import ATTENTION, FFN_SHAPES, MIXTURES, FFNShape
 from .projections import Projection, projection_of
 
 Filter = Callable[[nn.Module, str], bool] | Sequence[str]
-Linears = Mapping[str, nn.Module]
+NamedLinears = Mapping[str, nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FFNGroup:
     """
 
     name: str
-    linears: Linears
+    linears: NamedLinears
     inputs: tuple[str, ...]
 
 
@@ -154,7 +154,7 @@ def _descendant(module: nn.Module, name: str) -> nn.Module | None:
     return module
 
 
-def _refuse_lazy(linears: Linears) -> None:
+def _refuse_lazy(linears: NamedLinears) -> None:
     for fqn, linear in linears.items():
         if any(map(nn.parameter.is_lazy, linear.parameters(recurse=False))):
             raise ValueError(f"{fqn} is lazy, without a shape yet. Run a forward before wrap().")
@@ -169,7 +169,7 @@ def _refuse_mixtures(model: nn.Module) -> None:
             )
 
 
-def _filtered(linears: Linears, filter_fn: Filter) -> dict[str, nn.Module]:
+def _filtered(linears: NamedLinears, filter_fn: Filter) -> dict[str, nn.Module]:
     if callable(filter_fn):
         return {fqn: linear for fqn, linear in linears.items() if filter_fn(linear, fqn)}
     globs = [filter_fn] if isinstance(filter_fn, str) else list(filter_fn)
@@ -180,7 +180,7 @@ def _filtered(linears: Linears, filter_fn: Filter) -> dict[str, nn.Module]:
     return {fqn: linear for fqn, linear in linears.items() if fqn in chosen}
 
 
-def _group(chosen: Linears, ffns: Sequence[FFNGroup]) -> list[FFNGroup]:
+def _group(chosen: NamedLinears, ffns: Sequence[FFNGroup]) -> list[FFNGroup]:
     """The chosen linears by FFN, or by the module that holds them if no FFN does."""
     ffn_of = {fqn: ffn for ffn in ffns for fqn in ffn.linears}
     groups: dict[str, FFNGroup] = {}
@@ -208,12 +208,12 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _nothing_matched(model: nn.Module, linears: Linears, filter_fn: Filter | None) -> str:
+def _nothing_matched(model: nn.Module, linears: NamedLinears, filter_fn: Filter | None) -> str:
     what = "No FFN was found" if filter_fn is None else "filter_fn accepts no linear"
     return f"{what} in {type(model).__name__}. {_list_of(linears)}"
 
 
-def _list_of(linears: Linears) -> str:
+def _list_of(linears: NamedLinears) -> str:
     if not linears:
         return "The model has no linears."
     names = [fqn or "(the model itself)" for fqn in linears]

@@ -45,10 +45,7 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         The dense tensors under the dense model's keys, in its order. What is not fused shares
         memory with the model, as in `state_dict()`.
     """
-    groups = groups_of(model)
-    for weights in groups:
-        weights.release()  # a training forward that was cut short may have left its own
-    warn_of_empty_banks(groups)
+    warn_of_empty_banks(groups_of(model))
     return OrderedDict(
         (key, getattr(value.linear, value.name) if isinstance(value, _Fused) else value)
         for key, value in _dense_view(model).items()
@@ -89,13 +86,13 @@ def load_dense_state_dict(
     _check_dense(dense, state_dict, keys, strict)
     given = {key: state_dict[key] for key in dense if key in state_dict}
     fused = {key: value for key, value in dense.items() if isinstance(value, _Fused)}
-    touched = {fusion_weights_of(value.linear) for key, value in fused.items() if key in given}
+    touched = dict.fromkeys(fusion_weights_of(fused[key].linear) for key in given if key in fused)
     starts = {
         value: given[key] if key in given else getattr(value.linear, value.name)
         for key, value in fused.items()
         if fusion_weights_of(value.linear) in touched
     }
-    for weights in dict.fromkeys(fusion_weights_of(value.linear) for value in starts):
+    for weights in touched:
         weights.reset_parameters(generator)
     for value, tensor in starts.items():
         _start_from(value, tensor, generator)
@@ -154,6 +151,8 @@ class _LoadGuard:
 
 def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     """The dense model's keys in its order, each with its tensor or where to fuse it."""
+    for weights in groups_of(model):
+        weights.release()  # a training forward that was cut short may have left its own
     state = model.state_dict()
     linear_of: dict[str, tuple[str, nn.Module]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):

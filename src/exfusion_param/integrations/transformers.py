@@ -31,8 +31,10 @@ def follow_attention_masks(model: nn.Module, new_banks: Collection[MemoryBank]) 
     """
     holder_of: dict[MemoryBank, tuple[nn.Module, list[str]]] = {}
     for module in model.modules():  # an outer one comes before those inside of it
+        if not isinstance(module, PreTrainedModel):
+            continue
         arguments = list(inspect.signature(module.forward).parameters)
-        if isinstance(module, PreTrainedModel) and MASK in arguments:
+        if MASK in arguments:
             inside = set(module.modules())
             holder_of |= {bank: (module, arguments) for bank in new_banks if bank in inside}
     for bank, (holder, arguments) in holder_of.items():
