@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import FFNs, inputs, loss_of
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -161,10 +161,49 @@ def test_isinstance_holds_while_wrapped_and_the_exact_type_after() -> None:
     assert type(exf.fuse(model).blocks[0].fc1) is nn.Linear
 
 
-def test_a_parametrization_cache_of_torch_breaks_a_second_backward() -> None:
+def test_torchs_parametrization_cache_has_no_effect() -> None:
     model, x = wrapped("sw"), inputs().float()
+    plain = model(x)
     with parametrize.cached():
-        loss_of(model, x).backward()
-        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        for _ in range(2):  # a cached weight would break the second backward
             loss_of(model, x).backward()
+        assert torch.equal(model(x), plain)
     train(model)
+
+
+def test_linears_of_one_kind_share_a_class_and_survive_each_others_end() -> None:
+    """torch.compile then compiles equal blocks once."""
+    first, second = wrapped().blocks
+    assert type(first.fc1) is type(second.fc1)
+    assert type(first.fc1) is not type(first.fc2)  # the router reads the input of fc1 alone
+    for name in ("weight", "bias"):
+        expected = second.fc1.get_parameter(f"parametrizations.{name}.original")
+        parametrize.remove_parametrizations(first.fc1, name)
+        assert isinstance(getattr(first.fc1, name), nn.Parameter)
+        assert getattr(second.fc1, name).shape == expected.shape[1:]
+    assert type(first.fc1) is nn.Linear
+
+
+def test_a_tensor_that_torch_parametrizes_after_wrap_is_the_one_linears_own() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = exf.wrap(nn.Sequential(Scaled(), Scaled()), variant="sw", filter_fn=["0", "1"])
+    parametrize.register_parametrization(model[0], "scale", Doubled())
+    assert torch.equal(model[0].scale, torch.full((4,), 2.0))
+    assert isinstance(model[1].scale, nn.Parameter)
+    model(torch.randn(2, 4)).sum().backward()
+    exf.fuse(model)
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert type(model[1]) is Scaled
+    parametrize.remove_parametrizations(model[0], "scale")
+    assert type(model[0]) is Scaled

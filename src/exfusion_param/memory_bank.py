@@ -52,15 +52,19 @@ class MemoryBank(FusionWeights):
         shape = (config.num_experts, in_features)
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
-        self.pending = PendingMean()
+        self.pending = PendingMean(self._anchor)
         self.is_bypassed = False
         self.current: Tensor | None = None
         self.token_mask: Tensor | None = None  # of the running forward, see token_mask.py
         self.reset_parameters(generator)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: all but the running forward's graph."""
-        return self.__dict__ | {"current": None, "token_mask": None}
+        """What a deepcopy takes along: neither the running forward nor what waits for a step."""
+        return self.__dict__ | {"current": None, "token_mask": None, "pending": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pending = PendingMean(self._anchor)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
@@ -75,7 +79,7 @@ class MemoryBank(FusionWeights):
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
         nn.init.constant_(self.bank, start)
         self.pending.take()
-        self.pending.follow(self._anchor())
+        self.pending.follow_anchor()
 
     def forward(self) -> Tensor:
         """In a training forward the moved bank, otherwise the bank, shape (N,)."""
@@ -97,10 +101,7 @@ class MemoryBank(FusionWeights):
             self.current = self.bank.clone().requires_grad_(torch.is_grad_enabled())
             return
         weights = functional.route(x, self.router, self._mask_for(x))
-        anchor = self._anchor()
-        if torch.is_grad_enabled() and anchor is not None:
-            if not torch.compiler.is_compiling():  # a hook on a parameter cannot be traced
-                self.pending.follow(anchor)
+        if torch.is_grad_enabled() and self._anchor() is not None:
             weights = self.pending.mark(weights)
         self.current = functional.update_bank(self.bank, weights, self.config.momentum)
 
@@ -142,7 +143,7 @@ class MemoryBank(FusionWeights):
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
         self.release()
-        self.pending.follow(self._anchor())
+        self.pending.follow_anchor()
         weights = self.pending.take()
         if weights is None:
             self._warn_if_bypassed()

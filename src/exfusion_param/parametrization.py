@@ -11,22 +11,12 @@ linear, as `parametrizations.weight[0].fusion_weights`; the other parametrizatio
 Cost: one pass over the stack at each use of the weight, another in backward. The forward and
 backward of the linear are those of the dense one.
 
-Note [The class of a wrapped linear]
-`torch.nn.utils.parametrize` gives a parametrized module a class of its own, `ParametrizedLinear`,
-which holds the property `weight`. We add to that class what a property cannot do:
-- `forward` of a memory bank's linears shows the input to the router first. A forward hook could,
-  but `nn.TransformerEncoderLayer` leaves its eval fast path where a module in it has hooks.
-- `reset_parameters` draws every expert anew. The inherited one would write to a temporary weight.
-- `__deepcopy__` gives the copy a class of its own. torch shares the class, so that removing the
-  parametrizations of a copy, to export an average of the weights, breaks the original.
-All of it goes away with the class when the parametrizations are removed.
+The class that the linear gets is in linear_class.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -34,8 +24,8 @@ from torch.nn.utils import parametrize
 from . import functional
 from .experts import upcycled_experts
 from .fusion_weights import FusionWeights
+from .linear_class import PlaceInGroup, dense_order, share_class
 from .memory_bank import MemoryBank
-from .projections import projection_of
 
 
 class ExpertFusion(nn.Module):
@@ -74,21 +64,6 @@ class ExpertFusion(nn.Module):
         return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
 
 
-@dataclasses.dataclass(frozen=True)
-class PlaceInGroup:
-    """What a linear is to its FFN group.
-
-    Args:
-        is_first: runs first, and its weight owns the fusion weights.
-        reads_input: reads the FFN's input, as the first one does, and gate and value alike.
-        is_last: runs last.
-    """
-
-    is_first: bool
-    reads_input: bool
-    is_last: bool
-
-
 def attach(
     linear: nn.Module,
     fusion_weights: FusionWeights,
@@ -109,9 +84,7 @@ def attach(
         fusion = ExpertFusion(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
         original(linear, name).grad = None
-    _extend_class(linear, order)
-    if isinstance(fusion_weights, MemoryBank):
-        _observe_input(linear, place)
+    share_class(linear, order, place if isinstance(fusion_weights, MemoryBank) else None)
 
 
 def detach(linear: nn.Module) -> None:
@@ -120,8 +93,9 @@ def detach(linear: nn.Module) -> None:
     for name in fused:
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
         linear.get_parameter(name).grad = None  # it has the stack's shape
-    for name in order:  # removal puts them behind what was not fused
-        parameter = linear.get_parameter(name)
+    own = dict(linear.named_parameters(recurse=False))
+    for name in filter(own.__contains__, order):  # removal puts them behind what was not fused
+        parameter = own[name]
         delattr(linear, name)
         linear.register_parameter(name, parameter)
 
@@ -170,63 +144,3 @@ def fused_names(linear: nn.Module) -> list[str]:
         return []
     lists = linear.get_submodule("parametrizations").named_children()
     return [name for name, fusions in lists if isinstance(fusions[0], ExpertFusion)]  # type: ignore[index]
-
-
-def dense_order(linear: nn.Module) -> tuple[str, ...]:
-    """The names of a wrapped linear's parameters, in the order of the dense one."""
-    order: tuple[str, ...] = type(linear)._dense_order  # type: ignore[attr-defined]
-    return order
-
-
-def _extend_class(linear: nn.Module, order: tuple[str, ...]) -> None:
-    """Add to a parametrized linear's class what Note [The class of a wrapped linear] says."""
-    cls: Any = type(linear)
-    cls._dense_order = order
-    cls.__deepcopy__ = _deepcopy_into_own_class(cls.__deepcopy__)
-    if hasattr(cls, "reset_parameters"):
-        cls.reset_parameters = _reset_experts
-
-
-def _deepcopy_into_own_class(inherited: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        replica, cls = inherited(self, memo), type(self)
-        if type(replica) is cls:  # not yet copied within this deepcopy
-            replica.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
-        return replica
-
-    return deepcopy
-
-
-def _reset_experts(self: nn.Module) -> None:
-    """Let the dense class's `reset_parameters` draw each expert, in place."""
-    dense_class: Any = type(self).__bases__[0]
-    scratch = dense_class.__new__(dense_class)
-    scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
-    stacks = {name: original(self, name).detach() for name in fused_names(self)}
-    for expert in zip(*stacks.values(), strict=True):
-        scratch._parameters.update(zip(stacks, map(nn.Parameter, expert), strict=True))
-        scratch.reset_parameters()
-
-
-def _observe_input(linear: nn.Module, place: PlaceInGroup) -> None:
-    """Tell the memory bank when the group's forward begins, with its input, and when it ends."""
-    cls: Any = type(linear)
-    dense_forward = cls.forward
-    projection = projection_of(linear)
-    assert projection is not None
-    feature_dim = projection.feature_dim
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        bank = self.parametrizations.weight[0].fusion_weights  # type: ignore[index, union-attr]
-        if place.is_first or (place.reads_input and bank.current is None):
-            bank.observe(x.movedim(feature_dim, -1))
-        else:
-            bank.require_observed()
-        try:
-            return dense_forward(self, *args, **kwargs)
-        finally:
-            if place.is_last:
-                bank.release()
-
-    cls.forward = forward

@@ -22,8 +22,10 @@ the package uses; torch's own activation checkpointing has no other means either
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,10 +52,16 @@ class _Backward:
 
 
 class PendingMean:
-    """The mean of `w`, shape (N,), over the micro-batches that wait for the optimizer's step."""
+    """The mean of `w`, shape (N,), over the micro-batches that wait for the optimizer's step.
 
-    def __init__(self) -> None:
+    Args:
+        find_anchor: a bound method that gives a trainable parameter of the group, or None; it is
+            held weakly.
+    """
+
+    def __init__(self, find_anchor: Callable[[], Tensor | None]) -> None:
         self.has_counted = False  # ever
+        self.find_anchor = weakref.WeakMethod(find_anchor)
         self._total: Tensor | None = None  # (N + 1,): the sum of w, and how many it sums
         self._backwards: dict[int, _Backward] = {}
         self._anchor: weakref.ref[Tensor] | None = None
@@ -67,14 +75,15 @@ class PendingMean:
             float(number), dtype=torch.float64, device="cpu", requires_grad=True
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PendingMean:
-        """An empty one: a copied model has no gradients either."""
-        return PendingMean()
-
     def mark(self, weights: Tensor) -> Tensor:
         """`weights` unchanged; they count once a gradient flows back through the result."""
         marked: Tensor = torch.ops.exfusion_param.mark(weights, self._name)
         return marked
+
+    def follow_anchor(self) -> None:
+        """Count with the gradient of the anchor that the group has now."""
+        find_anchor = self.find_anchor()
+        self.follow(None if find_anchor is None else find_anchor())
 
     def follow(self, anchor: Tensor | None) -> None:
         """Count with the gradient of this leaf from now on; None follows none."""
@@ -144,12 +153,20 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-@torch.library.custom_op("exfusion_param::mark", mutates_args=())
+# A replayed CUDA graph runs no Python code, so inductor leaves these two out of its graphs.
+_custom_op = functools.partial(
+    torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+
+
+@_custom_op("exfusion_param::mark")
 def _mark(weights: Tensor, name: Tensor) -> Tensor:
+    if (pending := _live.get(int(name))) is not None:
+        pending.follow_anchor()
     return weights.clone()
 
 
-@torch.library.custom_op("exfusion_param::note", mutates_args=())
+@_custom_op("exfusion_param::note")
 def _note(gradient: Tensor, weights: Tensor, name: Tensor) -> Tensor:
     if (pending := _live.get(int(name))) is not None:
         pending.note(weights)

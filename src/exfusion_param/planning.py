@@ -28,8 +28,9 @@ from .fusion_weights import (
     StaticWeights,
     uniform_weights,
 )
+from .linear_class import PlaceInGroup
 from .memory_bank import MemoryBank
-from .parametrization import PlaceInGroup, attach, dense_tensors
+from .parametrization import attach, dense_tensors
 from .projections import projection_of
 
 

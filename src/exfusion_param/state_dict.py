@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .experts import upcycled_experts
 from .fusion_weights import FusionWeights, warn_of_empty_banks
+from .linear_class import dense_order
 from .parametrization import (
-    dense_order,
     fused_names,
     fusion_weights_of,
     groups_of,

@@ -1,0 +1,139 @@
+"""The class of a wrapped linear.
+
+Note [The class of a wrapped linear]
+`torch.nn.utils.parametrize` gives each parametrized module a class of its own, with a property for
+each parametrized tensor. We replace it by one that differs in three ways:
+- It is shared by all linears of one kind. torch.compile guards on the class of each module: with
+  classes of their own, the blocks of a model that is compiled block by block would each be compiled
+  anew, up to the eighth, and the others not at all.
+- `forward` of a memory bank's linears shows the input to the router first. A forward hook could,
+  but `nn.TransformerEncoderLayer` leaves its eval fast path where a module in it has hooks.
+- `reset_parameters` draws every expert anew. The inherited one would write to a temporary weight.
+All of it goes away with the class when the parametrizations are removed.
+
+Note [Properties that outlive a parametrization]
+torch's `remove_parametrizations` deletes the property from the module's class, which would break
+the linears that share it (and, with torch's own classes, breaks the original of a deepcopy). So the
+class ignores that, and its properties step aside: where nothing is parametrized they raise
+AttributeError, and `nn.Module.__getattr__` finds the plain parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .projections import projection_of
+
+_shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceInGroup:
+    """What a linear is to its FFN group.
+
+    Args:
+        is_first: runs first, and its weight owns the fusion weights.
+        reads_input: reads the FFN's input, as the first one does, and gate and value alike.
+        is_last: runs last.
+    """
+
+    is_first: bool
+    reads_input: bool
+    is_last: bool
+
+
+def share_class(linear: nn.Module, dense_order: tuple[str, ...], bank: PlaceInGroup | None) -> None:
+    """Give a linear, fresh from `register_parametrization`, the class of its kind.
+
+    Args:
+        linear: the parametrized linear.
+        dense_order: the names of the dense linear's parameters, in their order.
+        bank: the linear's place in its group if a memory bank watches it, else None.
+    """
+    own, projection = type(linear), projection_of(linear)
+    (dense,) = own.__bases__
+    assert projection is not None
+    fused = tuple(name for name, member in vars(own).items() if isinstance(member, property))
+    kind = (dense, fused, dense_order, bank, projection.feature_dim)
+    shared = _shared.get(kind)
+    if shared is None:
+        members = dict(vars(own)) | {name: _property(name) for name in fused}
+        members |= {"_dense_order": dense_order, "_fused": fused}
+        if hasattr(dense, "reset_parameters"):
+            members["reset_parameters"] = _reset_experts
+        if bank is not None:
+            members["forward"] = _observed_forward(dense, bank, projection.feature_dim)
+        shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
+    linear.__class__ = shared
+
+
+def dense_order(linear: nn.Module) -> tuple[str, ...]:
+    """The names of a wrapped linear's parameters, in the order of the dense one."""
+    order: tuple[str, ...] = type(linear)._dense_order  # type: ignore[attr-defined]
+    return order
+
+
+class _SharedClass(type):
+    """The metaclass that Note [Properties that outlive a parametrization] asks for."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        super().__setattr__(name, _property(name) if isinstance(value, property) else value)
+
+    def __delattr__(cls, name: str) -> None:
+        """Nothing; other linears may need it."""
+
+
+def _metaclass(dense: type) -> type:
+    if type(dense) is type:
+        return _SharedClass
+    return type("_SharedClass", (_SharedClass, type(dense)), {})
+
+
+def _property(name: str) -> property:
+    """A parametrized tensor; uncached, as torch caches for the one module it made a property for."""
+
+    def get(self: Any) -> Tensor:
+        if name not in self.parametrizations:
+            raise AttributeError(name)
+        return self.parametrizations[name]()
+
+    def set_originals(self: Any, value: Tensor) -> None:
+        self.parametrizations[name].right_inverse(value)
+
+    return property(get, set_originals)
+
+
+def _reset_experts(self: Any) -> None:
+    """Let the dense class's `reset_parameters` draw each expert, in place."""
+    dense: Any = type(self).__bases__[0]
+    scratch = dense.__new__(dense)
+    scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
+    stacks = {name: self.parametrizations[name].original.detach() for name in self._fused}
+    for expert in zip(*stacks.values(), strict=True):
+        scratch._parameters.update(zip(stacks, map(nn.Parameter, expert), strict=True))
+        scratch.reset_parameters()
+
+
+def _observed_forward(dense: Any, place: PlaceInGroup, feature_dim: int) -> Callable[..., Any]:
+    """A forward that tells the memory bank when the group's begins, with its input, and ends."""
+    dense_forward = dense.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        bank = self.parametrizations.weight[0].fusion_weights
+        if place.is_first or (place.reads_input and bank.current is None):
+            bank.observe(x.movedim(feature_dim, -1))
+        else:
+            bank.require_observed()
+        try:
+            return dense_forward(self, *args, **kwargs)
+        finally:
+            if place.is_last:
+                bank.release()
+
+    return forward
