@@ -95,7 +95,7 @@ def _metaclass(dense: type) -> type:
 
 
 def _property(name: str) -> property:
-    """A parametrized tensor; uncached, as torch caches for the one module it made a property for."""
+    """A parametrized tensor. It is not cached: torch caches for one module of each class."""
 
     def get(self: Any) -> Tensor:
         if name not in self.parametrizations:

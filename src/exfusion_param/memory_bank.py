@@ -94,16 +94,26 @@ class MemoryBank(FusionWeights):
 
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
-        self.current = None
-        if not self.training:
-            return
+        self._remember(self._moved_by(x) if self.training else None)
+
+    def _moved_by(self, x: Tensor) -> Tensor:
+        """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
         if x.numel() == 0:  # no token, no vote
-            self.current = self.bank.clone().requires_grad_(torch.is_grad_enabled())
-            return
+            return self.bank.clone().requires_grad_(torch.is_grad_enabled())
         weights = functional.route(x, self.router, self._mask_for(x))
         if torch.is_grad_enabled() and self._anchor() is not None:
             weights = self.pending.mark(weights)
-        self.current = functional.update_bank(self.bank, weights, self.config.momentum)
+        return functional.update_bank(self.bank, weights, self.config.momentum)
+
+    def _remember(self, current: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            # torch.compile refuses attributes that are set within activation checkpointing, as its
+            # backward does not set them anew. This one is None again when the forward is over.
+            torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
+                setattr, self, "current", current
+            )
+        else:
+            self.current = current
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask if it speaks of the tokens of x, also where these are in one dimension."""
@@ -128,7 +138,7 @@ class MemoryBank(FusionWeights):
 
     def release(self) -> None:
         """The group's forward is over."""
-        self.current = None
+        self._remember(None)
 
     def retire(self) -> None:
         """Leave no hook behind; the group is about to be fused."""

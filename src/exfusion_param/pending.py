@@ -70,9 +70,10 @@ class PendingMean:
         number = next(_serial_numbers)
         _live[number] = self
         # Custom operators take tensors, so this one names the object. It requires a gradient, and
-        # gets none, so that `mark` is differentiated where neither the router nor x is.
+        # gets none, so that `mark` is differentiated where neither the router nor x is. Of shape
+        # (1,), as torch.compile takes a tensor of shape () for a number and traces all twice.
         self._name = torch.tensor(
-            float(number), dtype=torch.float64, device="cpu", requires_grad=True
+            [float(number)], dtype=torch.float64, device="cpu", requires_grad=True
         )
 
     def mark(self, weights: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""On a GPU: compiled modes, CUDA graphs and low precision equal eager float32."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import FFNs, inputs, loss_of
+from torch import Tensor
+
+import exfusion_param as exf
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+VARIANTS = ["sw", "dw", "mb"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def train(
+    variant: str, mode: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Six losses with float16's gradients scaled, and the state after them."""
+    torch.manual_seed(0)
+    model = exf.wrap(FFNs(dim=64, hidden=128).cuda(), variant=variant, seed=0)
+    run = model if mode is None else torch.compile(model, mode=mode)
+    optimizer = torch.optim.AdamW(exf.param_groups(model, 0.05), lr=0.01, eps=1e-4)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**7, enabled=dtype == torch.float16)
+    losses = []
+    for step in range(6):
+        x = inputs(64, batch=32, seed=step).float().cuda()
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            loss = loss_of(run, x)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.detach().float())
+    return torch.stack(losses), model.state_dict()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training_equals_eager(variant: str, mode: str) -> None:
+    (losses, state), (expected, expected_state) = train(variant, mode), train(variant)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+    for name in (name for name in state if name.endswith("bank")):
+        torch.testing.assert_close(state[name], expected_state[name], rtol=0, atol=1e-4)
+        assert state[name].sum().item() == pytest.approx(1 - 0.95**6, abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_follows_float32(variant: str, mode: str | None, dtype: torch.dtype) -> None:
+    losses, _ = train(variant, mode, dtype)
+    torch.testing.assert_close(
+        losses, train(variant)[0], rtol=4 * torch.finfo(dtype).eps, atol=1e-2
+    )
