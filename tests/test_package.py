@@ -32,6 +32,7 @@ def test_public_names_are_frozen() -> None:
         "fused_state_dict",
         "load_dense_state_dict",
         "metrics",
+        "no_weight_decay_names",
         "param_groups",
         "summarize",
         "token_mask",

@@ -13,7 +13,7 @@ The method is ExFusion (Ruan et al., 2026, arXiv 2603.27965).
 from .api import fuse, wrap
 from .config import ExFusionConfig
 from .metrics import metrics
-from .optim import param_groups
+from .optim import no_weight_decay_names, param_groups
 from .state_dict import fused_state_dict, load_dense_state_dict
 from .summary import Summary, summarize
 from .token_mask import token_mask
@@ -27,6 +27,7 @@ __all__ = [
     "fused_state_dict",
     "load_dense_state_dict",
     "metrics",
+    "no_weight_decay_names",
     "param_groups",
     "summarize",
     "token_mask",
