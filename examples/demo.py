@@ -27,6 +27,7 @@ from support.training import DEVICE, Comparison
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_param.history import write_history
 
 DEFAULTS = exf.ExFusionConfig(seed=0)
 
@@ -130,7 +131,7 @@ def main(settings: Settings) -> None:
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     comparison = Comparison(models, data, settings.out, settings.to_dict())
     comparison.train()
-    report.write_metrics(settings.out / "metrics.csv", comparison.rows)
+    write_history(settings.out / "metrics.csv", comparison.rows)
     results = [
         report.Result(
             run=name,

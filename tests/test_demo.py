@@ -54,11 +54,12 @@ def test_it_leaves_a_model_that_timm_loads_and_a_report(uninterrupted: tuple[Pat
     config = json.loads((out / "config.json").read_text())
     model = timm.create_model(**config["model"])
     model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
-    for name in ("loss.png", "accuracy.png", "fusion_weights.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    plots = list(out.glob("*.png"))
+    assert {plot.stem for plot in plots} >= {"loss", "accuracy", "fusion_weights", "bank_mass"}
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     report = (out / "report.html").read_text()
     assert check.removeprefix("Check: ") in report
-    assert report.count("data:image/png;base64") == 3
+    assert report.count("data:image/png;base64") == len(plots)
     assert [row["step"] for row in metrics(out)] == ["10", "20"]
 
 

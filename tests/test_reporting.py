@@ -1,10 +1,7 @@
-"""summarize, metrics and plots."""
+"""summarize and metrics."""
 
-import csv
 import math
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 import timm
 import torch
@@ -12,7 +9,6 @@ from models import FFNs, inputs, loss_of
 from torch import nn
 
 import exfusion_param as exf
-from exfusion_param import plotting
 
 
 def test_a_dry_run_says_what_wrap_does_and_changes_nothing() -> None:
@@ -124,38 +120,3 @@ def test_metrics_change_nothing() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     exf.metrics(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.fixture
-def history(tmp_path: Path) -> dict[str, list[float]]:
-    model = exf.wrap(FFNs(), variant="dw")
-    rows = [{"step": step, "loss": step**0.5} | exf.metrics(model) for step in range(3)]
-    with open(tmp_path / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows([rows[0], rows[1] | {"loss": ""}, rows[2]])
-    return plotting.read_history(tmp_path / "metrics.csv")
-
-
-def test_fusion_weights_are_drawn_for_each_expert(history: dict[str, list[float]]) -> None:
-    assert plotting.group_names(history) == ["blocks.0", "blocks.1"]
-    axes = plotting.fusion_weights(history, "blocks.1")
-    assert [line.get_label() for line in axes.lines] == [f"expert {i}" for i in range(4)]
-    assert list(axes.lines[0].get_ydata()) == history["fusion_weights/blocks.1/0"] == [0.25] * 3
-    with pytest.raises(ValueError, match="no FFN group 'blocks.2'. Its groups are: blocks.0, "):
-        plotting.fusion_weights(history, "blocks.2")
-    plt.close("all")
-
-
-def test_curves_leave_out_what_was_not_measured(history: dict[str, list[float]]) -> None:
-    axes = plt.figure().subplots()
-    assert plotting.curves({"run": history}, "loss", ax=axes) is axes
-    assert list(axes.lines[0].get_xdata()) == [0, 2]
-    with pytest.raises(ValueError, match="'run' has no column 'lr'. It has step, loss, "):
-        plotting.curves({"run": history}, "lr")
-    plt.close("all")
-
-
-def test_an_empty_file_reads_as_no_history(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").touch()
-    assert plotting.read_history(tmp_path / "metrics.csv") == {}

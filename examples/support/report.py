@@ -1,9 +1,7 @@
-"""Files that a run leaves behind: metrics.csv, plots and report.html."""
+"""Files that a run leaves behind: plots and report.html."""
 
 import base64
-import csv
 import html
-import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from exfusion_param import plotting
+from exfusion_param.history import read_history
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -49,18 +48,9 @@ def hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Write rows as CSV; a row may lack columns that others have."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_plots(folder: Path, runs: Sequence[str]) -> list[Path]:
-    """Draw loss, accuracy and fusion weights from the folder's metrics.csv."""
-    history = plotting.read_history(folder / "metrics.csv")
+    """Draw loss, accuracy and what the experts do from the folder's metrics.csv."""
+    history = read_history(folder / "metrics.csv")
     paths = []
     for column in ("loss", "accuracy"):
         histories = {
@@ -68,23 +58,10 @@ def write_plots(folder: Path, runs: Sequence[str]) -> list[Path]:
         }
         axes = plotting.curves(histories, column)
         axes.set_ylabel("training loss" if column == "loss" else "test accuracy, %")
-        paths.append(_save(folder / f"{column}.png"))
-    groups = plotting.group_names(history)
-    shape = (math.ceil(len(groups) / 2), 2)
-    _, grid = plt.subplots(
-        *shape, figsize=(9, 3 * shape[0]), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
-    )  # fmt: skip
-    for group, axes in zip(groups, grid.flat, strict=False):
-        plotting.fusion_weights(history, group, ax=axes).label_outer()
-    paths.append(_save(folder / "fusion_weights.png"))
-    return paths
-
-
-def _save(path: Path) -> Path:
-    plt.savefig(path, dpi=120)
-    plt.close()
-    return path
+        paths.append(folder / f"{column}.png")
+        plt.savefig(paths[-1], dpi=120)
+        plt.close()
+    return [*paths, *plotting.write_plots(history, folder)]
 
 
 def write_report(folder: Path, results: Sequence[Result], facts: dict[str, str]) -> Path:

@@ -7,23 +7,34 @@ given axes, or on new ones, and returns them.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-History = Mapping[str, Sequence[float]]
+from .history import History, read_history
 
+__all__ = [
+    "History",
+    "curves",
+    "fusion_weights",
+    "group_names",
+    "over_groups",
+    "read_history",
+    "router_load",
+    "write_plots",
+]
 
-def read_history(path: str | Path) -> dict[str, list[float]]:
-    """The columns of a CSV file of numbers with a header; an empty cell reads as nan."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = rows[0] if rows else ()
-    return {name: [float(row[name] or "nan") for row in rows] for name in columns}
+OVER_GROUPS = {
+    "effective_experts": "effective number of experts",
+    "entropy": "entropy of the fusion weights, nats",
+    "expert_distance": "distance between experts, relative",
+    "bank_mass": "mass of the memory bank",
+}
+"""What `metrics` measures once for each FFN group, and what its plot's axis is called."""
 
 
 def curves(
@@ -43,13 +54,10 @@ def curves(
     Raises:
         ValueError: a history lacks one of the columns.
     """
-    ax = ax or plt.figure(layout="constrained").subplots()
+    ax = ax or _new_axes()
     for label, history in histories.items():
-        for name in (x, column):
-            if name not in history:
-                raise ValueError(f"{label!r} has no column {name!r}. It has {', '.join(history)}.")
-        points = [(at, y) for at, y in zip(history[x], history[column], strict=True) if y == y]
-        ax.plot(*np.array(points).reshape(-1, 2).T, label=label)
+        _require(history, x, column, of=repr(label))
+        ax.plot(*_measured(history, x, column), label=label)
     ax.set(xlabel=x, ylabel=column)
     ax.legend()
     return ax
@@ -70,22 +78,157 @@ def fusion_weights(
         The axes.
 
     Raises:
-        ValueError: the history has no such group.
+        ValueError: the history has no such group or no column `x`.
     """
-    prefix = f"fusion_weights/{group}/"
-    columns = [name for name in history if name.startswith(prefix)]
-    if not columns:
-        groups = ", ".join(group_names(history)) or "none"
-        raise ValueError(f"The history has no FFN group {group!r}. Its groups are: {groups}.")
-    ax = ax or plt.figure(layout="constrained").subplots()
+    columns = _columns_of(history, "fusion_weights", group)
+    _require(history, x)
+    ax = ax or _new_axes()
     for column in columns:
-        ax.plot(history[x], history[column], label=f"expert {column.removeprefix(prefix)}")
+        ax.plot(*_measured(history, x, column), label=f"expert {column.rpartition('/')[2]}")
     ax.set(xlabel=x, ylabel="fusion weight", title=group)
     ax.legend()
     return ax
 
 
-def group_names(history: History) -> list[str]:
-    """The FFN groups whose fusion weights a history holds, in its order."""
-    names = [name.split("/", 1)[1] for name in history if name.startswith("fusion_weights/")]
-    return list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+def over_groups(history: History, measure: str, *, x: str = "step", ax: Axes | None = None) -> Axes:
+    """One measure of all FFN groups over the course of training, from the first to the last.
+
+    Args:
+        history: holds the columns `{measure}/{group}` of `metrics`.
+        measure: "effective_experts", "entropy", "expert_distance" or "bank_mass".
+        x: the column of the horizontal axis.
+        ax: axes to draw on; None makes new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: the history has no such measure or no column `x`.
+    """
+    columns = [name for name in history if name.startswith(f"{measure}/")]
+    if not columns:
+        measures = dict.fromkeys(name.partition("/")[0] for name in history if "/" in name)
+        raise ValueError(f"The history has no {measure!r}. It has {_listed(measures)}.")
+    _require(history, x)
+    ax = ax or _new_axes()
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(columns)))
+    for column, color in zip(columns, colors, strict=True):
+        ax.plot(*_measured(history, x, column), color=color, label=column.partition("/")[2])
+    ax.set(xlabel=x, ylabel=OVER_GROUPS.get(measure, measure))
+    ax.legend(fontsize="small", ncols=math.ceil(len(columns) / 12))
+    return ax
+
+
+def router_load(history: History, group: str, *, ax: Axes | None = None) -> Axes:
+    """The share of each expert for each class or position, when it was last measured.
+
+    Args:
+        history: holds the columns `router_load/{group}/{label}/{i}` of `routing.router_load`.
+        group: name of the FFN group.
+        ax: axes to draw on; None makes new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: the history has no such group.
+    """
+    columns = _columns_of(history, "router_load", group)
+    labels = list(dict.fromkeys(name.split("/")[-2] for name in columns))
+    last = [_measured(history, name, name)[1][-1:] for name in columns]
+    shares = np.array([value[0] if len(value) else np.nan for value in last])
+    ax = ax or _new_axes()
+    image = ax.imshow(shares.reshape(len(labels), -1), aspect="auto")
+    if len(labels) <= 20:  # classes have names that can be read, the many positions number alone
+        ax.set_yticks(range(len(labels)), labels)
+    ax.set(xlabel="expert", xticks=range(len(columns) // len(labels)), title=group)
+    ax.figure.colorbar(image, ax=ax, label="router's mean share")
+    return ax
+
+
+def write_plots(history: History, folder: Path) -> list[Path]:
+    """Draw all that a history holds into PNG files.
+
+    Args:
+        history: a run's history, with a column `step`.
+        folder: of the files; it exists.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: the history holds nothing to draw, or no column `step`.
+    """
+    paths = []
+    for measure in ("fusion_weights", "router_load"):
+        if groups := group_names(history, measure):
+            grid = _grid(len(groups), share=measure == "fusion_weights")
+            for group, ax in zip(groups, grid, strict=True):
+                if measure == "fusion_weights":
+                    fusion_weights(history, group, ax=ax).label_outer()
+                else:
+                    router_load(history, group, ax=ax)
+            paths.append(_save(folder / f"{measure}.png"))
+    for measure in OVER_GROUPS:
+        if any(name.startswith(f"{measure}/") for name in history):
+            over_groups(history, measure)
+            paths.append(_save(folder / f"{measure}.png"))
+    if not paths:
+        raise ValueError(f"No column of metrics(model) is in the history, but {_listed(history)}.")
+    return paths
+
+
+def group_names(history: History, measure: str = "fusion_weights") -> list[str]:
+    """The FFN groups whose fusion weights, or router load, a history holds, in its order."""
+    parts = 2 if measure == "router_load" else 1  # label and expert, or expert
+    names = [name.split("/", 1)[1] for name in history if name.startswith(f"{measure}/")]
+    return list(dict.fromkeys(name.rsplit("/", parts)[0] for name in names))
+
+
+def _columns_of(history: History, measure: str, group: str) -> list[str]:
+    groups = group_names(history, measure)
+    if group not in groups:
+        raise ValueError(
+            f"The history has no FFN group {group!r} with {measure}. It has {_listed(groups)}."
+        )
+    depth = 2 if measure == "router_load" else 1
+    prefix = f"{measure}/{group}"
+    return [name for name in history if name.rsplit("/", depth)[0] == prefix]
+
+
+def _require(history: History, *columns: str, of: str = "The history") -> None:
+    for name in columns:
+        if name not in history:
+            raise ValueError(f"{of} has no column {name!r}. It has {_listed(history)}.")
+
+
+def _measured(history: History, x: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+    at, values = np.array(history[x], dtype=float), np.array(history[column], dtype=float)
+    is_measured = ~np.isnan(values)
+    return at[is_measured], values[is_measured]
+
+
+def _listed(names: Mapping[str, object] | list[str]) -> str:
+    shown = list(names)[:8]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") if shown else "none"
+
+
+def _new_axes() -> Axes:
+    return plt.figure(layout="constrained").subplots()
+
+
+def _grid(count: int, share: bool) -> list[Axes]:
+    rows = math.ceil(count / 2)
+    _, grid = plt.subplots(
+        rows, min(count, 2), figsize=(9, 3 * rows), squeeze=False, sharex=share, sharey=share,
+        layout="constrained",
+    )  # fmt: skip
+    for ax in grid.flat[count:]:
+        ax.remove()
+    return list(grid.flat[:count])
+
+
+def _save(path: Path) -> Path:
+    plt.savefig(path, dpi=120)
+    plt.close()
+    return path

@@ -1,0 +1,86 @@
+"""What the routers of memory banks say of single tokens, for plots over classes or positions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory_bank import MemoryBank
+from .parametrization import groups_of
+from .projections import projection_of
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within this context, what each router says of each token, for each FFN group's name.
+
+        with record_routing(model) as shares, torch.no_grad():
+            model(images)
+        shares["blocks.0.mlp"]  # softmax(G(x)), shape (batch, tokens, N), of the last forward
+
+    Args:
+        model: a wrapped model, in training or eval.
+
+    Raises:
+        ValueError: the model has no memory bank.
+    """
+    banks = {bank: name for bank, name in groups_of(model).items() if isinstance(bank, MemoryBank)}
+    if not banks:
+        raise ValueError(f"{type(model).__name__} has no memory bank, so no router to record.")
+    shares: dict[str, Tensor] = {}
+    hooks = [
+        bank.linears[0].register_forward_pre_hook(partial(_record, shares, name, bank))
+        for bank, name in banks.items()
+    ]
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def router_load(
+    shares: Mapping[str, Tensor], labels: Tensor, names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The mean share of each expert for each label, as a flat dict that any tracker takes.
+
+    Args:
+        shares: from `record_routing`, shape (*S, N) for each group.
+        labels: a class or position, from 0 on, for each of the first dimensions of S: of shape
+            (batch,) for the classes of samples, (batch, tokens) for the positions of tokens.
+        names: of the labels; None takes the numbers.
+
+    Returns:
+        `router_load/{group}/{label}/{i}` for expert i; a label that does not occur is left out.
+
+    Raises:
+        ValueError: a name holds a slash, which separates the parts of a column's name.
+    """
+    if slashed := [name for name in names or () if "/" in name]:
+        raise ValueError(f"A label must not hold a slash, got {slashed[0]!r}.")
+    flat = labels.flatten()
+    kinds, rows = flat.unique(return_inverse=True)
+    load: dict[str, float] = {}
+    for group, share in shares.items():
+        tokens = share.detach().float().reshape(len(flat), -1, share.shape[-1]).mean(1)
+        means = tokens.new_zeros(len(kinds), share.shape[-1]).index_add_(0, rows, tokens)
+        means /= rows.bincount().unsqueeze(1)
+        for kind, mean in zip(kinds.tolist(), means.tolist(), strict=True):
+            label = names[kind] if names else kind
+            load |= {f"router_load/{group}/{label}/{i}": value for i, value in enumerate(mean)}
+    return load
+
+
+def _record(
+    shares: dict[str, Tensor], name: str, bank: MemoryBank, linear: nn.Module, args: Any
+) -> None:
+    projection = projection_of(linear)
+    assert projection is not None
+    x = args[0].detach().movedim(projection.feature_dim, -1)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        shares[name] = (x.to(bank.router.dtype) @ bank.router.T).softmax(-1)

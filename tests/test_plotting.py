@@ -1,0 +1,144 @@
+"""A run's history as a file, what routers say of single tokens, and the plots of both."""
+
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from models import FFNs, inputs, loss_of
+
+import exfusion_param as exf
+from exfusion_param import plotting
+from exfusion_param.functional import route
+from exfusion_param.history import append_row, read_history, write_history
+from exfusion_param.routing import record_routing, router_load
+
+CLASSES = ["shirt", "bag", "boot"]
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> dict[str, list[float]]:
+    """Three steps of a memory bank; the loss was not measured at the second."""
+    model = exf.wrap(FFNs(dim=6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = tmp_path / "metrics.csv"
+    for step in range(3):
+        x = inputs(6).float()
+        with record_routing(model) as shares:
+            loss_of(model, x).backward()
+        optimizer.step()
+        load = router_load(shares, torch.tensor([0, 2, 2, 0]), CLASSES)
+        loss = {} if step == 1 else {"loss": step**0.5}
+        append_row(path, {"step": step} | loss | exf.metrics(model) | load)
+    return read_history(path)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> None:
+    plt.close("all")
+
+
+def test_rows_with_new_columns_keep_the_old_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    rows = [{"step": 1.0}, {"step": 2.0, "loss": 0.1}, {"step": 3.0}, {"loss": 0.3, "lr": 1e-3}]
+    for row in rows:
+        append_row(path, row)
+    appended = path.read_text()
+    write_history(path, rows)
+    assert path.read_text() == appended
+    history = read_history(path)
+    assert history["step"][:3] == [1, 2, 3]
+    assert history["loss"][1::2] == [0.1, 0.3]
+    assert math.isnan(history["lr"][0])
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_cell_without_a_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,low\n")
+    with pytest.raises(ValueError, match="the column 'loss' holds 'low', not a number"):
+        read_history(tmp_path / "metrics.csv")
+
+
+def test_an_empty_file_reads_as_no_history(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").touch()
+    assert read_history(tmp_path / "metrics.csv") == {}
+
+
+def test_fusion_weights_are_drawn_for_each_expert(history: dict[str, list[float]]) -> None:
+    assert plotting.group_names(history) == ["blocks.0", "blocks.1"]
+    axes = plotting.fusion_weights(history, "blocks.1")
+    assert [line.get_label() for line in axes.lines] == [f"expert {i}" for i in range(4)]
+    assert list(axes.lines[0].get_ydata()) == history["fusion_weights/blocks.1/0"]
+    with pytest.raises(ValueError, match="no FFN group 'blocks.2' with fusion_weights. It has blo"):
+        plotting.fusion_weights(history, "blocks.2")
+
+
+@pytest.mark.parametrize("measure", list(plotting.OVER_GROUPS))
+def test_measures_are_drawn_for_each_group(history: dict[str, list[float]], measure: str) -> None:
+    axes = plt.figure().subplots()
+    assert plotting.over_groups(history, measure, ax=axes) is axes
+    assert [line.get_label() for line in axes.lines] == ["blocks.0", "blocks.1"]
+    assert list(axes.lines[1].get_ydata()) == history[f"{measure}/blocks.1"]
+    assert axes.get_ylabel() == plotting.OVER_GROUPS[measure]
+
+
+def test_what_is_not_there_is_named_with_what_is(history: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match="no 'mass'. It has fusion_weights, entropy, effective_e"):
+        plotting.over_groups(history, "mass")
+    with pytest.raises(ValueError, match="no column 'epoch'. It has step, loss, "):
+        plotting.over_groups(history, "entropy", x="epoch")
+    with pytest.raises(ValueError, match="No column of metrics.* but step"):
+        plotting.write_plots({"step": [1.0]}, Path())
+
+
+def test_curves_leave_out_what_was_not_measured(history: dict[str, list[float]]) -> None:
+    axes = plt.figure().subplots()
+    assert plotting.curves({"run": history}, "loss", ax=axes) is axes
+    assert list(axes.lines[0].get_xdata()) == [0, 2]
+    with pytest.raises(ValueError, match="'run' has no column 'lr'. It has step, loss, "):
+        plotting.curves({"run": history}, "lr")
+
+
+def test_the_load_of_a_label_is_the_routers_mean_over_its_tokens() -> None:
+    model, x = exf.wrap(FFNs()).eval(), inputs().float()
+    bank = model.blocks[0].fc1.parametrizations.weight[0].fusion_weights
+    with record_routing(model) as shares, torch.no_grad():
+        model(x)
+        seen = model.stem(x)
+    assert shares["blocks.0"].shape == (4, 3, 4)
+    by_class = router_load(shares, torch.tensor([0, 2, 2, 0]), CLASSES)
+    by_position = router_load(shares, torch.arange(3).expand(4, 3))
+    for i in range(4):
+        boots = route(seen[1:3], bank.router)[i].item()
+        assert by_class[f"router_load/blocks.0/boot/{i}"] == pytest.approx(boots, rel=1e-5)
+        second = route(seen[:, 1], bank.router)[i].item()
+        assert by_position[f"router_load/blocks.0/1/{i}"] == pytest.approx(second, rel=1e-5)
+    assert not any("bag" in name for name in by_class)
+    assert not model.blocks[0].fc1._forward_pre_hooks
+
+
+def test_routing_of_a_model_without_routers_and_labels_with_slashes_are_refused() -> None:
+    with pytest.raises(ValueError, match="FFNs has no memory bank, so no router to record"):
+        record_routing(exf.wrap(FFNs(), variant="sw")).__enter__()
+    with pytest.raises(ValueError, match="must not hold a slash, got 'top/shirt'"):
+        router_load({}, torch.arange(2), ["bag", "top/shirt"])
+
+
+def test_router_load_is_drawn_as_labels_by_experts(history: dict[str, list[float]]) -> None:
+    axes = plotting.router_load(history, "blocks.0")
+    (image,) = axes.get_images()
+    assert image.get_array().shape == (2, 4)
+    assert image.get_array()[1, 3] == history["router_load/blocks.0/boot/3"][-1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["shirt", "boot"]
+    with pytest.raises(ValueError, match="no FFN group 'stem' with router_load"):
+        plotting.router_load(history, "stem")
+
+
+def test_all_that_a_history_holds_is_written(
+    history: dict[str, list[float]], tmp_path: Path
+) -> None:
+    paths = plotting.write_plots(history, tmp_path)
+    assert {path.stem for path in paths} == {"fusion_weights", "router_load", *plotting.OVER_GROUPS}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert not plt.get_fignums()
