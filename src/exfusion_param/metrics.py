@@ -62,7 +62,12 @@ def _distance(stacks: Iterator[Tensor]) -> Tensor:
     """Distance between the experts of a group, over all its stacks, shape (N, out, in) each."""
     within, across = [], []
     for stack in stacks:
-        experts = stack.to(accumulation_dtype(stack.dtype)).flatten(1)
-        within.append(experts.var(dim=0, correction=0).sum())
-        across.append(experts.mean(dim=0).square().sum())
-    return (torch.stack(within).sum() / torch.stack(across).sum()).sqrt().float()
+        mean = stack.mean(dim=0, dtype=accumulation_dtype(stack.dtype))
+        # One expert at a time: the difference of whole stacks would take their memory once more.
+        within += [_sum_of_squares(expert - mean) / len(stack) for expert in stack]
+        across.append(_sum_of_squares(mean))
+    return (torch.stack(within).sum() / torch.stack(across).sum()).sqrt()
+
+
+def _sum_of_squares(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor).square().float()
