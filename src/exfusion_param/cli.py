@@ -1,8 +1,10 @@
-"""The command line `exfusion`; needs tyro, and the library that a model comes from."""
+"""The command line `exfusion`; needs tyro, tqdm, and what a command itself works with."""
 
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import torch
 import tyro
 from torch import nn
 
+from .checkpoint import fuse_checkpoint
 from .config import ExFusionConfig
 from .summary import summarize
 
@@ -37,6 +40,66 @@ def inspect(
         filter_globs: globs for the names of the linears, instead of the FFNs that are found.
     """
     print(summarize(_load(model), config, filter_fn=list(filter_globs) or None))
+
+
+def fuse(
+    checkpoint: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional]
+) -> None:
+    """Fuse a wrapped checkpoint on disk into a dense one, in safetensors.
+
+    The model is not built, and a part of one expert stack is in memory at a time. What the
+    checkpoint's config.json must say is written by exfusion_param.checkpoint.save_config(model,
+    folder), and by the callbacks for transformers and Lightning.
+
+        exfusion fuse runs/trainer/checkpoint-500 dense
+        exfusion fuse runs/lightning/last.ckpt dense.safetensors
+
+    Args:
+        checkpoint: a folder with model.safetensors, pytorch_model.bin or shards with their index,
+            or one such file; torch files are loaded with weights_only=True.
+        out: a new folder, or a new file that ends in .safetensors; it appears when it is complete.
+    """
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+
+        def progress(written: int, total: int) -> None:
+            bar.total = total
+            bar.update(written)
+
+        path = fuse_checkpoint(checkpoint, out, progress=progress)
+    print(path)
+
+
+def plot(
+    run_dir: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+) -> None:
+    """Draw a run's metrics.csv: fusion weights, entropy, distances, bank mass, router load.
+
+    Its rows are `{"step": step} | exfusion_param.metrics(model)`, as the examples, the callbacks
+    and Lightning's CSVLogger write them.
+
+        exfusion plot runs/quickstart
+        exfusion plot runs/quickstart --out plots
+
+    Args:
+        run_dir: the folder with metrics.csv.
+        out: the folder for the PNG files; by default run_dir.
+    """
+    from .history import read_history
+
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        raise UsageError(f"{run_dir} holds no metrics.csv.")
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from .plotting import write_plots
+
+    folder = out or run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    print(*write_plots(read_history(path), folder), sep="\n")
 
 
 def _load(name: str) -> nn.Module:
@@ -70,13 +133,20 @@ def _load_transformers(folder: str) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit status 0, 1 with a message, or 2 for arguments that do not fit."""
-    commands = {"inspect": inspect}
+    commands: dict[str, Callable[..., None]] = {"inspect": inspect, "fuse": fuse, "plot": plot}
+    warnings.showwarning = _show_warning
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="exfusion", args=arguments)
-    except (UsageError, ValueError, TypeError) as error:
+    except (UsageError, ValueError, TypeError, OSError) as error:
         sys.exit(f"exfusion: {error}")
     except ModuleNotFoundError as error:
         sys.exit(f"exfusion: {error.name} is not installed; pip install {error.name}.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *place: object, **more: object) -> None:
+    print(f"exfusion: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

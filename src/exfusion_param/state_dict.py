@@ -102,6 +102,11 @@ def load_dense_state_dict(
     return keys
 
 
+def dense_keys(model: nn.Module) -> list[str]:
+    """The keys of `fused_state_dict(model)`."""
+    return list(_dense_view(model))
+
+
 def guard_loading(
     model: nn.Module, weights: FusionWeights, linears: Mapping[str, nn.Module]
 ) -> None:

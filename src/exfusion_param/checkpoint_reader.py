@@ -1,0 +1,185 @@
+"""Reads the tensors of a checkpoint on disk one by one: safetensors or torch, sharded or not.
+
+Files are opened anew for each tensor. Both formats are mapped into memory, and what was read of a
+mapping stays there until it is closed. Nothing is unpickled but tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .safetensors_writer import DTYPES, TensorSpec
+
+CONFIG = "config.json"
+ENTRY = "exfusion"
+"""The name of the package's own entry in config.json, or in a torch file beside its tensors."""
+
+_DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
+_NAMES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.pt")
+_NESTED = ("state_dict", "model", "module")  # where trainers keep the tensors in a torch file
+_PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DDP put before every name
+
+
+class CheckpointError(ValueError):
+    """A checkpoint on disk cannot be read, or does not fit what is said of it."""
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint by their names.
+
+    Args:
+        path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` or an index of
+            shards (`model.safetensors.index.json`).
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path if path.is_dir() else path.parent
+        self._file_of: dict[str, Path] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self.entry: Any = None
+        for file in _files(path):
+            with _opened(file) as tensors:
+                self.specs |= {name: tensors.spec(name) for name in tensors.names}
+                self._file_of |= dict.fromkeys(tensors.names, file)
+                self.entry = self.entry or tensors.entry
+        self._prefix = _common_prefix(self.specs)
+        self.specs = {name.removeprefix(self._prefix): s for name, s in self.specs.items()}
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """The tensor, or something that can be sliced like it; what was read of it is freed."""
+        name = self._prefix + name
+        with _opened(self._file_of[name]) as tensors:
+            yield tensors.get(name)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of the whole tensor."""
+        with self.open(name) as tensor:
+            return tensor.clone() if isinstance(tensor, Tensor) else tensor[:].clone()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json holds, empty if there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = folder / CONFIG
+    return _read_json(path) if path.is_file() else {}
+
+
+class _SafetensorsFile:
+    entry = None
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="pt")
+        self.names = list(self._file.keys())
+
+    def spec(self, name: str) -> TensorSpec:
+        piece = self._file.get_slice(name)
+        return TensorSpec(tuple(piece.get_shape()), _DTYPE_OF[piece.get_dtype()])
+
+    def get(self, name: str) -> Any:
+        piece = self._file.get_slice(name)
+        return piece if piece.get_shape() else self._file.get_tensor(name)
+
+
+class _TorchFile:
+    def __init__(self, path: Path) -> None:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+        self.entry = content.get(ENTRY)
+        for name in _NESTED:
+            if isinstance(content.get(name), Mapping):
+                content = content[name]
+        self._tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        self.names = list(self._tensors)
+
+    def spec(self, name: str) -> TensorSpec:
+        return TensorSpec(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
+    is_safetensors = path.suffix == ".safetensors"
+    try:
+        file = _SafetensorsFile(path) if is_safetensors else _TorchFile(path)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, which is not loaded. "
+            "Save the state dict alone."
+        ) from error
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # each library has its own, down to the bare Exception
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged or of another format: {reason}") from error
+    yield file
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return _shards(path) if path.name.endswith(".index.json") else [path]
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist.")
+    for index in sorted(path.glob("*.index.json"), reverse=True):  # safetensors before torch's
+        return _shards(index)
+    for name in _NAMES:
+        if (path / name).is_file():
+            return [path / name]
+    raise CheckpointError(
+        f"{path} holds no checkpoint: none of {', '.join(_NAMES)} and no *.index.json."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} holds no weight_map.")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is no file beside it.")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is missing.")
+    return [index.parent / name for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return content
+
+
+def _common_prefix(names: Mapping[str, object]) -> str:
+    prefix = ""
+    while True:
+        for candidate in _PREFIXES:
+            if names and all(name.startswith(prefix + candidate) for name in names):
+                prefix += candidate
+                break
+        else:
+            return prefix

@@ -1,0 +1,175 @@
+"""Which tensors of a wrapped checkpoint make up which dense tensor, checked before any is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint_reader import CheckpointError, CheckpointReader
+from .config import ExFusionConfig
+from .functional import accumulation_dtype
+from .fusion_weights import uniform_weights
+from .safetensors_writer import TensorSpec
+
+_OWNED = {"sw": None, "dw": "weights", "mb": "bank"}
+"""The tensor of a group's first linear that holds the fusion weights to ship."""
+
+
+class FusedTensor(NamedTuple):
+    """Where a fused tensor comes from.
+
+    Args:
+        stack: name of the expert stack.
+        weights: name of the fusion weights; None are static ones.
+        num_experts: N.
+    """
+
+    stack: str
+    weights: str | None
+    num_experts: int
+
+
+class WrappedLayout:
+    """The dense tensors of a wrapped checkpoint.
+
+    Args:
+        reader: the checkpoint.
+        entry: what `checkpoint.describe` said of the model.
+
+    Attributes:
+        dense: shape and dtype of every dense tensor.
+        fused: those of them that are fused.
+
+    Raises:
+        CheckpointError: the entry is missing or malformed, or names and shapes do not fit it.
+    """
+
+    def __init__(self, reader: CheckpointReader, entry: Any) -> None:
+        if entry is None:
+            raise CheckpointError(
+                f"{reader.folder} says nothing of ExFusion: its config.json is missing or has no "
+                '"exfusion". Write it with exfusion_param.checkpoint.save_config(model, folder).'
+            )
+        self.fused: dict[str, FusedTensor] = {}
+        self._reader = reader
+        self._expected: set[str] = set()
+        try:
+            self._read_groups(reader.specs, entry)
+            keys, tied = list(map(str, entry["keys"])), list(map(set, entry["tied"]))
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f'"exfusion" in {reader.folder}/config.json is malformed: {error}'
+            ) from error
+        self._check_names(reader.specs, {key for key in keys if key not in self.fused}, tied)
+        self._check_stacks(reader.specs)
+        sources = {key: self.fused[key].stack if key in self.fused else key for key in keys}
+        self.dense = {
+            key: self._dense_spec(key)
+            for key, source in sources.items()
+            if source in reader.specs  # of tied tensors a checkpoint may hold one
+        }
+
+    def fusion_weights(self, fused: FusedTensor) -> Tensor:
+        """The fusion weights to ship, shape (N,)."""
+        if fused.weights is not None:
+            return self._reader.read(fused.weights)
+        dtype = accumulation_dtype(self._reader.specs[fused.stack].dtype)
+        return uniform_weights(fused.num_experts, torch.device("cpu"), dtype)
+
+    def warn_of_empty_banks(self) -> None:
+        """Warn if what is about to be shipped is multiplied by zero."""
+        names = {fused.weights for fused in self.fused.values() if fused.weights is not None}
+        if empty := sorted(name for name in names if not self._reader.read(name).any()):
+            warnings.warn(
+                f"{_some(empty)}: the fusion weights are all zero, and so are the fused weights. "
+                "Train some steps first.",
+                stacklevel=3,
+            )
+
+    def _read_groups(self, specs: Mapping[str, TensorSpec], entry: Any) -> None:
+        if entry["version"] != 1:
+            raise CheckpointError(
+                f"The checkpoint's config.json has version {entry['version']!r}, this package "
+                "knows 1. Update exfusion_param."
+            )
+        for wrap in entry["wraps"]:
+            config = ExFusionConfig.from_dict(wrap["config"])
+            for group, linears in wrap["groups"].items():
+                weights = self._owned(specs, group, linears, config)
+                for fqn, names in linears.items():
+                    for name in names:
+                        stack = _join(fqn, f"parametrizations.{name}.original")
+                        self._expected.add(stack)
+                        self.fused[_join(fqn, name)] = FusedTensor(
+                            stack, weights, config.num_experts
+                        )
+
+    def _owned(
+        self,
+        specs: Mapping[str, TensorSpec],
+        group: str,
+        linears: Iterable[str],
+        config: ExFusionConfig,
+    ) -> str | None:
+        """The name of a group's fusion weights; one of its linears holds them."""
+        tensor = _OWNED[config.variant]
+        if tensor is None:
+            return None
+        places = [_join(fqn, "parametrizations.weight.0.fusion_weights.") for fqn in linears]
+        found = [place for place in places if place + tensor in specs]
+        if not found:
+            raise CheckpointError(
+                f"The checkpoint has no fusion weights for {group!r}: {places[0]}{tensor} is "
+                f"missing. Its config.json says {config.variant}."
+            )
+        names = {f"{place}{name}" for place in found for name in (tensor, "router")}
+        self._expected |= names if config.variant == "mb" else {place + tensor for place in found}
+        shape = specs[found[0] + tensor].shape
+        if shape != (config.num_experts,):
+            raise _wrong_number(found[0] + tensor, shape, config.num_experts)
+        return found[0] + tensor
+
+    def _check_names(
+        self, specs: Mapping[str, TensorSpec], plain: set[str], tied: list[set[str]]
+    ) -> None:
+        known = self._expected | plain
+        if unknown := [name for name in specs if name not in known]:
+            raise CheckpointError(
+                f"The checkpoint holds {_some(unknown)}, which the model of its config.json lacks."
+            )
+        there = set().union(*(names for names in tied if names & specs.keys()))
+        if missing := sorted(known - specs.keys() - there):
+            raise CheckpointError(f"The checkpoint lacks {_some(missing)}.")
+
+    def _check_stacks(self, specs: Mapping[str, TensorSpec]) -> None:
+        for fused in self.fused.values():
+            shape = specs[fused.stack].shape if fused.stack in specs else (fused.num_experts,)
+            if shape[:1] != (fused.num_experts,):
+                raise _wrong_number(fused.stack, shape, fused.num_experts)
+
+    def _dense_spec(self, key: str) -> TensorSpec:
+        if key not in self.fused:
+            return self._reader.specs[key]
+        stack = self._reader.specs[self.fused[key].stack]
+        return TensorSpec(stack.shape[1:], stack.dtype)
+
+
+def _wrong_number(name: str, shape: tuple[int, ...], num_experts: int) -> CheckpointError:
+    return CheckpointError(
+        f"{name} has shape {tuple(shape)}, config.json says {num_experts} experts."
+    )
+
+
+def _join(fqn: str, name: str) -> str:
+    return f"{fqn}.{name}" if fqn else name
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
