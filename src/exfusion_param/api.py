@@ -61,7 +61,7 @@ def wrap(
         plan.carry_out()
         guard_loading(model, plan.weights, plan.group.linears)
     if "transformers" in sys.modules:  # else the model is none of its
-        from .integrations.transformers import follow_attention_masks
+        from .integrations.attention_masks import follow_attention_masks
 
         banks = [plan.weights for plan in plans if isinstance(plan.weights, MemoryBank)]
         follow_attention_masks(model, banks)

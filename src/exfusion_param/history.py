@@ -54,6 +54,13 @@ def append_row(path: str | Path, row: Mapping[str, float]) -> None:
         csv.DictWriter(file, columns).writerow(row)
 
 
+def drop_rows_after(path: str | Path, step: float) -> None:
+    """Drop the rows of later steps, which a resumed run is about to write anew."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    write_history(path, [row for row in rows if float(row["step"]) <= step])  # type: ignore[misc]
+
+
 def _number(path: str | Path, column: str, text: str | None) -> float:
     try:
         return float(text or "nan")

@@ -77,7 +77,7 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
     also = [also] if isinstance(also, str) else list(also)
     _refuse_unmatched(model, also)
     globs = [*also, *_declared_by(model)]
-    exempt = _stacked_biases(model) | _learned_fusion_weights(model)
+    exempt = _stacked_biases(model) | learned_fusion_weights(model)
     return {
         name
         for name, parameter in model.named_parameters()
@@ -113,7 +113,8 @@ def _stacked_biases(model: nn.Module) -> set[int]:
     }
 
 
-def _learned_fusion_weights(model: nn.Module) -> set[int]:
+def learned_fusion_weights(model: nn.Module) -> set[int]:
+    """The ids of the parameters that are learned fusion weights (`dw`)."""
     modules = (module for module in model.modules() if isinstance(module, LearnedWeights))
     return {id(module.weights) for module in modules}
 

@@ -1,50 +1,104 @@
-"""transformers: the attention mask of a model's forward is the token mask of its memory banks.
+"""transformers' Trainer: weight decay, logs and checkpoints that know of experts.
 
-Each `PreTrainedModel` inside of a model has a mask of its own: the decoder of an encoder-decoder is
-one, and is called with the decoder's mask. A bank follows the innermost one that holds it.
+    class ExFusionTrainer(ExFusionTrainerMixin, Trainer): ...
 
-A mask stays until the next forward, because activation checkpointing runs the layers again in the
-backward. So with activation checkpointing run each backward before the next forward.
+    exf.wrap(model)
+    trainer = ExFusionTrainer(model, arguments, callbacks=[ExFusionCallback()], ...)
+    trainer.train()
+    exf.fuse(model).save_pretrained("dense")
+
+A plain `Trainer` trains a wrapped model as well; see what each class adds.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Collection
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..memory_bank import MemoryBank
+from ..checkpoint import save_config
+from ..history import append_row, drop_rows_after
+from ..metrics import metrics
+from ..optim import learned_fusion_weights
+from ..parametrization import wrapped_linears
 
-MASK = "attention_mask"
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 
-def follow_attention_masks(model: nn.Module, new_banks: Collection[MemoryBank]) -> None:
-    """Let memory banks follow the attention masks that a model is called with.
+class ExFusionTrainerMixin(_Trainer):
+    """Goes before `Trainer` among the bases of a class.
 
-    Args:
-        model: the wrapped model.
-        new_banks: those of its banks that do not follow them yet.
+    - Learned fusion weights do not decay; Trainer's names of biases and norms miss them. (Stacked
+      biases keep "bias" in their names, so Trainer's own rule holds for them.)
+    - `metrics(model)` goes to every tracker with each training loss, until the model is fused.
     """
-    holder_of: dict[MemoryBank, tuple[nn.Module, list[str]]] = {}
-    for module in model.modules():  # an outer one comes before those inside of it
-        if not isinstance(module, PreTrainedModel):
-            continue
-        arguments = list(inspect.signature(module.forward).parameters)
-        if MASK in arguments:
-            inside = set(module.modules())
-            holder_of |= {bank: (module, arguments) for bank in new_banks if bank in inside}
-    for bank, (holder, arguments) in holder_of.items():
-        hook = functools.partial(_take_mask, bank, arguments.index(MASK))
-        bank.handles.append(holder.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's own names without those of learned fusion weights."""
+        learned = learned_fusion_weights(model)
+        exempt = {name for name, parameter in model.named_parameters() if id(parameter) in learned}
+        return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what the experts do beside the training loss."""
+        if "loss" in logs and self.model is not None and wrapped_linears(self.model):
+            logs = logs | metrics(self.model)
+        super().log(logs, *args, **kwargs)
 
 
-def _take_mask(
-    bank: MemoryBank, position: int, holder: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> None:
-    mask = args[position] if position < len(args) else kwargs.get(MASK)
-    is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
-    bank.token_mask = mask if is_padding_mask else None
+class ExFusionCallback(TrainerCallback):
+    """Makes a run's files useful on the command line.
+
+    - `metrics.csv` in the output folder gets a row with each log, for `exfusion plot`. A resumed
+      run continues it.
+    - config.json in each checkpoint says which linears share fusion weights, for `exfusion fuse`.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the rows that a resumed run will write anew."""
+        path = Path(str(args.output_dir), "metrics.csv")
+        if state.is_world_process_zero and path.exists():
+            drop_rows_after(path, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: dict[str, float] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add a row to metrics.csv."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        values = {name: float(value) for name, value in logs.items()}
+        if model is not None and wrapped_linears(model):
+            values |= metrics(model)
+        folder = Path(str(args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        append_row(folder / "metrics.csv", {"step": state.global_step} | values)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Describe the checkpoint that was just written."""
+        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        if model is not None and wrapped_linears(model):
+            save_config(model, folder)

@@ -1,0 +1,51 @@
+"""Lightning: logs and checkpoints that know of experts.
+
+class Module(lightning.LightningModule):
+def __init__(self):
+...
+exf.wrap(self.model)  # before configure_optimizers
+
+trainer = lightning.Trainer(callbacks=[ExFusionCallback()], ...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..checkpoint import describe
+from ..checkpoint_reader import ENTRY
+from ..metrics import metrics
+from ..parametrization import wrapped_linears
+
+
+class ExFusionCallback(Callback):
+    """Logs `metrics(model)` and describes checkpoints.
+
+    - Every `log_every_n_steps` of the Trainer the metrics go to all of its loggers. The folder of a
+      CSVLogger then holds a metrics.csv for `exfusion plot`.
+    - A checkpoint says which linears share fusion weights, so that `exfusion fuse last.ckpt OUT`
+      needs nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._logged_at = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log, once for each step of the optimizer."""
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = step % every == 0 and step != self._logged_at
+        if is_due and trainer.is_global_zero and wrapped_linears(pl_module):
+            self._logged_at = step
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics(pl_module), step=step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the description."""
+        if wrapped_linears(pl_module):
+            checkpoint[ENTRY] = describe(pl_module)
