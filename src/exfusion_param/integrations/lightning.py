@@ -30,7 +30,7 @@ class ExFusionCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._logged_at = -1
+        self._logged_at = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
