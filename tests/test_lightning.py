@@ -20,7 +20,7 @@ from exfusion_param.history import read_history
 from exfusion_param.integrations.lightning import ExFusionCallback
 
 VARIANTS = ["sw", "dw", "mb"]
-STEPS, MICRO_BATCHES, SIZE = 6, 2, 4
+EPOCHS, STEPS, MICRO_BATCHES, SIZE = 2, 3, 2, 4  # steps of an epoch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
@@ -42,7 +42,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(exf.param_groups(self, 0.1), lr=0.02)
-        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, STEPS)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 6)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
@@ -53,12 +53,12 @@ def data() -> Tensor:
 def run(variant: str, folder: Path, *callbacks: Any, resume: Path | None = None) -> Module:
     module = Module(variant)
     trainer = lightning.Trainer(
-        max_steps=STEPS, accumulate_grad_batches=MICRO_BATCHES, gradient_clip_val=0.1,
+        max_epochs=EPOCHS, accumulate_grad_batches=MICRO_BATCHES, gradient_clip_val=0.1,
         log_every_n_steps=2, accelerator="cpu", enable_progress_bar=False,
         enable_model_summary=False, logger=CSVLogger(folder / "logs", flush_logs_every_n_steps=1),
         callbacks=[
             ExFusionCallback(),
-            ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=3, save_top_k=-1),
+            ModelCheckpoint(folder / "checkpoints", "{step}", save_on_train_epoch_end=True, save_top_k=-1),
             *callbacks,
         ],
     )  # fmt: skip
@@ -68,8 +68,8 @@ def run(variant: str, folder: Path, *callbacks: Any, resume: Path | None = None)
 
 def train_by_hand(module: Module, average: AveragedModel | None = None) -> None:
     (optimizer,), (schedule,) = module.configure_optimizers()
-    micro_batches = iter(data().split(SIZE))
-    for _ in range(STEPS):
+    micro_batches = iter(EPOCHS * data().split(SIZE))
+    for _ in range(EPOCHS * STEPS):
         for _ in range(MICRO_BATCHES):
             (loss_of(module.model, next(micro_batches)) / MICRO_BATCHES).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.1)
