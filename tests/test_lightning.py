@@ -58,7 +58,9 @@ def run(variant: str, folder: Path, *callbacks: Any, resume: Path | None = None)
         enable_model_summary=False, logger=CSVLogger(folder / "logs", flush_logs_every_n_steps=1),
         callbacks=[
             ExFusionCallback(),
-            ModelCheckpoint(folder / "checkpoints", "{step}", save_on_train_epoch_end=True, save_top_k=-1),
+            ModelCheckpoint(
+                folder / "checkpoints", "{step}", save_on_train_epoch_end=True, save_top_k=-1
+            ),
             *callbacks,
         ],
     )  # fmt: skip

@@ -9,7 +9,14 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint
@@ -140,6 +147,39 @@ def test_a_plain_trainer_decays_learned_fusion_weights_and_the_mixin_does_not(
     assert any("weight.original" in name for name in names)
     assert not any("bias" in name for name in names)
     assert any("fusion_weights.weights" in name for name in names) == (kind is Trainer)
+
+
+def vit(variant: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=4, patch_size=2, num_channels=1, hidden_size=8, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    return exf.wrap(ViTForImageClassification(config).double(), variant=variant, seed=0)
+
+
+def test_a_model_that_transformers_renames_resumes_and_fuses_under_its_own_names(
+    tmp_path: Path,
+) -> None:
+    def run(resume: str | None = None, kind: type[Trainer] = InOrder) -> nn.Module:
+        trainer = trainer_for(vit("mb"), tmp_path / kind.__name__, kind)
+        generator = torch.Generator().manual_seed(0)
+        count = STEPS * MICRO_BATCHES * SIZE
+        images = torch.randn(count, 1, 4, 4, generator=generator, dtype=torch.float64)
+        trainer.train_dataset = [
+            {"pixel_values": image, "labels": torch.tensor(i % 2)} for i, image in enumerate(images)
+        ]
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = run()
+    assert_same_state(run(str(tmp_path / "InOrder" / "checkpoint-3")), whole, 0)
+    fuse_checkpoint(tmp_path / "InOrder" / "checkpoint-6", tmp_path / "dense")
+    loaded = ViTForImageClassification.from_pretrained(tmp_path / "dense")
+    assert_same_state(loaded, exf.fuse(whole), 0)
+    run(kind=Trainer)
+    with pytest.raises(ValueError, match=r"was saved under other names.*save_original_format=Fal"):
+        run(str(tmp_path / "Trainer" / "checkpoint-3"), Trainer)
 
 
 def test_the_best_model_is_loaded_at_the_end_and_a_fused_model_still_logs(tmp_path: Path) -> None:

@@ -1,20 +1,14 @@
 """Images to train on: Fashion-MNIST in its IDX files, or any ImageFolder."""
 
-import gzip
-import lzma
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
-
-DECOMPRESS = {".gz": gzip.decompress, ".xz": lzma.decompress}
+from support import fashion
 
 Images = Subset[tuple[Tensor, int]]
 
@@ -29,20 +23,6 @@ class Data(NamedTuple):
     size: int
 
 
-FASHION_CLASSES = [
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "boot",
-]
-
-
 def load(folder: Path | None, size: int, limit: int | None = None) -> Data:
     """Load a folder of IDX files or an ImageFolder with train/ and test/ (or val/).
 
@@ -54,47 +34,20 @@ def load(folder: Path | None, size: int, limit: int | None = None) -> Data:
     Raises:
         FileNotFoundError: the folder is neither.
     """
-    folder = folder or EMBEDDED
-    if _idx_file(folder, "train-images-idx3-ubyte") is not None:
-        data = _fashion_mnist(folder)
-    elif (folder / "train").is_dir():
-        data = _image_folder(folder, size)
-    else:
+    folder = folder or fashion.EMBEDDED
+    if fashion.is_in(folder):
+        train, test = map(_subset, fashion.load(folder, limit))
+        return Data(train, test, fashion.CLASSES, channels=1, size=28)
+    if not (folder / "train").is_dir():
         raise FileNotFoundError(
             f"{folder} holds neither train-images-idx3-ubyte[.gz|.xz] nor a folder train/."
         )
-    return data._replace(train=_first(data.train, limit), test=_first(data.test, limit))
+    data = _image_folder(folder, size)
+    return data._replace(train=_subset(data.train, limit), test=_subset(data.test, limit))
 
 
-def _first(images: Any, limit: int | None) -> Images:
+def _subset(images: Any, limit: int | None = None) -> Images:
     return Subset(images, range(min(len(images), limit or len(images))))
-
-
-def _fashion_mnist(folder: Path) -> Data:
-    train, test = (_idx_split(folder, prefix) for prefix in ("train", "t10k"))
-    return Data(train, test, FASHION_CLASSES, channels=1, size=28)
-
-
-def _idx_split(folder: Path, prefix: str) -> Any:
-    images = torch.from_numpy(_read_idx(folder, f"{prefix}-images-idx3-ubyte", header=16))
-    labels = torch.from_numpy(_read_idx(folder, f"{prefix}-labels-idx1-ubyte", header=8))
-    pixels = (images.float() / 255 - 0.286) / 0.353  # mean and deviation of the training set
-    return TensorDataset(pixels.view(len(labels), 1, 28, 28), labels.long())
-
-
-def _read_idx(folder: Path, name: str, header: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    path = _idx_file(folder, name)
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no {name}, plain, .gz or .xz.")
-    content = path.read_bytes()
-    if path.suffix in DECOMPRESS:
-        content = DECOMPRESS[path.suffix](content)
-    return np.frombuffer(bytearray(content), np.uint8, offset=header)
-
-
-def _idx_file(folder: Path, name: str) -> Path | None:
-    candidates = (folder / f"{name}{suffix}" for suffix in ("", ".gz", ".xz"))
-    return next((path for path in candidates if path.exists()), None)
 
 
 def _image_folder(folder: Path, size: int) -> Data:

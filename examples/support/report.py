@@ -2,14 +2,17 @@
 
 import base64
 import html
+import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import timm
 import torch
 
+import exfusion_param as exf
 from exfusion_param import plotting
 from exfusion_param.history import read_history
 
@@ -64,7 +67,20 @@ def write_plots(folder: Path, runs: Sequence[str]) -> list[Path]:
     return [*paths, *plotting.write_plots(history, folder)]
 
 
-def write_report(folder: Path, results: Sequence[Result], facts: dict[str, str]) -> Path:
+def facts(check: str, settings: dict[str, Any]) -> dict[str, str]:
+    """What the report says besides its table."""
+    return {
+        "Check": check,
+        "Control": "dense, started from the mean of the experts that ExFusion starts from",
+        "Settings": json.dumps(settings),
+        "Hardware and versions": f"{hardware()}, torch {torch.__version__}, "
+        f"timm {timm.__version__}, exfusion_param {exf.__version__}",
+    }
+
+
+def write_report(
+    folder: Path, results: Sequence[Result], check: str, settings: dict[str, Any]
+) -> Path:
     """Write report.html, which holds the table, the facts and the plots in one file."""
     plots = write_plots(folder, [result.run for result in results])
     dense_ms = results[0].step_ms
@@ -81,7 +97,10 @@ def write_report(folder: Path, results: Sequence[Result], facts: dict[str, str])
         "<h1>ExFusion beside dense training</h1>"
         "<table><tr><th>run</th><th>test accuracy</th><th>step time (dense = 1)</th>"
         f"<th>parameters in training</th><th>shipped</th></tr>{''.join(lines)}</table>"
-        + "".join(f"<p><b>{html.escape(k)}</b>: {html.escape(v)}</p>" for k, v in facts.items())
+        + "".join(
+            f"<p><b>{html.escape(k)}</b>: {html.escape(v)}</p>"
+            for k, v in facts(check, settings).items()
+        )
         + "".join(f'<p><img src="data:image/png;base64,{image}"></p>' for image in images)
     )
     return path

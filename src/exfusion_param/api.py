@@ -12,10 +12,10 @@ from torch import nn
 from .config import ExFusionConfig
 from .discovery import Filter, select_groups
 from .fusion_weights import warn_of_empty_banks
+from .load_guard import guard_loading
 from .memory_bank import MemoryBank
 from .parametrization import detach, groups_of, wrapped_linears
 from .planning import choose_seed, plan_groups
-from .state_dict import guard_loading
 from .validation import check_fusable, check_wrappable
 
 Model = TypeVar("Model", bound=nn.Module)

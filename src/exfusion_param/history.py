@@ -58,7 +58,11 @@ def drop_rows_after(path: str | Path, step: float) -> None:
     """Drop the rows of later steps, which a resumed run is about to write anew."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    write_history(path, [row for row in rows if float(row["step"]) <= step])  # type: ignore[misc]
+    kept = [row for row in rows if float(row["step"]) <= step]
+    if kept:
+        write_history(path, kept)  # type: ignore[arg-type]
+    else:
+        os.remove(path)
 
 
 def _number(path: str | Path, column: str, text: str | None) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import upcycled_experts
-from .fusion_weights import FusionWeights, warn_of_empty_banks
+from .fusion_weights import warn_of_empty_banks
 from .linear_class import dense_order
 from .parametrization import (
     fused_names,
@@ -105,53 +105,6 @@ def load_dense_state_dict(
 def dense_keys(model: nn.Module) -> list[str]:
     """The keys of `fused_state_dict(model)`."""
     return list(_dense_view(model))
-
-
-def guard_loading(
-    model: nn.Module, weights: FusionWeights, linears: Mapping[str, nn.Module]
-) -> None:
-    """Let `model.load_state_dict` refuse what does not fit the stacks, before it copies anything.
-
-    Args:
-        model: the module that `load_state_dict` is called on.
-        weights: the fusion weights of the group; their handles remove the guard.
-        linears: the wrapped linears of the group by their names in `model`.
-    """
-    guard = _LoadGuard([_join(fqn, "") for fqn in linears], weights.config.num_experts)
-    weights.handles.append(model.register_load_state_dict_pre_hook(guard))
-
-
-class _LoadGuard:
-    """A hook that refuses dense checkpoints and stacks of another number of experts.
-
-    torch copies what fits before it reports what does not, so the check comes first. It holds names
-    alone, for a deepcopy of the model to take along.
-    """
-
-    def __init__(self, prefixes: list[str], num_experts: int) -> None:
-        self.prefixes = prefixes
-        self.num_experts = num_experts
-
-    def __call__(
-        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
-    ) -> None:
-        for name in (prefix + linear for linear in self.prefixes):
-            linear = module.get_submodule(name.removeprefix(prefix).rstrip("."))
-            for tensor in fused_names(linear):
-                self._check(state_dict, f"{name}{tensor}", f"{name}parametrizations.{tensor}.")
-
-    def _check(self, state_dict: Mapping[str, Any], dense: str, wrapped: str) -> None:
-        stack = state_dict.get(f"{wrapped}original")
-        if stack is None and dense in state_dict:
-            raise ValueError(
-                f"{dense} is dense, and the model is wrapped. Load this state dict with "
-                "exfusion_param.load_dense_state_dict(model, state_dict), or before wrap()."
-            )
-        if stack is not None and len(stack) != self.num_experts:
-            raise ValueError(
-                f"{wrapped}original holds {len(stack)} experts, the model {self.num_experts}. "
-                f"Wrap the model with num_experts={len(stack)}."
-            )
 
 
 def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:

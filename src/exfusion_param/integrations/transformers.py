@@ -12,11 +12,18 @@ A plain `Trainer` trains a wrapped model as well; see what each class adds.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..checkpoint import save_config
 from ..history import append_row, drop_rows_after
@@ -36,6 +43,9 @@ class ExFusionTrainerMixin(_Trainer):
     - Learned fusion weights do not decay; Trainer's names of biases and norms miss them. (Stacked
       biases keep "bias" in their names, so Trainer's own rule holds for them.)
     - `metrics(model)` goes to every tracker with each training loss, until the model is fused.
+    - Checkpoints of a wrapped model are saved under the model's own names. transformers saves some
+      models, such as ViT, under names of older versions, which its `resume_from_checkpoint` and
+      `exfusion fuse` do not find in the model.
     """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -49,6 +59,20 @@ class ExFusionTrainerMixin(_Trainer):
         if "loss" in logs and self.model is not None and wrapped_linears(self.model):
             logs = logs | metrics(self.model)
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save under the model's own names as long as it is wrapped."""
+        model: Any = self.model
+        if not isinstance(model, PreTrainedModel) or not wrapped_linears(model):
+            super().save_model(*args, **kwargs)
+            return
+        # Trainer passes no argument on to save_pretrained.
+        keep = functools.partial(model.save_pretrained, save_original_format=False)
+        model.save_pretrained = keep  # type: ignore[method-assign]
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            del model.save_pretrained
 
 
 class ExFusionCallback(TrainerCallback):

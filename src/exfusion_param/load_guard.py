@@ -1,0 +1,76 @@
+"""What `load_state_dict` of a wrapped model refuses, before it copies anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .fusion_weights import FusionWeights
+from .parametrization import fused_names
+
+
+def guard_loading(
+    model: nn.Module, weights: FusionWeights, linears: Mapping[str, nn.Module]
+) -> None:
+    """Let `model.load_state_dict` refuse what does not fit the stacks, before it copies anything.
+
+    Args:
+        model: the module that `load_state_dict` is called on.
+        weights: the fusion weights of the group; their handles remove the guard.
+        linears: the wrapped linears of the group by their names in `model`.
+    """
+    guard = _LoadGuard([f"{fqn}.".lstrip(".") for fqn in linears], weights.config.num_experts)
+    weights.handles.append(model.register_load_state_dict_pre_hook(guard))
+
+
+class _LoadGuard:
+    """A hook that refuses dense checkpoints and stacks of another number of experts.
+
+    torch copies what fits before it reports what does not, so the check comes first. It holds names
+    alone, for a deepcopy of the model to take along.
+    """
+
+    def __init__(self, prefixes: list[str], num_experts: int) -> None:
+        self.prefixes = prefixes
+        self.num_experts = num_experts
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        for name in (prefix + linear for linear in self.prefixes):
+            linear = module.get_submodule(name.removeprefix(prefix).rstrip("."))
+            for tensor in fused_names(linear):
+                stack = f"{name}parametrizations.{tensor}.original"
+                self._check(state_dict, f"{name}{tensor}", stack)
+                if stack not in state_dict:  # some are left out with strict=False
+                    _refuse_renamed(module, state_dict, prefix, stack)
+
+    def _check(self, state_dict: Mapping[str, Any], dense: str, wrapped: str) -> None:
+        stack = state_dict.get(wrapped)
+        if stack is None and dense in state_dict:
+            raise ValueError(
+                f"{dense} is dense, and the model is wrapped. Load this state dict with "
+                "exfusion_param.load_dense_state_dict(model, state_dict), or before wrap()."
+            )
+        if stack is not None and len(stack) != self.num_experts:
+            raise ValueError(
+                f"{wrapped} holds {len(stack)} experts, the model {self.num_experts}. "
+                f"Wrap the model with num_experts={len(stack)}."
+            )
+
+
+def _refuse_renamed(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, missing: str
+) -> None:
+    """Raise if stacks are there under names that the module lacks, as a trainer may save them."""
+    known = {prefix + name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name in state_dict:
+        is_stack = ".parametrizations." in name and name.endswith(".original")
+        if is_stack and name.startswith(prefix) and name not in known:
+            raise ValueError(
+                f"The state dict has no {missing}, but a stack {name} that the model lacks: it was "
+                "saved under other names. Save a wrapped model of transformers with "
+                "save_pretrained(folder, save_original_format=False); ExFusionTrainerMixin does."
+            )
