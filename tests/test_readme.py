@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from exfusion_param import cli
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +21,8 @@ def test_the_python_blocks_run_in_their_order(
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert (tmp_path / "average.pt").exists()
+    assert (tmp_path / "dense" / "model.safetensors").exists()
+    cli.main(["plot", str(tmp_path)])
 
 
 def test_the_commands_are_those_of_the_makefile() -> None:
