@@ -1,7 +1,7 @@
 """transformers' Trainer: a ViT trained from scratch, logged, resumed, and shipped dense.
 
     python examples/hf_trainer.py --out runs/trainer
-    exfusion fuse runs/trainer/checkpoint-188 runs/trainer-checkpoint-dense
+    exfusion fuse runs/trainer/checkpoint-376 runs/trainer-dense
 
 Stop it and run the same command: it continues from its last checkpoint.
 """

@@ -51,7 +51,7 @@ def fuse(
     checkpoint's config.json must say is written by exfusion_param.checkpoint.save_config(model,
     folder), and by the callbacks for transformers and Lightning.
 
-        exfusion fuse runs/trainer/checkpoint-500 dense
+        exfusion fuse runs/trainer/checkpoint-376 dense
         exfusion fuse runs/lightning/last.ckpt dense.safetensors
 
     Args:
