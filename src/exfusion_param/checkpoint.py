@@ -29,7 +29,7 @@ from .wrapped_layout import WrappedLayout
 
 __all__ = ["CheckpointError", "describe", "fuse_checkpoint", "save_config"]
 
-PART_BYTES = 2**23
+PART_BYTES = 2**22
 """How much of a stack is fused at a time, less than which would be slow."""
 
 
