@@ -1,6 +1,6 @@
 """Time and peak memory of `exfusion fuse` on a large checkpoint.
 
-python benchmarks/fuse_checkpoint.py --gib 2
+Command: `python benchmarks/fuse_checkpoint.py --gib 2`.
 """
 
 import dataclasses

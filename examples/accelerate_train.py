@@ -114,6 +114,8 @@ def main(settings: Settings) -> None:
         if accelerator.is_main_process:  # for `exfusion fuse`
             save_config(accelerator.unwrap_model(model), state)
 
+    if log:
+        log.close()
     dense = exf.fuse(accelerator.unwrap_model(model)).eval()
     with torch.no_grad():
         images, labels = (tensor.to(accelerator.device) for tensor in test.tensors)

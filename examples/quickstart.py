@@ -1,6 +1,6 @@
 """Wrap, train and fuse a Transformer with torch alone.
 
-python examples/quickstart.py --out runs/quickstart
+Command: `python examples/quickstart.py --out runs/quickstart`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """timm's model, optimizer, scheduler and average of the weights; the average is fused and shipped.
 
-python examples/timm_ema.py --model deit_tiny_patch16_224 --out runs/timm
+Command: `python examples/timm_ema.py --model deit_tiny_patch16_224 --out runs/timm`.
 """
 
 import dataclasses

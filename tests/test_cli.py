@@ -1,8 +1,10 @@
 """The command line."""
 
+import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,8 +66,51 @@ def test_what_cannot_be_done_is_one_message_and_status_1(
 
 def test_a_config_of_an_unknown_model_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="config.json: Unrecognized model"):
+    with pytest.raises(SystemExit, match="cannot be built: Unrecognized model"):
         cli.main(["inspect", f"transformers:{tmp_path}"])
+
+
+@pytest.mark.parametrize("answer", ["y\n", ""])
+def test_code_in_a_folder_is_not_run(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    with pytest.raises(SystemExit, match="cannot be built"):
+        cli.main(["inspect", f"transformers:{tmp_path}"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"hidden_size": -1}, {"hidden_size": "x"}, {"num_attention_heads": 0}, {"dtype": "x"}],
+)
+def test_a_config_that_no_model_can_be_built_from_is_one_line(
+    fields: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"} | fields))
+    with pytest.raises(SystemExit, match="exfusion: transformers:.* cannot be built: .*"):
+        cli.main(["inspect", f"transformers:{tmp_path}"])
+
+
+def test_a_metrics_csv_without_metrics_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step\n1\n")
+    with pytest.raises(SystemExit, match="exfusion: No column of metrics"):
+        cli.main(["plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds no metrics.csv"):
+        cli.main(["plot", str(tmp_path / "nowhere"), "--out", str(tmp_path / "plots")])
+    assert not (tmp_path / "plots").exists()
+
+
+def test_warnings_are_shown_as_before_after_a_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shown = warnings.showwarning
+    with pytest.raises(SystemExit):
+        cli.main(["plot", str(tmp_path)])
+    assert warnings.showwarning is shown
 
 
 def test_the_installed_command_has_help_and_exit_codes() -> None:

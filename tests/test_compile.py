@@ -144,6 +144,15 @@ def test_parameters_frozen_replaced_and_thawed_in_training_equal_eager(variant: 
     assert_same_state(compiled, eager)
 
 
+def test_compiled_autograd_takes_two_forwards_before_one_backward() -> None:
+    model = exf.wrap(FFNs(), seed=0, bank_init="uniform")
+    x = inputs().float()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(lambda: loss_of(model, x) + loss_of(model, 2 * x), backend="eager")
+        compiled().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
 def test_a_fused_model_compiles_anew() -> None:
     model = exf.wrap(FFNs(), seed=0, bank_init="uniform").eval()
     compiled = torch.compile(model, fullgraph=True)

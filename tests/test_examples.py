@@ -52,9 +52,22 @@ def test_it_trains_ships_the_same_model_and_logs_for_the_plots(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", ["hf_trainer.py", "lightning_fit.py", "accelerate_train.py"])
 def test_the_same_command_continues_a_run(name: str, tmp_path: Path) -> None:
+    def rows() -> dict[float, float]:
+        histories = [read_history(path) for path in tmp_path.rglob("metrics.csv")]
+        losses: dict[float, float] = {}
+        for history in histories:
+            for step, loss in zip(history["step"], history["loss"], strict=True):
+                if loss == loss:
+                    assert step not in losses  # no step runs twice
+                    losses[step] = loss
+        return losses
+
     run(name, "--out", tmp_path, "--epochs", 1)
-    printed = run(name, "--out", tmp_path, "--epochs", 2)
-    assert re.search(PRINTED[name], printed)
+    first = rows()
+    assert re.search(PRINTED[name], run(name, "--out", tmp_path, "--epochs", 2))
+    both = rows()
+    assert {step: both[step] for step in first} == first
+    assert len(both) == 2 * len(first)
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,13 @@ def data() -> Tensor:
     return inputs(batch=STEPS * MICRO_BATCHES * SIZE)
 
 
-def run(variant: str, folder: Path, *callbacks: Any, resume: Path | None = None) -> Module:
+def run(
+    variant: str, folder: Path, *callbacks: Any, resume: Path | None = None, log_every: int = 2
+) -> Module:
     module = Module(variant)
     trainer = lightning.Trainer(
         max_epochs=EPOCHS, accumulate_grad_batches=MICRO_BATCHES, gradient_clip_val=0.1,
-        log_every_n_steps=2, accelerator="cpu", enable_progress_bar=False,
+        log_every_n_steps=log_every, accelerator="cpu", enable_progress_bar=False,
         enable_model_summary=False, logger=CSVLogger(folder / "logs", flush_logs_every_n_steps=1),
         callbacks=[
             ExFusionCallback(),
@@ -119,6 +121,10 @@ def test_a_checkpoint_fuses_on_the_command_line(tmp_path: Path) -> None:
     for name, value in exf.fuse(module).state_dict().items():
         assert torch.equal(dense.pop(name), value)
     assert not dense
+
+
+def test_no_logging_at_all_is_fine(tmp_path: Path) -> None:
+    run("mb", tmp_path, log_every=0)
 
 
 def test_its_loggers_get_the_metrics_once_for_each_step(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -182,6 +183,13 @@ def test_linears_of_one_kind_share_a_class_and_survive_each_others_end() -> None
         assert isinstance(getattr(first.fc1, name), nn.Parameter)
         assert getattr(second.fc1, name).shape == expected.shape[1:]
     assert type(first.fc1) is nn.Linear
+
+
+def test_a_patched_class_is_as_before_after_the_patch() -> None:
+    linear = wrapped("dw").blocks[0].fc1
+    with mock.patch.object(type(linear), "forward", lambda self, x: x):
+        pass
+    assert linear(torch.ones(1, 4)).shape == (1, 6)
 
 
 def test_a_tensor_that_torch_parametrizes_after_wrap_is_the_one_linears_own() -> None:

@@ -11,7 +11,13 @@ from models import FFNs, inputs, loss_of
 import exfusion_param as exf
 from exfusion_param import plotting
 from exfusion_param.functional import route
-from exfusion_param.history import append_row, read_history, write_history
+from exfusion_param.history import (
+    append_row,
+    drop_rows_after,
+    read_history,
+    set_aside,
+    write_history,
+)
 from exfusion_param.routing import record_routing, router_load
 
 CLASSES = ["shirt", "bag", "boot"]
@@ -54,6 +60,31 @@ def test_rows_with_new_columns_keep_the_old_rows(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    write_history(path, [{"step": 1, "loss": 0.5}])
+    with open(path, "a") as file:
+        file.write("2,0.1")
+    append_row(path, {"step": 3, "loss": 0.25})
+    assert read_history(path) == {"step": [1, 3], "loss": [0.5, 0.25]}
+
+
+def test_a_resumed_run_keeps_what_came_before_and_another_run_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    write_history(path, [{"step": step} for step in range(1, 5)])
+    drop_rows_after(path, 2)
+    assert read_history(path) == {"step": [1, 2]}
+    set_aside(path)
+    assert not path.exists()
+    append_row(path, {"loss": 1.0})
+    set_aside(path)
+    assert read_history(tmp_path / "metrics.1.csv") == {"step": [1, 2]}
+    assert read_history(tmp_path / "metrics.2.csv") == {"loss": [1]}
+    append_row(path, {"loss": 1.0})
+    with pytest.raises(ValueError, match="has no column 'step'. Move it"):
+        drop_rows_after(path, 2)
+
+
 def test_a_cell_without_a_number_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,loss\n1,low\n")
     with pytest.raises(ValueError, match="the column 'loss' holds 'low', not a number"):
@@ -78,7 +109,7 @@ def test_fusion_weights_are_drawn_for_each_expert(history: dict[str, list[float]
 def test_measures_are_drawn_for_each_group(history: dict[str, list[float]], measure: str) -> None:
     axes = plt.figure().subplots()
     assert plotting.over_groups(history, measure, ax=axes) is axes
-    assert [line.get_label() for line in axes.lines] == ["blocks.0", "blocks.1"]
+    assert [line.get_label() for line in axes.lines] == [" blocks.0", " blocks.1"]
     assert list(axes.lines[1].get_ydata()) == history[f"{measure}/blocks.1"]
     assert axes.get_ylabel() == plotting.OVER_GROUPS[measure]
 
@@ -116,6 +147,35 @@ def test_the_load_of_a_label_is_the_routers_mean_over_its_tokens() -> None:
         assert by_position[f"router_load/blocks.0/1/{i}"] == pytest.approx(second, rel=1e-5)
     assert not any("bag" in name for name in by_class)
     assert not model.blocks[0].fc1._forward_pre_hooks
+
+
+def test_routing_is_recorded_in_a_compiled_model_and_with_inputs_by_keyword() -> None:
+    torch.compiler.reset()
+    model, x = exf.wrap(FFNs()).eval(), inputs().float()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+        with record_routing(model) as shares:
+            compiled(x)
+    assert shares.keys() == {"blocks.0", "blocks.1"}
+    with record_routing(model) as shares:
+        model.blocks[0].fc1(input=x)
+    assert shares.keys() == {"blocks.0"}
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(3).long(), r"shape \(3,\), which is not how the shares of 'g' begin"),
+        (torch.zeros(8, 16).long(), "which is not how the shares"),
+        (torch.full((8,), -1), "Labels are numbers from 0 to 2, got -1 to -1"),
+        (torch.full((8,), 3), "Labels are numbers from 0 to 2, got 3 to 3"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        router_load({"g": torch.rand(8, 32, 4)}, labels, CLASSES)
 
 
 def test_routing_of_a_model_without_routers_and_labels_with_slashes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,13 @@ def test_the_python_blocks_run_in_their_order(
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 6
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert (tmp_path / "average.pt").exists()
+    held = {id(p) for group in namespace["adamw"].param_groups for p in group["params"]}
+    held |= {id(stack) for stack in namespace["stacks"]}  # which Muon moves by its views
+    assert held == {id(parameter) for parameter in namespace["model"].parameters()}
     assert (tmp_path / "dense" / "model.safetensors").exists()
     cli.main(["plot", str(tmp_path)])
 

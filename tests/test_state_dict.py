@@ -246,3 +246,18 @@ def test_a_model_of_which_a_part_was_fused_or_replaced_loads_its_own_checkpoint(
     model.load_state_dict(model.state_dict())
     model.blocks[1] = FFNs().blocks[1]
     model.load_state_dict(model.state_dict())
+
+
+def test_blocks_that_were_taken_out_after_wrap_are_not_asked_for() -> None:
+    model = exf.wrap(FFNs())
+    model.blocks = model.blocks[:1]
+    model.load_state_dict(model.state_dict())
+
+
+def test_stacks_under_other_names_are_refused_and_parts_are_not() -> None:
+    model = exf.wrap(FFNs())
+    state = model.state_dict()
+    model.load_state_dict({"stem.bias": state["stem.bias"]}, strict=False)
+    renamed = {name.replace("blocks", "layers"): value for name, value in state.items()}
+    with pytest.raises(ValueError, match="a stack layers.0.fc1.* saved under other names"):
+        model.load_state_dict(renamed, strict=False)

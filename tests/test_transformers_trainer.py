@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import exfusion_param as exf
-from exfusion_param.checkpoint import fuse_checkpoint
+from exfusion_param.checkpoint import fuse_checkpoint, save_config
 from exfusion_param.history import read_history
 from exfusion_param.integrations.transformers import ExFusionCallback, ExFusionTrainerMixin
 
@@ -121,6 +121,32 @@ def test_a_checkpoint_fuses_on_the_command_line_and_loads_with_transformers(
     fuse_checkpoint(tmp_path / "checkpoint-6", tmp_path / "dense")
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
     assert_same_state(loaded, exf.fuse(model), 0)
+
+
+def test_save_model_says_how_to_fuse_and_a_users_own_save_pretrained_stays(tmp_path: Path) -> None:
+    trainer = trainer_for(build("dw"), tmp_path)
+    calls, inherited = [], trainer.model.save_pretrained
+    trainer.model.save_pretrained = lambda *a, **k: (calls.append(k), inherited(*a, **k))
+    for name in ("first", "second"):
+        trainer.save_model(str(tmp_path / name))
+        fuse_checkpoint(tmp_path / name, tmp_path / f"{name}-dense")
+    assert [call["save_original_format"] for call in calls] == [False, False]
+
+
+def test_a_second_run_in_the_same_folder_leaves_the_first_ones_metrics(tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer_for(build("mb"), tmp_path).train()
+    for name in ("metrics.csv", "metrics.1.csv"):
+        assert read_history(tmp_path / name)["step"] == [2, 4, 6]
+
+
+def test_a_fused_model_forgets_what_its_config_said_of_experts(tmp_path: Path) -> None:
+    build("sw").save_pretrained(tmp_path / "wrapped")
+    save_config(build("sw"), tmp_path / "wrapped")
+    config = BertConfig.from_pretrained(tmp_path / "wrapped")
+    model = exf.fuse(exf.wrap(BertForSequenceClassification(config), variant="sw"))
+    model.save_pretrained(tmp_path / "dense")
+    assert "exfusion" not in (tmp_path / "dense" / "config.json").read_text()
 
 
 def test_metrics_reach_every_log_and_a_resumed_run_writes_its_rows_anew(tmp_path: Path) -> None:

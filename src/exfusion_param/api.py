@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from .checkpoint_reader import ENTRY
 from .config import ExFusionConfig
 from .discovery import Filter, select_groups
 from .fusion_weights import warn_of_empty_banks
@@ -56,15 +58,12 @@ def wrap(
     config = resolve_config(config, fields)
     groups = select_groups(model, filter_fn, config.layers)
     check_wrappable(model, groups, config)
+    follow_masks = _mask_follower(config)
     plans = plan_groups(groups, config, choose_seed(config, generator))  # allocates everything
     for plan in plans:
         plan.carry_out()
         guard_loading(model, plan.weights, plan.group.linears)
-    if "transformers" in sys.modules:  # else the model is none of its
-        from .integrations.attention_masks import follow_attention_masks
-
-        banks = [plan.weights for plan in plans if isinstance(plan.weights, MemoryBank)]
-        follow_attention_masks(model, banks)
+    follow_masks(model, [plan.weights for plan in plans if isinstance(plan.weights, MemoryBank)])
     _warn_of_bank(config)
     return model
 
@@ -95,6 +94,9 @@ def fuse(model: Model) -> Model:
         weights.retire()
     for linear in linears.values():
         detach(linear)
+    config = getattr(model, "config", None)
+    if isinstance(getattr(config, ENTRY, None), dict):  # read back from a config.json
+        delattr(config, ENTRY)
     return model
 
 
@@ -103,6 +105,15 @@ def resolve_config(config: ExFusionConfig | None, fields: dict[str, Any]) -> ExF
     if config is not None and not isinstance(config, ExFusionConfig):
         raise TypeError(f"config must be an ExFusionConfig or None, got {type(config).__name__}.")
     return (config or ExFusionConfig()).replace(**fields)
+
+
+def _mask_follower(config: ExFusionConfig) -> Callable[[nn.Module, list[MemoryBank]], None]:
+    """What lets memory banks follow attention masks; imports transformers only for its models."""
+    if config.variant == "mb" and "transformers" in sys.modules:
+        from .integrations.attention_masks import follow_attention_masks
+
+        return follow_attention_masks
+    return lambda model, banks: None
 
 
 def _warn_of_bank(config: ExFusionConfig) -> None:

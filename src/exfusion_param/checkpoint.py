@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .checkpoint_reader import CONFIG, ENTRY, CheckpointError, CheckpointReader, read_config
+from .checkpoint_reader import (
+    CONFIG,
+    ENTRY,
+    CheckpointError,
+    CheckpointReader,
+    clean_name,
+    read_config,
+)
+from .fusion_weights import FusionWeights
 from .parametrization import fused_names, fusion_weights_of, groups_of
 from .safetensors_writer import SafetensorsWriter
 from .state_dict import dense_keys
@@ -43,23 +51,38 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: nothing is wrapped.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     group_names = groups_of(model)
     wraps: list[dict[str, Any]] = []
-    for fqn, linear in model.named_modules(remove_duplicate=False):
-        if names := fused_names(linear):
-            weights = fusion_weights_of(linear)
-            config = weights.config.to_dict()
-            wrap = next((wrap for wrap in wraps if wrap["config"] == config), None)
-            if wrap is None:
-                wraps.append(wrap := {"config": config, "groups": {}})
-            wrap["groups"].setdefault(group_names[weights], {})[fqn] = names
+    for weights, linears in _linears_of_groups(model).items():
+        config = weights.config.to_dict()
+        wrap = next((wrap for wrap in wraps if wrap["config"] == config), None)
+        if wrap is None:
+            wraps.append(wrap := {"config": config, "groups": []})
+        wrap["groups"].append({"name": clean_name(group_names[weights]), "linears": linears})
     if not wraps:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to describe.")
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    tied = [names for names in owners.values() if len(names) > 1]
-    return {"version": 1, "wraps": wraps, "keys": dense_keys(model), "tied": tied}
+    keys = [clean_name(key) for key in dense_keys(model)]
+    return {"version": 1, "wraps": wraps, "keys": keys, "tied": _tied_names(model)}
+
+
+def _linears_of_groups(model: nn.Module) -> dict[FusionWeights, dict[str, list[str]]]:
+    """For each group its linears' names, all of them where a module has several, and tensors."""
+    groups: dict[FusionWeights, dict[str, list[str]]] = defaultdict(dict)
+    for fqn, linear in model.named_modules(remove_duplicate=False):
+        if names := fused_names(linear):
+            groups[fusion_weights_of(linear)][clean_name(fqn)] = names
+    return groups
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Names of the same memory in the state dict, of which a file may hold one."""
+    owners: dict[Any, list[str]] = defaultdict(list)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.numel() > 0 and not value.is_meta:
+            owners[value.data_ptr(), value.shape, value.dtype].append(clean_name(name))
+    return [names for names in owners.values() if len(names) > 1]
 
 
 def save_config(model: nn.Module, folder: str | Path) -> Path:
@@ -113,11 +136,11 @@ def fuse_checkpoint(
         ValueError: `out` exists already, or a fused tensor holds NaN or inf.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already. Name a new one.")
+    _refuse_existing(out)
     reader = CheckpointReader(Path(checkpoint))
     config = read_config(reader.folder)
-    layout = WrappedLayout(reader, config.pop(ENTRY, None) or reader.entry)
+    entry = config.pop(ENTRY, None)
+    layout = WrappedLayout(reader, reader.entry or entry)
     layout.warn_of_empty_banks()
     with _appearing(out) as file:
         if config and file.name != out.name:
@@ -134,17 +157,21 @@ def fuse_checkpoint(
 
 
 def _parts(reader: CheckpointReader, layout: WrappedLayout, name: str) -> Iterator[Tensor]:
-    """A dense tensor, in parts along its first dimension if it is fused from a stack."""
-    if name not in layout.fused:
+    """A dense tensor in parts along its first dimension."""
+    spec = layout.dense[name]
+    if not spec.shape:
         yield reader.read(name)
         return
-    fused = layout.fused[name]
-    weights = layout.fusion_weights(fused)
-    spec = reader.specs[fused.stack]
-    rows = max(1, PART_BYTES * spec.shape[1] // max(1, spec.nbytes))
-    for start in range(0, spec.shape[1], rows):
-        with reader.open(fused.stack) as stack:
-            yield functional.fuse(stack[:, start : start + rows], weights)
+    fused = layout.fused.get(name)
+    weights = None if fused is None else layout.fusion_weights(fused)
+    copies = 1 if fused is None else fused.num_experts
+    itemsize = max(4, spec.dtype.itemsize)  # low precision is summed in float32
+    row_bytes = copies * itemsize * torch.Size(spec.shape[1:]).numel()
+    rows = max(1, PART_BYTES // max(1, row_bytes))
+    for start in range(0, spec.shape[0], rows):
+        part = slice(start, start + rows)
+        with reader.open(name if fused is None else fused.stack) as tensor:
+            yield tensor[part] if weights is None else functional.fuse(tensor[:, part], weights)
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, is_fused: bool) -> None:
@@ -153,6 +180,16 @@ def _refuse_non_finite(name: str, tensor: Tensor, is_fused: bool) -> None:
             f"{name}: the experts or their fusion weights hold NaN or inf. "
             "Fuse the last good checkpoint."
         )
+
+
+def _refuse_existing(out: Path) -> None:
+    is_empty_folder = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if (out.exists() or out.is_symlink()) and not (is_empty_folder and out.resolve() != Path.cwd()):
+        raise ValueError(f"{out} exists already. Name a new one.")
+    if out.is_dir() and out.suffix == ".safetensors":
+        raise ValueError(f"{out} is a folder. Name a file.")
+    if out.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"{out} is no folder's name and no .safetensors file, which is written.")
 
 
 @contextmanager

@@ -24,8 +24,7 @@ ENTRY = "exfusion"
 
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 _NAMES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.pt")
-_NESTED = ("state_dict", "model", "module")  # where trainers keep the tensors in a torch file
-_PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DDP put before every name
+_NESTED = ("state_dict", "model_state_dict", "model", "module")  # in a trainer's torch file
 
 
 class CheckpointError(ValueError):
@@ -45,28 +44,37 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.folder = path if path.is_dir() else path.parent
-        self._file_of: dict[str, Path] = {}
+        self._place_of: dict[str, tuple[Path, str]] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.entry: Any = None
         for file in _files(path):
             with _opened(file) as tensors:
-                self.specs |= {name: tensors.spec(name) for name in tensors.names}
-                self._file_of |= dict.fromkeys(tensors.names, file)
+                for name in tensors.names:
+                    self.specs[clean_name(name)] = tensors.spec(name)
+                    self._place_of[clean_name(name)] = file, name
                 self.entry = self.entry or tensors.entry
-        self._prefix = _common_prefix(self.specs)
-        self.specs = {name.removeprefix(self._prefix): s for name, s in self.specs.items()}
+
+    def drop_prefix(self, prefix: str) -> None:
+        """Take a prefix off all names, as DDP puts one before them."""
+        self.specs = {name.removeprefix(prefix): spec for name, spec in self.specs.items()}
+        self._place_of = {name.removeprefix(prefix): at for name, at in self._place_of.items()}
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
         """The tensor, or something that can be sliced like it; what was read of it is freed."""
-        name = self._prefix + name
-        with _opened(self._file_of[name]) as tensors:
+        file, name = self._place_of[name]
+        with _opened(file) as tensors:
             yield tensors.get(name)
 
     def read(self, name: str) -> Tensor:
         """A copy of the whole tensor."""
         with self.open(name) as tensor:
             return tensor.clone() if isinstance(tensor, Tensor) else tensor[:].clone()
+
+
+def clean_name(name: str) -> str:
+    """A tensor's name without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,6 +98,8 @@ class _SafetensorsFile:
 
     def spec(self, name: str) -> TensorSpec:
         piece = self._file.get_slice(name)
+        if piece.get_dtype() not in _DTYPE_OF:
+            raise CheckpointError(f"{name} is {piece.get_dtype()}, which is not supported.")
         return TensorSpec(tuple(piece.get_shape()), _DTYPE_OF[piece.get_dtype()])
 
     def get(self, name: str) -> Any:
@@ -106,8 +116,12 @@ class _TorchFile:
         for name in _NESTED:
             if isinstance(content.get(name), Mapping):
                 content = content[name]
-        self._tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        self._tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
         self.names = list(self._tensors)
+        for name, tensor in self._tensors.items():
+            is_plain = tensor.layout == torch.strided and not tensor.is_nested
+            if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise CheckpointError(f"{path}: {name} is no plain tensor with memory of its own.")
 
     def spec(self, name: str) -> TensorSpec:
         return TensorSpec(tuple(self._tensors[name].shape), self._tensors[name].dtype)
@@ -118,20 +132,18 @@ class _TorchFile:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
-    is_safetensors = path.suffix == ".safetensors"
+    """A file, for as long as something refers to what it gives."""
     try:
-        file = _SafetensorsFile(path) if is_safetensors else _TorchFile(path)
-    except CheckpointError:
+        file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
+    except (CheckpointError, ModuleNotFoundError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, which is not loaded. "
             "Save the state dict alone."
         ) from error
-    except ModuleNotFoundError:
-        raise
     except Exception as error:  # each library has its own, down to the bare Exception
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged or of another format: {reason}") from error
     yield file
 
@@ -141,11 +153,12 @@ def _files(path: Path) -> list[Path]:
         return _shards(path) if path.name.endswith(".index.json") else [path]
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist.")
-    for index in sorted(path.glob("*.index.json"), reverse=True):  # safetensors before torch's
-        return _shards(index)
+    # As transformers does: one file before shards, which may be left from an older one.
     for name in _NAMES:
         if (path / name).is_file():
             return [path / name]
+    if indices := sorted(path.glob("*.index.json"), reverse=True):  # safetensors before torch's
+        return _shards(indices[0])
     raise CheckpointError(
         f"{path} holds no checkpoint: none of {', '.join(_NAMES)} and no *.index.json."
     )
@@ -155,31 +168,20 @@ def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} holds no weight_map.")
-    names = list(dict.fromkeys(weight_map.values()))
+    names = list(weight_map.values())
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is no file beside it.")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is missing.")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in dict.fromkeys(names)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
     return content
-
-
-def _common_prefix(names: Mapping[str, object]) -> str:
-    prefix = ""
-    while True:
-        for candidate in _PREFIXES:
-            if names and all(name.startswith(prefix + candidate) for name in names):
-                prefix += candidate
-                break
-        else:
-            return prefix

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -97,9 +98,13 @@ def plot(
     mpl.use("Agg")
     from .plotting import write_plots
 
+    try:
+        history = read_history(path)
+    except csv.Error as error:
+        raise UsageError(f"{path} is no CSV file: {error}") from error
     folder = out or run_dir
     folder.mkdir(parents=True, exist_ok=True)
-    print(*write_plots(read_history(path), folder), sep="\n")
+    print(*write_plots(history, folder), sep="\n")
 
 
 def _load(name: str) -> nn.Module:
@@ -107,8 +112,14 @@ def _load(name: str) -> nn.Module:
     loaders = {"timm": _load_timm, "transformers": _load_transformers}
     if library not in loaders or not rest:
         raise UsageError(f"A model is timm:NAME or transformers:DIR, got {name!r}.")
-    with torch.device("meta"):
-        return loaders[library](rest)
+    try:
+        with torch.device("meta"):
+            return loaders[library](rest)
+    except (UsageError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # whatever a library makes of a name or of a config.json
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{name} cannot be built: {reason}") from error
 
 
 def _load_timm(name: str) -> nn.Module:
@@ -125,20 +136,20 @@ def _load_transformers(folder: str) -> nn.Module:
 
     if not Path(folder, "config.json").is_file():
         raise UsageError(f"{folder} is no folder with a config.json.")
-    try:
-        return AutoModel.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (ValueError, KeyError) as error:
-        raise UsageError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
+    trusted: Any = {"trust_remote_code": False}  # the folder's code is not run
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **trusted)
+    return AutoModel.from_config(config, **trusted)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit status 0, 1 with a message, or 2 for arguments that do not fit."""
     commands: dict[str, Callable[..., None]] = {"inspect": inspect, "fuse": fuse, "plot": plot}
-    warnings.showwarning = _show_warning
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="exfusion", args=arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            tyro.extras.subcommand_cli_from_dict(commands, prog="exfusion", args=arguments)
     except (UsageError, ValueError, TypeError, OSError) as error:
-        sys.exit(f"exfusion: {error}")
+        sys.exit(f"exfusion: {str(error).splitlines()[0]}")
     except ModuleNotFoundError as error:
         sys.exit(f"exfusion: {error.name} is not installed; pip install {error.name}.")
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 History = Mapping[str, Sequence[float]]
 """The values of each column over the run, as in `{"step": [50, 100], "loss": [2.1, 1.9]}`."""
@@ -37,36 +38,61 @@ def write_history(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None
 def append_row(path: str | Path, row: Mapping[str, float]) -> None:
     """Add a row to a CSV file, which is made if there is none; new columns may come at any time.
 
+    A last line that a kill cut short is dropped.
+
     Args:
         path: the file.
         row: its numbers, such as `{"step": 50, "loss": 2.1} | metrics(model)`.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         write_history(path, [row])
         return
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        if not set(row) <= set(columns):
-            write_history(path, [*reader, row])  # type: ignore[list-item]
-            return
-    with open(path, "a", newline="") as file:
-        csv.DictWriter(file, columns).writerow(row)
+    columns, rows = _read_lines(path)
+    if set(row) <= set(columns):
+        with open(path, "a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(row)
+    else:
+        write_history(path, [*rows, row])
 
 
 def drop_rows_after(path: str | Path, step: float) -> None:
-    """Drop the rows of later steps, which a resumed run is about to write anew."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    kept = [row for row in rows if float(row["step"]) <= step]
+    """Drop the rows of later steps, which a resumed run is about to write anew.
+
+    Raises:
+        ValueError: the file has no column `step`, or a cell of it holds no number.
+    """
+    columns, rows = _read_lines(Path(path))
+    if "step" not in columns:
+        raise ValueError(f"{path} has no column 'step'. Move it, for the run to write its own.")
+    kept = [row for row in rows if not _number(path, "step", row["step"]) > step]
     if kept:
-        write_history(path, kept)  # type: ignore[arg-type]
+        write_history(path, kept)
     else:
         os.remove(path)
 
 
-def _number(path: str | Path, column: str, text: str | None) -> float:
+def set_aside(path: str | Path) -> None:
+    """Give another run's file a number, so that a new run begins its own."""
+    path = Path(path)
+    number = 1
+    while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(other)
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows as text; drops a line without an end from the file."""
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or ()), list(reader)
+
+
+def _number(path: str | Path, column: str, text: Any) -> float:
     try:
         return float(text or "nan")
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(f"{path}: the column {column!r} holds {text!r}, not a number.") from None

@@ -85,7 +85,8 @@ class _SharedClass(type):
         super().__setattr__(name, _property(name) if isinstance(value, property) else value)
 
     def __delattr__(cls, name: str) -> None:
-        """Nothing; other linears may need it."""
+        if not isinstance(vars(cls).get(name), property):  # other linears may need that
+            super().__delattr__(name)
 
 
 def _metaclass(dense: type) -> type:

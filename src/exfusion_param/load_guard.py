@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .fusion_weights import FusionWeights
 from .parametrization import fused_names
@@ -40,7 +40,10 @@ class _LoadGuard:
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
     ) -> None:
         for name in (prefix + linear for linear in self.prefixes):
-            linear = module.get_submodule(name.removeprefix(prefix).rstrip("."))
+            try:
+                linear = module.get_submodule(name.removeprefix(prefix).rstrip("."))
+            except AttributeError:  # taken out of the model since
+                continue
             for tensor in fused_names(linear):
                 stack = f"{name}parametrizations.{tensor}.original"
                 self._check(state_dict, f"{name}{tensor}", stack)
@@ -54,10 +57,11 @@ class _LoadGuard:
                 f"{dense} is dense, and the model is wrapped. Load this state dict with "
                 "exfusion_param.load_dense_state_dict(model, state_dict), or before wrap()."
             )
-        if stack is not None and len(stack) != self.num_experts:
+        if isinstance(stack, Tensor) and stack.shape[:1] != (self.num_experts,):
+            given = stack.shape[0] if stack.ndim else 0
             raise ValueError(
-                f"{wrapped} holds {len(stack)} experts, the model {self.num_experts}. "
-                f"Wrap the model with num_experts={len(stack)}."
+                f"{wrapped} holds {given} experts, the model {self.num_experts}. "
+                f"Wrap the model with num_experts={given}."
             )
 
 

@@ -108,7 +108,8 @@ class MemoryBank(FusionWeights):
     def _remember(self, current: Tensor | None) -> None:
         if torch.compiler.is_compiling():
             # torch.compile refuses attributes that are set within activation checkpointing, as its
-            # backward does not set them anew. This one is None again when the forward is over.
+            # backward does not set them anew. This one is None again when the forward is over. The
+            # function is private, and torch's only way to say so for one attribute.
             torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
                 setattr, self, "current", current
             )

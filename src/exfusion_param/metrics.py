@@ -44,7 +44,8 @@ def metrics(model: nn.Module) -> dict[str, float]:
         values[f"expert_distance/{name}"] = _distance(map(_weight_stack, weights.linears))
         if isinstance(weights, MemoryBank):
             values[f"bank_mass/{name}"] = weights.bank.float().sum()
-    numbers = torch.stack(list(values.values())).tolist()
+    device = next(iter(values.values())).device  # a model may lie on several
+    numbers = torch.stack([value.to(device) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))
 
 

@@ -16,6 +16,7 @@ The class that the linear gets is in linear_class.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -129,13 +130,19 @@ def fusion_weights_of(linear: nn.Module) -> FusionWeights:
 def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     """The fusion weights of a model's wrapped linears, each with its FFN group's name in it."""
     names: dict[FusionWeights, str] = {}
+    first_of: dict[FusionWeights, str] = {}
     for fqn, linear in wrapped_linears(model).items():
         weights = fusion_weights_of(linear)
         if linear is weights.linears[0]:
             names[weights] = fqn.removesuffix(weights.first_linear).rstrip(".")
+            first_of[weights] = fqn
         else:
             names.setdefault(weights, weights.group)
-    return names
+    taken = Counter(names.values())  # siblings that were wrapped apart have one parent
+    return {
+        weights: name if taken[name] == 1 else first_of.get(weights, f"{name}.{i}")
+        for i, (weights, name) in enumerate(names.items())
+    }
 
 
 def fused_names(linear: nn.Module) -> list[str]:

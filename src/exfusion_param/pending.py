@@ -15,8 +15,8 @@ when it is computed but with the gradient that flows back through it:
 - `mark` and its backward are custom operators, opaque to torch.compile: the graph calls them, and
   the Python code in them runs each time, in eager and compiled mode alike.
 
-Backwards are told apart by `torch._C._current_graph_task_id`, the one private name of torch that
-the package uses; torch's own activation checkpointing has no other means either.
+Backwards are told apart by `torch._C._current_graph_task_id`, a private name; torch's own
+activation checkpointing has no other means either.
 """
 
 from __future__ import annotations
@@ -188,9 +188,11 @@ def _save_for_note(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> N
     ctx.save_for_backward(*(tensor.detach() for tensor in inputs))
 
 
-def _note_in_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    # The result passes through the operator, or torch.compile would drop it as unused.
-    return torch.ops.exfusion_param.note(gradient, *ctx.saved_tensors), None
+def _note_in_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    # The result passes through the operator, or torch.compile would drop it as unused. The name's
+    # gradient is zero and not None, which compiled autograd cannot add up over two forwards.
+    weights, name = ctx.saved_tensors
+    return torch.ops.exfusion_param.note(gradient, weights, name), torch.zeros_like(name)
 
 
 def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -15,15 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from .history import History, read_history
+from .history import History
 
 __all__ = [
-    "History",
     "curves",
     "fusion_weights",
     "group_names",
     "over_groups",
-    "read_history",
     "router_load",
     "write_plots",
 ]
@@ -85,7 +83,7 @@ def fusion_weights(
     ax = ax or _new_axes()
     for column in columns:
         ax.plot(*_measured(history, x, column), label=f"expert {column.rpartition('/')[2]}")
-    ax.set(xlabel=x, ylabel="fusion weight", title=group)
+    ax.set(xlabel=x, ylabel="fusion weight", title=_shown(group))
     ax.legend()
     return ax
 
@@ -113,7 +111,7 @@ def over_groups(history: History, measure: str, *, x: str = "step", ax: Axes | N
     ax = ax or _new_axes()
     colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(columns)))
     for column, color in zip(columns, colors, strict=True):
-        ax.plot(*_measured(history, x, column), color=color, label=column.partition("/")[2])
+        ax.plot(*_measured(history, x, column), color=color, label=_shown(column.partition("/")[2]))
     ax.set(xlabel=x, ylabel=OVER_GROUPS.get(measure, measure))
     ax.legend(fontsize="small", ncols=math.ceil(len(columns) / 12))
     return ax
@@ -141,7 +139,7 @@ def router_load(history: History, group: str, *, ax: Axes | None = None) -> Axes
     image = ax.imshow(shares.reshape(len(labels), -1), aspect="auto")
     if len(labels) <= 20:  # classes have names that can be read, the many positions number alone
         ax.set_yticks(range(len(labels)), labels)
-    ax.set(xlabel="expert", xticks=range(len(columns) // len(labels)), title=group)
+    ax.set(xlabel="expert", xticks=range(len(columns) // len(labels)), title=_shown(group))
     ax.figure.colorbar(image, ax=ax, label="router's mean share")
     return ax
 
@@ -206,6 +204,11 @@ def _measured(history: History, x: str, column: str) -> tuple[np.ndarray, np.nda
     at, values = np.array(history[x], dtype=float), np.array(history[column], dtype=float)
     is_measured = ~np.isnan(values)
     return at[is_measured], values[is_measured]
+
+
+def _shown(name: str) -> str:
+    """A name as matplotlib takes it: not empty, no mathematics, no underscore that hides it."""
+    return f" {name}".replace("$", r"\$") if name else "(the model)"
 
 
 def _listed(names: Mapping[str, object] | list[str]) -> str:

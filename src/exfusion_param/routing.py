@@ -34,11 +34,14 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         raise ValueError(f"{type(model).__name__} has no memory bank, so no router to record.")
     shares: dict[str, Tensor] = {}
     hooks = [
-        bank.linears[0].register_forward_pre_hook(partial(_record, shares, name, bank))
+        bank.linears[0].register_forward_pre_hook(
+            partial(_record, shares, name, bank), with_kwargs=True
+        )
         for bank, name in banks.items()
     ]
     try:
-        yield shares
+        with torch.compiler.set_stance("force_eager"):  # compiled code would pass the hooks by
+            yield shares
     finally:
         for hook in hooks:
             hook.remove()
@@ -59,8 +62,10 @@ def router_load(
         `router_load/{group}/{label}/{i}` for expert i; a label that does not occur is left out.
 
     Raises:
-        ValueError: a name holds a slash, which separates the parts of a column's name.
+        ValueError: the labels do not fit the shares or the names; or a name holds a slash, which
+            separates the parts of a column's name.
     """
+    _check_labels(shares, labels, names)
     if slashed := [name for name in names or () if "/" in name]:
         raise ValueError(f"A label must not hold a slash, got {slashed[0]!r}.")
     flat = labels.flatten()
@@ -76,11 +81,34 @@ def router_load(
     return load
 
 
+def _check_labels(
+    shares: Mapping[str, Tensor], labels: Tensor, names: Sequence[str] | None
+) -> None:
+    for group, share in shares.items():
+        if share.shape[: labels.ndim] != labels.shape or share.ndim == labels.ndim:
+            raise ValueError(
+                f"The labels have shape {tuple(labels.shape)}, which is not how the shares of "
+                f"{group!r} begin: {tuple(share.shape)}."
+            )
+    highest = len(names) - 1 if names is not None else None
+    if labels.numel() and (labels.min() < 0 or (highest is not None and labels.max() > highest)):
+        raise ValueError(
+            f"Labels are numbers from 0 to {highest if names else 'any'}, got "
+            f"{labels.min().item()} to {labels.max().item()}."
+        )
+
+
 def _record(
-    shares: dict[str, Tensor], name: str, bank: MemoryBank, linear: nn.Module, args: Any
+    shares: dict[str, Tensor],
+    name: str,
+    bank: MemoryBank,
+    linear: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
 ) -> None:
     projection = projection_of(linear)
     assert projection is not None
-    x = args[0].detach().movedim(projection.feature_dim, -1)
+    x = args[0] if args else next(iter(kwargs.values()))
+    x = x.detach().movedim(projection.feature_dim, -1)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         shares[name] = (x.to(bank.router.dtype) @ bank.router.T).softmax(-1)

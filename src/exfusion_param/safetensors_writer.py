@@ -59,6 +59,8 @@ class SafetensorsWriter:
         for name, spec in specs.items():
             if spec.dtype not in DTYPES:
                 raise ValueError(f"{name} is {spec.dtype}, which safetensors does not hold.")
+        if "__metadata__" in specs:
+            raise ValueError("A tensor is named __metadata__, which safetensors does not hold.")
         # Larger elements first, so that each tensor is aligned to its own.
         self.order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
         self._left = sum(spec.nbytes for spec in specs.values())

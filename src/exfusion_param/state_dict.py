@@ -103,8 +103,9 @@ def load_dense_state_dict(
 
 
 def dense_keys(model: nn.Module) -> list[str]:
-    """The keys of `fused_state_dict(model)`."""
-    return list(_dense_view(model))
+    """The keys of the tensors in `fused_state_dict(model)`."""
+    dense = _dense_view(model)
+    return [key for key, value in dense.items() if isinstance(value, (Tensor, _Fused))]
 
 
 def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:

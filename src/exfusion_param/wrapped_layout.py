@@ -19,6 +19,10 @@ _OWNED = {"sw": None, "dw": "weights", "mb": "bank"}
 """The tensor of a group's first linear that holds the fusion weights to ship."""
 
 
+DDP = "module."
+"""What DistributedDataParallel puts before every name."""
+
+
 class FusedTensor(NamedTuple):
     """Where a fused tensor comes from.
 
@@ -58,11 +62,16 @@ class WrappedLayout:
         self._reader = reader
         self._expected: set[str] = set()
         try:
-            self._read_groups(reader.specs, entry)
             keys, tied = list(map(str, entry["keys"])), list(map(set, entry["tied"]))
+            has_prefix = all(name.startswith(DDP) for name in reader.specs)
+            if has_prefix and not any(key.startswith(DDP) for key in keys):
+                reader.drop_prefix(DDP)
+            self._read_groups(reader.specs, entry)
+            if unlisted := [key for key in self.fused if key not in set(keys)]:
+                raise ValueError(f"{_some(unlisted)} is not among its keys")
         except CheckpointError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f'"exfusion" in {reader.folder}/config.json is malformed: {error}'
             ) from error
@@ -100,8 +109,9 @@ class WrappedLayout:
             )
         for wrap in entry["wraps"]:
             config = ExFusionConfig.from_dict(wrap["config"])
-            for group, linears in wrap["groups"].items():
-                weights = self._owned(specs, group, linears, config)
+            for group in wrap["groups"]:
+                linears = group["linears"]
+                weights = self._owned(specs, group["name"], linears, config)
                 for fqn, names in linears.items():
                     for name in names:
                         stack = _join(fqn, f"parametrizations.{name}.original")
@@ -149,8 +159,11 @@ class WrappedLayout:
 
     def _check_stacks(self, specs: Mapping[str, TensorSpec]) -> None:
         for fused in self.fused.values():
-            shape = specs[fused.stack].shape if fused.stack in specs else (fused.num_experts,)
-            if shape[:1] != (fused.num_experts,):
+            for name in {fused.stack, fused.weights or fused.stack} & specs.keys():
+                if not specs[name].dtype.is_floating_point or specs[name].dtype.itemsize < 2:
+                    raise CheckpointError(f"{name} is {specs[name].dtype}, not a trained dtype.")
+            shape = specs[fused.stack].shape if fused.stack in specs else (fused.num_experts, 1)
+            if shape[:1] != (fused.num_experts,) or len(shape) < 2:
                 raise _wrong_number(fused.stack, shape, fused.num_experts)
 
     def _dense_spec(self, key: str) -> TensorSpec:

@@ -1,11 +1,14 @@
 """Lightning: logs and checkpoints that know of experts.
 
-class Module(lightning.LightningModule):
-def __init__(self):
-...
-exf.wrap(self.model)  # before configure_optimizers
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            ...
+            exf.wrap(self.model)
 
-trainer = lightning.Trainer(callbacks=[ExFusionCallback()], ...)
+    trainer = lightning.Trainer(callbacks=[ExFusionCallback()], ...)
+
+Wrap before `configure_optimizers` is called. Hyperparameters that a checkpoint saves must be plain
+values for `exfusion fuse` to load it: `config.to_dict()` in place of an ExFusionConfig.
 """
 
 from __future__ import annotations
@@ -32,16 +35,22 @@ class ExFusionCallback(Callback):
     def __init__(self) -> None:
         self._logged_at = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self._logged_at = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Log, once for each step of the optimizer."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_due = step % every == 0 and step != self._logged_at
-        if is_due and trainer.is_global_zero and wrapped_linears(pl_module):
-            self._logged_at = step
+        if every == 0 or step % every != 0 or step == self._logged_at:
+            return
+        self._logged_at = step
+        if trainer.is_global_zero and wrapped_linears(pl_module):
+            values = metrics(pl_module)
             for logger in trainer.loggers:
-                logger.log_metrics(metrics(pl_module), step=step)
+                logger.log_metrics(values, step=step)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

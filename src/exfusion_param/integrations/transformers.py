@@ -13,6 +13,8 @@ A plain `Trainer` trains a wrapped model as well; see what each class adds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from transformers import (
 )
 
 from ..checkpoint import save_config
-from ..history import append_row, drop_rows_after
+from ..history import append_row, drop_rows_after, set_aside
 from ..metrics import metrics
 from ..optim import learned_fusion_weights
 from ..parametrization import wrapped_linears
@@ -61,18 +63,34 @@ class ExFusionTrainerMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save under the model's own names as long as it is wrapped."""
+        """Save under the model's own names as long as it is wrapped, and say how to fuse it."""
         model: Any = self.model
-        if not isinstance(model, PreTrainedModel) or not wrapped_linears(model):
+        if not isinstance(model, nn.Module) or not wrapped_linears(model):
             super().save_model(*args, **kwargs)
             return
-        # Trainer passes no argument on to save_pretrained.
-        keep = functools.partial(model.save_pretrained, save_original_format=False)
-        model.save_pretrained = keep  # type: ignore[method-assign]
-        try:
+        with _own_names(model):
             super().save_model(*args, **kwargs)
-        finally:
-            del model.save_pretrained
+        if self.args.should_save:
+            given = args[0] if args else kwargs.get("output_dir")
+            save_config(model, str(given or self.args.output_dir))
+
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Within, `save_pretrained` keeps the model's names; Trainer passes no argument on to it."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    before = dict(vars(model))
+    vars(model)["save_pretrained"] = functools.partial(
+        model.save_pretrained, save_original_format=False
+    )
+    try:
+        yield
+    finally:
+        del vars(model)["save_pretrained"]
+        if "save_pretrained" in before:
+            vars(model)["save_pretrained"] = before["save_pretrained"]
 
 
 class ExFusionCallback(TrainerCallback):
@@ -86,10 +104,14 @@ class ExFusionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the rows that a resumed run will write anew."""
+        """Forget the rows that a resumed run will write anew; set another run's file aside."""
         path = Path(str(args.output_dir), "metrics.csv")
-        if state.is_world_process_zero and path.exists():
+        if not state.is_world_process_zero or not path.exists():
+            return
+        if state.global_step > 0:
             drop_rows_after(path, state.global_step)
+        else:
+            set_aside(path)
 
     def on_log(
         self,
@@ -104,8 +126,9 @@ class ExFusionCallback(TrainerCallback):
         """Add a row to metrics.csv."""
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
-        values = {name: float(value) for name, value in logs.items()}
-        if model is not None and wrapped_linears(model):
+        values = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+        is_measured = any(name.startswith("fusion_weights/") for name in values)
+        if model is not None and not is_measured and wrapped_linears(model):
             values |= metrics(model)
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
