@@ -21,12 +21,17 @@ def test_the_python_blocks_run_in_their_order(
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+        if "Muon" in block:
+            assert_the_optimizers_hold_every_parameter(namespace)
     assert (tmp_path / "average.pt").exists()
+    assert (tmp_path / "dense" / "model.safetensors").exists()
+    cli.main(["plot", str(tmp_path)])
+
+
+def assert_the_optimizers_hold_every_parameter(namespace: dict[str, Any]) -> None:
     held = {id(p) for group in namespace["adamw"].param_groups for p in group["params"]}
     held |= {id(stack) for stack in namespace["stacks"]}  # which Muon moves by its views
     assert held == {id(parameter) for parameter in namespace["model"].parameters()}
-    assert (tmp_path / "dense" / "model.safetensors").exists()
-    cli.main(["plot", str(tmp_path)])
 
 
 def test_the_commands_are_those_of_the_makefile() -> None:
