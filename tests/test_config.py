@@ -35,7 +35,7 @@ def test_layers_survive_json_as_a_tuple() -> None:
         ({"variant": "xx"}, ValueError, "variant must be one of sw, dw, mb, got 'xx'"),
         ({"expert_init": "copy"}, ValueError, "expert_init must be one of independent, upcycle"),
         ({"bank_init": "ones"}, ValueError, "bank_init must be one of zeros, uniform"),
-        ({"fuse_on": "never"}, ValueError, "fuse_on must be one of forward, got 'never'"),
+        ({"fuse_on": "never"}, ValueError, "fuse_on must be one of forward, step, got 'never'"),
         ({"upcycle_noise": -1}, ValueError, "upcycle_noise must be >= 0 and finite, got -1"),
         ({"upcycle_noise": float("inf")}, ValueError, "upcycle_noise must be >= 0 and finite"),
         ({"drop_ratio": 0}, ValueError, r"drop_ratio must be in \(0, 1\], got 0. .*upcycle"),

@@ -62,3 +62,10 @@ assert not optimizer._global_optimizer_pre_hooks
 assert not optimizer._global_optimizer_post_hooks
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_command_without_its_library_says_what_to_install() -> None:
+    code = "import sys; sys.modules['tyro'] = None; import exfusion_param.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "exfusion: tyro is not installed; pip install tyro.\n"

@@ -227,3 +227,9 @@ def test_sharded_linears_are_refused_by_wrap_and_fuse() -> None:
             exf.fuse(model)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_step_mode_on_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exfusion_param.api._world_size", lambda: 2)
+    with pytest.raises(ValueError, match='fuse_on="step" does not train on several ranks yet'):
+        exf.wrap(FFNs(), fuse_on="step", variant="sw")

@@ -56,6 +56,10 @@ def wrap(
     if torch.is_inference_mode_enabled():
         raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
     config = resolve_config(config, fields)
+    if config.fuse_on == "step" and _world_size() > 1:
+        raise ValueError(
+            'fuse_on="step" does not train on several ranks yet. Use fuse_on="forward".'
+        )
     groups = select_groups(model, filter_fn, config.layers)
     check_wrappable(model, groups, config)
     follow_masks = _mask_follower(config)

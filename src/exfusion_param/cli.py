@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from torch import nn
 
 from .checkpoint import fuse_checkpoint
 from .config import ExFusionConfig
 from .summary import summarize
+
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    raise SystemExit("exfusion: tyro is not installed; pip install tyro.") from error
 
 
 class UsageError(Exception):

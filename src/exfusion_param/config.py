@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Variant = Literal["sw", "dw", "mb"]
 ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 BankInit = Literal["zeros", "uniform"]
-FuseOn = Literal["forward"]
+FuseOn = Literal["forward", "step"]
 
 _CHOICES = {
     "variant": get_args(Variant),
@@ -42,7 +42,8 @@ class ExFusionConfig:
         drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
         bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,
             needed for pretrained weights). `"mb"` only.
-        fuse_on: when the weights are fused; `"forward"` is at each use, as in the paper.
+        fuse_on: when the weights are fused: `"forward"`, at each use, as in the paper; `"step"`,
+            once for each step of the optimizer, with the forward and backward of dense training.
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
             from the end; None wraps all (Table X).
         seed: makes the experts and routers reproducible; None draws on torch's global generator.

@@ -51,13 +51,62 @@ def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
         `w`, shape (N,), summing to one, in the dtype of `router`.
     """
     with _without_autocast(x.device):
-        logits = F.linear(x.to(router.dtype), router)  # (..., N)
-        shares = logits.softmax(dim=-1).reshape(-1, len(router))  # (tokens, N)
-        if mask is None:
-            return shares.mean(dim=0)
-        counts = (mask != 0).flatten().to(shares.dtype)  # (tokens,)
-        counts = torch.where(counts.any(), counts, torch.ones_like(counts))
-        return (counts / counts.sum()) @ shares
+        shares = _shares(x, router)
+        return shares.mean(dim=0) if mask is None else _token_weights(mask, shares) @ shares
+
+
+def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a step keeps of the router's inputs instead of the inputs: `w` and `A = mean s_t x_t`.
+
+    Args:
+        x: input of the FFN, shape (..., D), at least one token.
+        router: weight of `G`, shape (N, D).
+        mask: as for `route`.
+
+    Returns:
+        `w`, shape (N,), and behind it `A`, shape (N, D), flattened: the means over tokens t of the
+        shares `s_t = softmax(G(x_t))` and of their outer products with x_t. Shape (N + N * D,).
+    """
+    with _without_autocast(x.device):
+        shares = _shares(x, router)  # (tokens, N)
+        tokens = x.reshape(-1, x.shape[-1]).to(router.dtype)  # (tokens, D)
+        weights = torch.full_like(shares[:, 0], 1 / len(shares))
+        if mask is not None:
+            weights = _token_weights(mask, shares)
+        weighted = shares * weights.unsqueeze(1)
+        return torch.cat([weighted.sum(dim=0), (weighted.mT @ tokens).flatten()])
+
+
+def router_gradient(statistics: Tensor, gradient: Tensor) -> Tensor:
+    """The router's gradient from pooled statistics, in place of all tokens.
+
+    The gradient of `w = mean s_t` under `g = dL/dw` is `dL/dG_i = mean s_ti (g_i - <s_t, g>) x_t`.
+    With `<w, g>` in place of each token's own `<s_t, g>` it is `(g_i - <w, g>) A_i`. The two are
+    equal where all tokens are routed alike.
+
+    Args:
+        statistics: of `router_statistics`, shape (N + N * D,).
+        gradient: `g`, shape (N,).
+
+    Returns:
+        Shape (N, D).
+    """
+    weights, inputs = statistics[: len(gradient)], statistics[len(gradient) :]
+    centered = gradient - weights @ gradient
+    return centered.unsqueeze(1) * inputs.view(len(gradient), -1)
+
+
+def _shares(x: Tensor, router: Tensor) -> Tensor:
+    """softmax(G(x)) of each token, shape (tokens, N)."""
+    logits = F.linear(x.to(router.dtype), router)  # (..., N)
+    return logits.softmax(dim=-1).reshape(-1, len(router))
+
+
+def _token_weights(mask: Tensor, shares: Tensor) -> Tensor:
+    """What each token counts for in a mean, shape (tokens,)."""
+    counts = (mask != 0).flatten().to(shares.dtype)
+    counts = torch.where(counts.any(), counts, torch.ones_like(counts))
+    return counts / counts.sum()
 
 
 def update_bank(bank: Tensor, weights: Tensor, momentum: float) -> Tensor:

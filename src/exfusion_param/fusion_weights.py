@@ -65,6 +65,13 @@ class FusionWeights(nn.Module):
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""
         return self()
 
+    def take_gradient(self, gradient: Tensor) -> None:
+        """Under `fuse_on="step"`: take what the step's gradient says of the fusion weights.
+
+        Args:
+            gradient: `dL/dw`, shape (N,).
+        """
+
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """An optimizer of the group's parameters has stepped.
 
@@ -85,6 +92,19 @@ class FusionWeights(nn.Module):
     def is_empty(self) -> bool:
         """Whether all fusion weights are zero, as in a bank before its first move."""
         return False
+
+    def settle(self) -> None:
+        """Under `fuse_on="step"`: the step is over, so fuse the leaves anew."""
+        from .fused_leaf import leaves_of
+
+        for stack, leaf in leaves_of(self):
+            leaf.give_back(stack)
+            leaf.fuse_anew(stack)
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the group's linears: stacks, and leaves under `fuse_on="step"`."""
+        for linear in self.linears:
+            yield from getattr(linear, "parametrizations", nn.Module()).parameters()
 
     def expert_stacks(self) -> Iterator[nn.Parameter]:
         """The expert stacks that fuse with these weights."""
@@ -136,6 +156,11 @@ class LearnedWeights(FusionWeights):
     def forward(self) -> Tensor:
         """The learned vector, shape (N,)."""
         return self.weights
+
+    def take_gradient(self, gradient: Tensor) -> None:
+        """It is the vector's own."""
+        if self.weights.requires_grad:
+            self.weights.grad = gradient.to(self.weights.dtype)
 
 
 def uniform_weights(num_experts: int, device: torch.device, dtype: torch.dtype) -> Tensor:

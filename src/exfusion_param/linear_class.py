@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .config import FuseOn
 from .projections import projection_of
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
@@ -47,27 +48,32 @@ class PlaceInGroup:
     is_last: bool
 
 
-def share_class(linear: nn.Module, dense_order: tuple[str, ...], bank: PlaceInGroup | None) -> None:
+def share_class(
+    linear: nn.Module, dense_order: tuple[str, ...], bank: PlaceInGroup | None, fuse_on: FuseOn
+) -> None:
     """Give a linear, fresh from `register_parametrization`, the class of its kind.
 
     Args:
         linear: the parametrized linear.
         dense_order: the names of the dense linear's parameters, in their order.
         bank: the linear's place in its group if a memory bank watches it, else None.
+        fuse_on: of the config.
     """
     own, projection = type(linear), projection_of(linear)
     (dense,) = own.__bases__
     assert projection is not None
     fused = tuple(name for name, member in vars(own).items() if isinstance(member, property))
-    kind = (dense, fused, dense_order, bank, projection.feature_dim)
+    kind = (dense, fused, dense_order, bank, fuse_on, projection.feature_dim)
     shared = _shared.get(kind)
     if shared is None:
         members = dict(vars(own)) | {name: _property(name) for name in fused}
         members |= {"_dense_order": dense_order, "_fused": fused}
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
-        if bank is not None:
+        if bank is not None and fuse_on == "forward":
             members["forward"] = _observed_forward(dense, bank, projection.feature_dim)
+        elif bank is not None and bank.is_first:
+            members["forward"] = _counted_forward(dense, projection.feature_dim)
         shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
     linear.__class__ = shared
 
@@ -136,5 +142,18 @@ def _observed_forward(dense: Any, place: PlaceInGroup, feature_dim: int) -> Call
         finally:
             if place.is_last:
                 bank.release()
+
+    return forward
+
+
+def _counted_forward(dense: Any, feature_dim: int) -> Callable[..., Any]:
+    """A forward that tells the memory bank of the input, for the statistics of the step."""
+    dense_forward = dense.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        y = dense_forward(self, *args, **kwargs)
+        bank = self.parametrizations.weight[0].fusion_weights
+        return bank.count(x.movedim(feature_dim, -1), y)
 
     return forward

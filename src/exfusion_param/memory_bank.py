@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,7 +83,10 @@ class MemoryBank(FusionWeights):
         self.pending.follow_anchor()
 
     def forward(self) -> Tensor:
-        """In a training forward the moved bank, otherwise the bank, shape (N,)."""
+        """In a training forward the moved bank, otherwise the bank, shape (N,).
+
+        Under `fuse_on="step"` the bank, which is that of the step before.
+        """
         return self.current if self.training and self.current is not None else self.bank
 
     def start(self) -> Tensor:
@@ -115,6 +119,35 @@ class MemoryBank(FusionWeights):
             )
         else:
             self.current = current
+
+    def count(self, x: Tensor, y: Tensor) -> Tensor:
+        """Under `fuse_on="step"`: note what the router says of a micro-batch, with its gradient.
+
+        Args:
+            x: the FFN's input, shape (..., D).
+            y: the first linear's output.
+
+        Returns:
+            `y`, the same numbers.
+        """
+        if not self.training or x.numel() == 0 or not torch.is_grad_enabled():
+            return y
+        with torch.no_grad():
+            statistics = functional.router_statistics(x, self.router, self._mask_for(x))
+        if torch.compiler.is_compiling():  # which traces no hook
+            probe = self.router if self.router.requires_grad else next(self._differentiated())
+            return y + self.pending.token(statistics, probe.flatten()[:1]).to(y.dtype)
+        if y.requires_grad:
+            self.pending.follow_anchor()
+            y.register_hook(lambda gradient: self.pending.note(statistics))
+        return y
+
+    def take_gradient(self, gradient: Tensor) -> None:
+        """Give the router its gradient from the means of the step's tokens."""
+        statistics = self.pending.mean()
+        if statistics is not None and self.router.requires_grad:
+            pooled = functional.router_gradient(statistics, gradient.to(statistics.dtype))
+            self.router.grad = (1 - self.config.momentum) * pooled
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask if it speaks of the tokens of x, also where these are in one dimension."""
@@ -159,13 +192,14 @@ class MemoryBank(FusionWeights):
         if weights is None:
             self._warn_if_bypassed()
             return
+        weights = weights[: len(self.bank)]  # under "step" more statistics are behind them
         moved = functional.update_bank(self.bank, weights, self.config.momentum)
         self.bank.copy_(moved if skipped is None else torch.where(skipped, self.bank, moved))
 
     def _warn_if_bypassed(self) -> None:
         if self.pending.has_counted or self.is_bypassed or self.bank.is_meta:
             return
-        if any(stack.grad is not None for stack in self.expert_stacks()):
+        if any(tensor.grad is not None for tensor in self._differentiated()):
             self.is_bypassed = True
             warnings.warn(
                 f"The experts of {self.group!r} have gradients, but its router has seen no input: "
@@ -175,6 +209,17 @@ class MemoryBank(FusionWeights):
             )
 
     def _anchor(self) -> nn.Parameter | None:
-        """A trainable parameter of the group, or None if all are frozen."""
-        candidates = itertools.chain([self.router], self.expert_stacks())
+        """A parameter of the group that gets a gradient, or None if all are frozen."""
+        candidates = itertools.chain([self.router], self._differentiated())
+        if self.config.fuse_on == "step":  # in which autograd does not reach the router
+            candidates = itertools.chain(self._differentiated())
         return next((tensor for tensor in candidates if tensor.requires_grad), None)
+
+    def _differentiated(self) -> Iterator[nn.Parameter]:
+        """What autograd differentiates for the experts: their stacks, or the leaves."""
+        if self.config.fuse_on == "forward":
+            yield from self.expert_stacks()
+            return
+        for linear in self.linears:
+            for fusions in getattr(linear, "parametrizations", {}).values():
+                yield fusions[0].fused

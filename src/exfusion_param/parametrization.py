@@ -22,47 +22,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import functional
-from .experts import upcycled_experts
+from .expert_fusion import ExpertFusion
+from .fused_leaf import FusedLeaf
 from .fusion_weights import FusionWeights
 from .linear_class import PlaceInGroup, dense_order, share_class
 from .memory_bank import MemoryBank
-
-
-class ExpertFusion(nn.Module):
-    """Fuses one expert stack; the module that is registered with `parametrize`.
-
-    Args:
-        fusion_weights: the group's fusion weights.
-        experts: the stack to start with, shape (N, *S).
-        owns_weights: whether the fusion weights are this module's child; one module of each group.
-    """
-
-    fusion_weights: FusionWeights
-
-    def __init__(self, fusion_weights: FusionWeights, experts: Tensor, owns_weights: bool) -> None:
-        super().__init__()
-        if owns_weights:
-            self.fusion_weights = fusion_weights
-        else:  # past nn.Module's registration, so that the state dict names them once
-            self.__dict__["fusion_weights"] = fusion_weights
-        self._first_experts: Tensor | None = experts
-
-    def forward(self, experts: Tensor) -> Tensor:
-        """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
-        return functional.fuse(experts, self.fusion_weights())
-
-    def right_inverse(self, tensor: Tensor) -> Tensor:
-        """The stack, shape (N, *S), for a dense tensor, shape (*S).
-
-        At registration that is the stack given to the constructor. After it, when the user assigns
-        to `linear.weight`, it is one that fuses to the assigned tensor (once a zero bank is full).
-        """
-        if self._first_experts is not None:
-            experts, self._first_experts = self._first_experts, None
-            return experts
-        weights = self.fusion_weights
-        return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
 
 
 def attach(
@@ -79,13 +43,16 @@ def attach(
         stacks: the expert stack for each tensor's name.
         place: the linear's place in the group.
     """
+    fuse_on = fusion_weights.config.fuse_on
+    kind = FusedLeaf if fuse_on == "step" else ExpertFusion
     order = tuple(name for name, _ in linear.named_parameters(recurse=False))
     for name, experts in stacks.items():
         owns_weights = place.is_first and name == "weight"
-        fusion = ExpertFusion(fusion_weights, experts, owns_weights)
+        fusion = kind(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
         original(linear, name).grad = None
-    share_class(linear, order, place if isinstance(fusion_weights, MemoryBank) else None)
+    bank_place = place if isinstance(fusion_weights, MemoryBank) else None
+    share_class(linear, order, bank_place, fuse_on)
 
 
 def detach(linear: nn.Module) -> None:

@@ -81,6 +81,17 @@ class PendingMean:
         marked: Tensor = torch.ops.exfusion_param.mark(weights, self._name)
         return marked
 
+    def token(self, statistics: Tensor, probe: Tensor) -> Tensor:
+        """Zero, shape (1,); the statistics count once a gradient flows back through it.
+
+        Args:
+            statistics: without a gradient, of one dimension.
+            probe: a part of a parameter, shape (1,), which gets the gradient zero. torch.compile
+                would drop a backward that no parameter gets.
+        """
+        zero: Tensor = torch.ops.exfusion_param.token(statistics, probe, self._name)
+        return zero
+
     def follow_anchor(self) -> None:
         """Count with the gradient of the anchor that the group has now."""
         find_anchor = self.find_anchor()
@@ -143,18 +154,22 @@ class PendingMean:
         is_reset = self._was_written & ~anchor.grad.any()
         return torch.where(is_reset, 0, self._total)
 
+    def mean(self) -> Tensor | None:
+        """The mean, shape (N,); None where no micro-batch was counted."""
+        return None if self._total is None else self._total[:-1] / self._total[-1]
+
     def take(self) -> Tensor | None:
-        """The mean, shape (N,), and forget all; None where no micro-batch was counted."""
-        total, self._total = self._total, None
+        """The mean, and forget all."""
+        mean, self._total = self.mean(), None
         self._backwards.clear()
-        return None if total is None else total[:-1] / total[-1]
+        return mean
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-# A replayed CUDA graph runs no Python code, so inductor leaves these two out of its graphs.
+# A replayed CUDA graph runs no Python code, so inductor leaves these out of its graphs.
 _custom_op = functools.partial(
     torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )
@@ -172,6 +187,30 @@ def _note(gradient: Tensor, weights: Tensor, name: Tensor) -> Tensor:
     if (pending := _live.get(int(name))) is not None:
         pending.note(weights)
     return gradient.clone()
+
+
+@_custom_op("exfusion_param::token")
+def _token(statistics: Tensor, probe: Tensor, name: Tensor) -> Tensor:
+    if (pending := _live.get(int(name))) is not None:
+        pending.follow_anchor()
+    return torch.zeros_like(probe)
+
+
+@_custom_op("exfusion_param::note_token")
+def _note_token(gradient: Tensor, statistics: Tensor, name: Tensor) -> Tensor:
+    if (pending := _live.get(int(name))) is not None:
+        pending.note(statistics)
+    return torch.zeros_like(gradient)
+
+
+@_token.register_fake
+def _(statistics: Tensor, probe: Tensor, name: Tensor) -> Tensor:
+    return torch.empty_like(probe)
+
+
+@_note_token.register_fake
+def _(gradient: Tensor, statistics: Tensor, name: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
 
 
 @_mark.register_fake
@@ -199,5 +238,15 @@ def _second_derivative(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return gradient, None, None
 
 
+def _save_for_note_token(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    statistics, _, name = inputs
+    ctx.save_for_backward(statistics, name.detach())
+
+
+def _note_token_in_backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+    return None, torch.ops.exfusion_param.note_token(gradient, *ctx.saved_tensors), None
+
+
+_token.register_autograd(_note_token_in_backward, setup_context=_save_for_note_token)
 _mark.register_autograd(_note_in_backward, setup_context=_save_for_note)
 _note.register_autograd(_second_derivative)

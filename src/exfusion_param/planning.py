@@ -58,6 +58,7 @@ class GroupPlan:
                 is_last=fqn == names[-1],
             )
             attach(linear, self.weights, self.stacks[fqn], place)
+        self.weights.settle()
 
 
 def choose_seed(config: ExFusionConfig, generator: torch.Generator | None) -> int:

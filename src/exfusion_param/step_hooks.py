@@ -43,9 +43,25 @@ def watch(weights: FusionWeights) -> None:
     _watched.add(weights)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for weights in _groups_of(_held(optimizer)):
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    held = _held(optimizer)
+    groups = list(_groups_of(held))
+    for weights in groups:
         _refuse_dense_state(optimizer, weights)
+    with_leaves = [weights for weights in groups if weights.config.fuse_on == "step"]
+    return _pull_back(with_leaves, held, args, kwargs) if with_leaves else None
+
+
+def _pull_back(groups: list[FusionWeights], held: set[int], args: Any, kwargs: Any) -> Any:
+    """Pull gradients back now, or in the closure; the step's arguments if they change."""
+    from .pull_back import pull_back, with_pull_back
+
+    if (closure := kwargs.get("closure")) is not None:
+        return args, kwargs | {"closure": with_pull_back(closure, groups, held)}
+    if len(args) > 1 and args[1] is not None:  # args[0] is the optimizer
+        return (args[0], with_pull_back(args[1], groups, held), *args[2:]), kwargs
+    pull_back(groups, held)
+    return None
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -55,6 +71,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
     for weights in _groups_of(held):
         weights.optimizer_stepped(skipped)
+        weights.settle()
         _warn_if_left_out(optimizer, weights, held)
 
 
@@ -65,7 +82,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
     for weights in list(_watched):
-        parameters = itertools.chain(weights.parameters(), weights.expert_stacks())
+        parameters = itertools.chain(weights.parameters(), weights.expert_parameters())
         if any(id(parameter) in held for parameter in parameters):
             yield weights
 

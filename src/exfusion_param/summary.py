@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .api import resolve_config, wrap
 from .config import ExFusionConfig
 from .discovery import Filter
+from .fused_leaf import leaves_of
 from .parametrization import (
     fused_names,
     fusion_weights_of,
@@ -135,7 +136,9 @@ def _summary(model: nn.Module) -> Summary:
         linears.append(LinearSummary(fqn, groups[weights], weights.config.num_experts, shapes))
     fusion = [parameter for weights in groups for parameter in weights.parameters()]
     stacks = [stack for weights in groups for stack in weights.expert_stacks()]
-    parameters = list(model.parameters())
+    leaves = [leaf.fused for weights in groups for _, leaf in leaves_of(weights)]
+    inside = set(map(id, leaves))  # derived from the stacks, with a gradient of their own
+    parameters = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     surplus = [*fusion, *(stack[1:] for stack in stacks)]
     return Summary(
@@ -144,7 +147,9 @@ def _summary(model: nn.Module) -> Summary:
         fusion_parameters=_count(fusion),
         training_parameters=_count(parameters),
         shipped_parameters=_count(parameters) - _count(surplus),
-        training_bytes=_bytes(parameters) + (ADAMW_TENSORS - 1) * _bytes(trained),
+        training_bytes=_bytes(parameters)
+        + (ADAMW_TENSORS - 1) * _bytes(trained)
+        + 2 * _bytes(leaves),
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
     )
 
