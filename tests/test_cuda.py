@@ -1,11 +1,15 @@
 """On a GPU: compiled modes, CUDA graphs and low precision equal eager float32."""
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from models import FFNs, inputs, loss_of
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import exfusion_param as exf
 
@@ -19,6 +23,15 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this GPU alone, with NCCL."""
+    store = distributed.HashStore()
+    distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cuda", (1,))
+    distributed.destroy_process_group()
 
 
 def train(
@@ -60,4 +73,44 @@ def test_low_precision_follows_float32(variant: str, mode: str | None, dtype: to
     losses, _ = train(variant, mode, dtype)
     torch.testing.assert_close(
         losses, train(variant)[0], rtol=4 * torch.finfo(dtype).eps, atol=1e-2
+    )
+
+
+def losses_of(model: nn.Module) -> Tensor:
+    """Six losses of training in float32, or in FSDP2's precision."""
+    optimizer = torch.optim.AdamW(exf.param_groups(model, 0.05), lr=0.01, eps=1e-4)
+    losses = []
+    for step in range(6):
+        loss = loss_of(model, inputs(64, batch=32, seed=step).float().cuda())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach().float())
+    return torch.stack(losses)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {},
+    "offloaded": {"offload_policy": CPUOffloadPolicy()},
+    "bfloat16": {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("fuse_on", ["step", "forward"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by Dynamo
+@pytest.mark.parametrize("form", FORMS)
+def test_fsdp2_equals_one_process(variant: Any, fuse_on: Any, form: str, mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    plain = exf.wrap(FFNs(64, 128), variant=variant, fuse_on=fuse_on, seed=0)
+    sharded: Any = exf.fully_shard(copy.deepcopy(plain), mesh=mesh, **FORMS[form])
+    for block in sharded.blocks if form == "compiled" else []:
+        block.compile(fullgraph=True)
+    tolerance = 1e-2 if form == "bfloat16" else 1e-4
+    torch.testing.assert_close(
+        losses_of(sharded), losses_of(plain.cuda()), rtol=tolerance, atol=tolerance
     )

@@ -28,6 +28,8 @@ def test_public_names_are_frozen() -> None:
     assert exfusion_param.__all__ == [
         "ExFusionConfig",
         "Summary",
+        "expert_placement",
+        "fully_shard",
         "fuse",
         "fused_state_dict",
         "load_dense_state_dict",

@@ -11,11 +11,16 @@ from exfusion_param import cli
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
+AS_TORCHRUN_DOES = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 def test_the_python_blocks_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name, value in AS_TORCHRUN_DOES.items():
+        monkeypatch.setenv(name, value)
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 6
     namespace: dict[str, Any] = {}

@@ -219,17 +219,10 @@ def test_sharded_linears_are_refused_by_wrap_and_fuse() -> None:
         with pytest.raises(ValueError, match=r"blocks.0.fc1: is sharded \(DTensor\). Wrap first"):
             exf.wrap(model)
 
-        with pytest.warns(UserWarning, match="not averaged over ranks yet"):
-            model = exf.wrap(FFNs(), bank_init="uniform")
+        model = exf.wrap(FFNs(), bank_init="uniform")
         stacks = model.blocks[0].fc1.parametrizations.weight
         stacks.original = shard(stacks.original)
         with pytest.raises(ValueError, match=r"sharded \(DTensor\). Take fused_state_dict"):
             exf.fuse(model)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_step_mode_on_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exfusion_param.api._world_size", lambda: 2)
-    with pytest.raises(ValueError, match='fuse_on="step" does not train on several ranks yet'):
-        exf.wrap(FFNs(), fuse_on="step", variant="sw")

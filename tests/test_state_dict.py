@@ -10,9 +10,11 @@ from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file, save_file
 from strategies import configs
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import exfusion_param as exf
 from exfusion_param import ExFusionConfig
+from exfusion_param.checkpoint import describe
 
 VARIANTS = ["sw", "dw", "mb"]
 
@@ -261,3 +263,20 @@ def test_stacks_under_other_names_are_refused_and_parts_are_not() -> None:
     renamed = {name.replace("blocks", "layers"): value for name, value in state.items()}
     with pytest.raises(ValueError, match="a stack layers.0.fc1.* saved under other names"):
         model.load_state_dict(renamed, strict=False)
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+def test_checkpoint_wrapper_leaves_no_trace_in_names(fuse_on: str) -> None:
+    plain = exf.wrap(FFNs(), variant="mb", fuse_on=fuse_on, bank_init="uniform", seed=0)
+    model = copy.deepcopy(plain)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    ours, theirs = exf.fused_state_dict(model), exf.fused_state_dict(plain)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert exf.metrics(model) == exf.metrics(plain)
+    assert describe(model) == describe(plain)
+    dense = FFNs().state_dict()
+    for each in (model, plain):
+        exf.load_dense_state_dict(each, dense, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(v, plain.state_dict()[n]) for n, v in model.state_dict().items())

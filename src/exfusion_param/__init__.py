@@ -12,6 +12,7 @@ The method is ExFusion (Ruan et al., 2026, arXiv 2603.27965).
 
 from .api import fuse, wrap
 from .config import ExFusionConfig
+from .distributed import expert_placement, fully_shard
 from .metrics import metrics
 from .optim import no_weight_decay_names, param_groups
 from .state_dict import fused_state_dict, load_dense_state_dict
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ExFusionConfig",
     "Summary",
+    "expert_placement",
+    "fully_shard",
     "fuse",
     "fused_state_dict",
     "load_dense_state_dict",

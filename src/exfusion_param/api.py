@@ -12,6 +12,7 @@ from torch import nn
 
 from .checkpoint_reader import ENTRY
 from .config import ExFusionConfig
+from .ddp import leave_out_of_ddp
 from .discovery import Filter, select_groups
 from .fusion_weights import warn_of_empty_banks
 from .load_guard import guard_loading
@@ -56,10 +57,6 @@ def wrap(
     if torch.is_inference_mode_enabled():
         raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
     config = resolve_config(config, fields)
-    if config.fuse_on == "step" and _world_size() > 1:
-        raise ValueError(
-            'fuse_on="step" does not train on several ranks yet. Use fuse_on="forward".'
-        )
     groups = select_groups(model, filter_fn, config.layers)
     check_wrappable(model, groups, config)
     follow_masks = _mask_follower(config)
@@ -68,6 +65,7 @@ def wrap(
         plan.carry_out()
         guard_loading(model, plan.weights, plan.group.linears)
     follow_masks(model, [plan.weights for plan in plans if isinstance(plan.weights, MemoryBank)])
+    leave_out_of_ddp(model)
     _warn_of_bank(config)
     return model
 
@@ -99,6 +97,7 @@ def fuse(model: Model) -> Model:
     for linear in linears.values():
         detach(linear)
     config = getattr(model, "config", None)
+    leave_out_of_ddp(model)
     if isinstance(getattr(config, ENTRY, None), dict):  # read back from a config.json
         delattr(config, ENTRY)
     return model
@@ -129,15 +128,3 @@ def _warn_of_bank(config: ExFusionConfig) -> None:
             'pretrained for while the bank fills. Use bank_init="uniform".',
             stacklevel=3,
         )
-    if _world_size() > 1:
-        warnings.warn(
-            "Memory banks are not averaged over ranks yet: each follows the data of its own rank. "
-            'Use variant="sw" or "dw" on several ranks.',
-            stacklevel=3,
-        )
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    is_running = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if is_running else 1

@@ -26,12 +26,13 @@ from .checkpoint_reader import (
     ENTRY,
     CheckpointError,
     CheckpointReader,
-    clean_name,
     read_config,
 )
 from .fusion_weights import FusionWeights
+from .names import clean_name
 from .parametrization import fused_names, fusion_weights_of, groups_of
 from .safetensors_writer import SafetensorsWriter
+from .shards import local
 from .state_dict import dense_keys
 from .wrapped_layout import WrappedLayout
 
@@ -60,7 +61,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         wrap = next((wrap for wrap in wraps if wrap["config"] == config), None)
         if wrap is None:
             wraps.append(wrap := {"config": config, "groups": []})
-        wrap["groups"].append({"name": clean_name(group_names[weights]), "linears": linears})
+        wrap["groups"].append({"name": group_names[weights], "linears": linears})
     if not wraps:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to describe.")
     keys = [clean_name(key) for key in dense_keys(model)]
@@ -80,8 +81,9 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
     """Names of the same memory in the state dict, of which a file may hold one."""
     owners: dict[Any, list[str]] = defaultdict(list)
     for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and value.numel() > 0 and not value.is_meta:
-            owners[value.data_ptr(), value.shape, value.dtype].append(clean_name(name))
+        if isinstance(value, Tensor) and local(value).numel() > 0 and not value.is_meta:
+            key = (local(value).data_ptr(), value.shape, value.dtype)
+            owners[key].append(clean_name(name))
     return [names for names in owners.values() if len(names) > 1]
 
 

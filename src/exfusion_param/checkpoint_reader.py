@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .names import clean_name
 from .safetensors_writer import DTYPES, TensorSpec
 
 CONFIG = "config.json"
@@ -70,11 +71,6 @@ class CheckpointReader:
         """A copy of the whole tensor."""
         with self.open(name) as tensor:
             return tensor.clone() if isinstance(tensor, Tensor) else tensor[:].clone()
-
-
-def clean_name(name: str) -> str:
-    """A tensor's name without what torch.compile adds to it."""
-    return name.replace("_orig_mod.", "")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
             mask that leaves none.
 
     Returns:
-        `w`, shape (N,), summing to one, in the dtype of `router`.
+        `w`, shape (N,), summing to one, in float32 or float64.
     """
     with _without_autocast(x.device):
         shares = _shares(x, router)
@@ -69,7 +69,7 @@ def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> 
     """
     with _without_autocast(x.device):
         shares = _shares(x, router)  # (tokens, N)
-        tokens = x.reshape(-1, x.shape[-1]).to(router.dtype)  # (tokens, D)
+        tokens = x.reshape(-1, x.shape[-1]).to(shares.dtype)  # (tokens, D)
         weights = torch.full_like(shares[:, 0], 1 / len(shares))
         if mask is not None:
             weights = _token_weights(mask, shares)
@@ -98,7 +98,8 @@ def router_gradient(statistics: Tensor, gradient: Tensor) -> Tensor:
 
 def _shares(x: Tensor, router: Tensor) -> Tensor:
     """softmax(G(x)) of each token, shape (tokens, N)."""
-    logits = F.linear(x.to(router.dtype), router)  # (..., N)
+    dtype = accumulation_dtype(router.dtype)  # FSDP2 may have cast the router
+    logits = F.linear(x.to(dtype), router.to(dtype))  # (..., N)
     return logits.softmax(dim=-1).reshape(-1, len(router))
 
 

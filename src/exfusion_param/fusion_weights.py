@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional, step_hooks
 from .config import ExFusionConfig
+from .ranks import Ranks, all_ranks
+from .shards import like, local, whole
 
 Linears = tuple[nn.Module, ...]
 
@@ -42,6 +44,7 @@ class FusionWeights(nn.Module):
         self.first_linear = first_linear
         self.config = config
         self.handles: list[RemovableHandle] = []  # of hooks that serve this group
+        self.sharing: Ranks | None = None  # set by fully_shard
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__["linears"] = linears
         step_hooks.watch(self)
@@ -63,13 +66,29 @@ class FusionWeights(nn.Module):
 
     def start(self) -> Tensor:
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""
-        return self()
+        return whole(self())
 
-    def take_gradient(self, gradient: Tensor) -> None:
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that train the model together: those of its mesh, or else all of the job."""
+        return self.sharing or all_ranks()
+
+    def statistics(self, products: Tensor) -> Tensor:
+        """Under `fuse_on="step"`: what this rank says of the step's gradient, to be summed.
+
+        Args:
+            products: `<E_i, G>` of this rank's part of the stacks, shape (N,).
+
+        Returns:
+            One dimension; the same shape on all ranks.
+        """
+        return products.new_empty(0)
+
+    def take_gradient(self, sums: Tensor) -> None:
         """Under `fuse_on="step"`: take what the step's gradient says of the fusion weights.
 
         Args:
-            gradient: `dL/dw`, shape (N,).
+            sums: of all ranks' statistics.
         """
 
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
@@ -101,6 +120,12 @@ class FusionWeights(nn.Module):
             leaf.give_back(stack)
             leaf.fuse_anew(stack)
 
+    def leaves(self) -> list[nn.Parameter]:
+        """What stands for the stacks in forward and backward, as optimizers hold it."""
+        from .fused_leaf import leaves_of
+
+        return [leaf.leaf for _, leaf in leaves_of(self)]
+
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the group's linears: stacks, and leaves under `fuse_on="step"`."""
         for linear in self.linears:
@@ -127,7 +152,7 @@ class StaticWeights(FusionWeights):
 
     def forward(self) -> Tensor:
         """1/N, shape (N,)."""
-        stack = next(self.expert_stacks())
+        stack = local(next(self.expert_stacks()))
         # Made anew each time: a constant buffer would come back from the meta device unset.
         dtype = functional.accumulation_dtype(stack.dtype)
         return uniform_weights(self.config.num_experts, stack.device, dtype)
@@ -151,16 +176,20 @@ class LearnedWeights(FusionWeights):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the weights to 1/N."""
-        nn.init.constant_(self.weights, 1 / self.config.num_experts)
+        nn.init.constant_(local(self.weights), 1 / self.config.num_experts)
 
     def forward(self) -> Tensor:
         """The learned vector, shape (N,)."""
         return self.weights
 
-    def take_gradient(self, gradient: Tensor) -> None:
+    def statistics(self, products: Tensor) -> Tensor:
+        """`dL/dw`, shape (N,), of which each of several replicas says a part."""
+        return products / self.ranks.replicas
+
+    def take_gradient(self, sums: Tensor) -> None:
         """It is the vector's own."""
         if self.weights.requires_grad:
-            self.weights.grad = gradient.to(self.weights.dtype)
+            self.weights.grad = like(self.weights, sums)
 
 
 def uniform_weights(num_experts: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -25,10 +25,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import FuseOn
 from .projections import projection_of
+from .shards import assign, is_sharded
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -116,14 +118,26 @@ def _property(name: str) -> property:
 
 
 def _reset_experts(self: Any) -> None:
-    """Let the dense class's `reset_parameters` draw each expert, in place."""
+    """Let the dense class's `reset_parameters` draw each expert, in place.
+
+    The ranks of a sharded model draw whole experts, each the same ones, and keep their parts.
+    """
     dense: Any = type(self).__bases__[0]
     scratch = dense.__new__(dense)
     scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
-    stacks = {name: self.parametrizations[name].original.detach() for name in self._fused}
-    for expert in zip(*stacks.values(), strict=True):
-        scratch._parameters.update(zip(stacks, map(nn.Parameter, expert), strict=True))
+    stacks = {name: self.parametrizations[name].original for name in self._fused}
+    drawn = {
+        name: torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
+        if is_sharded(stack)
+        else stack.detach()
+        for name, stack in stacks.items()
+    }
+    for expert in zip(*drawn.values(), strict=True):
+        scratch._parameters.update(zip(drawn, map(nn.Parameter, expert), strict=True))
         scratch.reset_parameters()
+    for name, stack in stacks.items():
+        if is_sharded(stack):
+            assign(stack, drawn[name])
 
 
 def _observed_forward(dense: Any, place: PlaceInGroup, feature_dim: int) -> Callable[..., Any]:

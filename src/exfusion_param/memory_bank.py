@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from . import functional
 from .config import ExFusionConfig
 from .fusion_weights import FusionWeights, Linears, uniform_weights
-from .pending import PendingMean
+from .pending import PendingMean, mean_of
+from .ranks import Ranks
+from .shards import assign, like, local, local_to_differentiate
 
 
 class MemoryBank(FusionWeights):
@@ -53,7 +55,7 @@ class MemoryBank(FusionWeights):
         shape = (config.num_experts, in_features)
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
-        self.pending = PendingMean(self._anchor)
+        self.pending = PendingMean(self._anchor, self._find_ranks)
         self.is_bypassed = False
         self.current: Tensor | None = None
         self.token_mask: Tensor | None = None  # of the running forward, see token_mask.py
@@ -65,18 +67,18 @@ class MemoryBank(FusionWeights):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.pending = PendingMean(self._anchor)
+        self.pending = PendingMean(self._anchor, self._find_ranks)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
 
         A zero router gives 1/N, so that an upcycled model is unchanged in training as in eval.
         """
+        router = torch.zeros(self.router.shape, dtype=self.router.dtype, device=self.bank.device)
         if self.config.expert_init == "independent":
-            bound = 1 / math.sqrt(self.router.shape[1])
-            nn.init.uniform_(self.router, -bound, bound, generator=generator)
-        else:
-            nn.init.zeros_(self.router)
+            bound = 1 / math.sqrt(router.shape[1])
+            nn.init.uniform_(router, -bound, bound, generator=generator)
+        assign(self.router, router)
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
         nn.init.constant_(self.bank, start)
         self.pending.take()
@@ -102,11 +104,13 @@ class MemoryBank(FusionWeights):
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
-        if x.numel() == 0:  # no token, no vote
-            return self.bank.clone().requires_grad_(torch.is_grad_enabled())
-        weights = functional.route(x, self.router, self._mask_for(x))
-        if torch.is_grad_enabled() and self._anchor() is not None:
-            weights = self.pending.mark(weights)
+        counts = torch.is_grad_enabled() and self._anchor() is not None
+        if x.numel() == 0:  # no token, no vote; other ranks may have some
+            weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
+            weights = self.pending.mark(weights, 0.0, counts)
+        else:
+            weights = functional.route(x, self.router, self._mask_for(x))
+            weights = self.pending.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
 
     def _remember(self, current: Tensor | None) -> None:
@@ -133,21 +137,31 @@ class MemoryBank(FusionWeights):
         if not self.training or x.numel() == 0 or not torch.is_grad_enabled():
             return y
         with torch.no_grad():
-            statistics = functional.router_statistics(x, self.router, self._mask_for(x))
+            said = functional.router_statistics(x, local(self.router), self._mask_for(x))
+            said = torch.cat([said, said.new_ones(1)])
         if torch.compiler.is_compiling():  # which traces no hook
             probe = self.router if self.router.requires_grad else next(self._differentiated())
-            return y + self.pending.token(statistics, probe.flatten()[:1]).to(y.dtype)
+            part = local_to_differentiate(probe).flatten()[:1]
+            return y + self.pending.token(said, part).to(y.dtype)
         if y.requires_grad:
             self.pending.follow_anchor()
-            y.register_hook(lambda gradient: self.pending.note(statistics))
+            y.register_hook(lambda gradient: self.pending.note(said))
         return y
 
-    def take_gradient(self, gradient: Tensor) -> None:
+    def statistics(self, products: Tensor) -> Tensor:
+        """`dL/dw` (N); the sums of the step's micro-batches, and how many (N + N D + 1)."""
+        pending = self.pending.total
+        if pending is None:
+            pending = products.new_zeros(1 + len(products) + self.router.numel())
+        return torch.cat([products / self.ranks.replicas, pending.to(products)])
+
+    def take_gradient(self, sums: Tensor) -> None:
         """Give the router its gradient from the means of the step's tokens."""
-        statistics = self.pending.mean()
-        if statistics is not None and self.router.requires_grad:
-            pooled = functional.router_gradient(statistics, gradient.to(statistics.dtype))
-            self.router.grad = (1 - self.config.momentum) * pooled
+        gradient, total = sums.split([len(self.bank), len(sums) - len(self.bank)])
+        self.pending.total = total
+        if self.router.requires_grad:
+            pooled = functional.router_gradient(mean_of(total), gradient)
+            self.router.grad = like(self.router, (1 - self.config.momentum) * pooled)
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask if it speaks of the tokens of x, also where these are in one dimension."""
@@ -174,6 +188,11 @@ class MemoryBank(FusionWeights):
         """The group's forward is over."""
         self._remember(None)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
+        self.pending.follow(None)  # torch does not move a DTensor that has weak references
+        super()._apply(fn, recurse)
+        return self
+
     def retire(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
         super().retire()
@@ -188,18 +207,20 @@ class MemoryBank(FusionWeights):
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
         self.release()
         self.pending.follow_anchor()
-        weights = self.pending.take()
-        if weights is None:
+        total = self.pending.take()
+        if total is None:
             self._warn_if_bypassed()
             return
-        weights = weights[: len(self.bank)]  # under "step" more statistics are behind them
-        moved = functional.update_bank(self.bank, weights, self.config.momentum)
-        self.bank.copy_(moved if skipped is None else torch.where(skipped, self.bank, moved))
+        weights = mean_of(total)[: len(self.bank)]  # under "step" more statistics are behind them
+        moved = functional.update_bank(self.bank, weights.to(self.bank), self.config.momentum)
+        stays = total[-1] == 0 if skipped is None else skipped | (total[-1] == 0)
+        self.bank.copy_(torch.where(stays.to(self.bank.device), self.bank, moved))
 
     def _warn_if_bypassed(self) -> None:
         if self.pending.has_counted or self.is_bypassed or self.bank.is_meta:
             return
-        if any(tensor.grad is not None for tensor in self._differentiated()):
+        gradients = [tensor.grad for tensor in self._differentiated()]
+        if any(local(grad).any() for grad in gradients if grad is not None):
             self.is_bypassed = True
             warnings.warn(
                 f"The experts of {self.group!r} have gradients, but its router has seen no input: "
@@ -207,6 +228,9 @@ class MemoryBank(FusionWeights):
                 'stays as it is. Use variant="sw" or "dw".',
                 stacklevel=2,
             )
+
+    def _find_ranks(self) -> Ranks:
+        return self.ranks
 
     def _anchor(self) -> nn.Parameter | None:
         """A parameter of the group that gets a gradient, or None if all are frozen."""
@@ -217,9 +241,4 @@ class MemoryBank(FusionWeights):
 
     def _differentiated(self) -> Iterator[nn.Parameter]:
         """What autograd differentiates for the experts: their stacks, or the leaves."""
-        if self.config.fuse_on == "forward":
-            yield from self.expert_stacks()
-            return
-        for linear in self.linears:
-            for fusions in getattr(linear, "parametrizations", {}).values():
-                yield fusions[0].fused
+        yield from self.expert_stacks() if self.config.fuse_on == "forward" else self.leaves()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from .functional import accumulation_dtype
+from .fusion_weights import FusionWeights
 from .memory_bank import MemoryBank
 from .parametrization import groups_of, original
+from .ranks import ALONE, sum_together
+from .shards import holders_of, local, whole, with_all_experts
 
 
 @torch.no_grad()
@@ -26,7 +29,8 @@ def metrics(model: nn.Module) -> dict[str, float]:
       share of the root mean square of the mean.
     - `bank_mass/g`: sum of the memory bank; from zeros it grows as `1 - momentum^t`. `mb` alone.
 
-    The whole model is read from the device once.
+    The whole model is read from the device once. Of a sharded model all ranks have to call this
+    together; what they tell each other are two numbers for each group.
 
     Raises:
         ValueError: nothing is wrapped.
@@ -35,22 +39,18 @@ def metrics(model: nn.Module) -> dict[str, float]:
     if not groups:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to measure.")
     values: dict[str, Tensor] = {}
+    distances = iter(_distances(groups))
     for weights, name in groups.items():
-        weights.release()
-        fusing = weights().float()
+        fusing = whole(weights()).float()
         values |= {f"fusion_weights/{name}/{i}": weight for i, weight in enumerate(fusing)}
         values[f"entropy/{name}"] = entropy = _entropy(fusing)
         values[f"effective_experts/{name}"] = entropy.exp()
-        values[f"expert_distance/{name}"] = _distance(map(_weight_stack, weights.linears))
+        values[f"expert_distance/{name}"] = next(distances)
         if isinstance(weights, MemoryBank):
             values[f"bank_mass/{name}"] = weights.bank.float().sum()
     device = next(iter(values.values())).device  # a model may lie on several
     numbers = torch.stack([value.to(device) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))
-
-
-def _weight_stack(linear: nn.Module) -> Tensor:
-    return original(linear, "weight")
 
 
 def _entropy(weights: Tensor) -> Tensor:
@@ -59,15 +59,23 @@ def _entropy(weights: Tensor) -> Tensor:
     return torch.special.entr(shares).sum()
 
 
-def _distance(stacks: Iterator[Tensor]) -> Tensor:
-    """Distance between the experts of a group, over all its stacks, shape (N, out, in) each."""
-    within, across = [], []
-    for stack in stacks:
-        mean = stack.mean(dim=0, dtype=accumulation_dtype(stack.dtype))
-        # One expert at a time: the difference of whole stacks would take their memory once more.
-        within += [_sum_of_squares(expert - mean) / len(stack) for expert in stack]
-        across.append(_sum_of_squares(mean))
-    return (torch.stack(within).sum() / torch.stack(across).sum()).sqrt()
+def _distances(groups: Iterable[FusionWeights]) -> list[Tensor]:
+    """The distance between the experts of each group."""
+    sums, ranks = [], ALONE
+    for weights in groups:
+        weights.release()
+        stacks = [with_all_experts(original(linear, "weight")) for linear in weights.linears]
+        sums.append(torch.stack([_sums_of_squares(local(stack)) for stack in stacks]).sum(dim=0))
+        ranks = holders_of(stacks[0])
+    return [(within / across).sqrt() for within, across in sum_together(ranks, sums)]
+
+
+def _sums_of_squares(stack: Tensor) -> Tensor:
+    """Of the experts' mean distance from their mean, and of the mean, shape (2,)."""
+    mean = stack.mean(dim=0, dtype=accumulation_dtype(stack.dtype))
+    # One expert at a time: the difference of whole stacks would take their memory once more.
+    within = [_sum_of_squares(expert - mean) / len(stack) for expert in stack]
+    return torch.stack([torch.stack(within).sum(), _sum_of_squares(mean)])
 
 
 def _sum_of_squares(tensor: Tensor) -> Tensor:

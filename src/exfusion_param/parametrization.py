@@ -22,11 +22,13 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import shards
 from .expert_fusion import ExpertFusion
 from .fused_leaf import FusedLeaf
 from .fusion_weights import FusionWeights
 from .linear_class import PlaceInGroup, dense_order, share_class
 from .memory_bank import MemoryBank
+from .names import clean_name
 
 
 def attach(
@@ -82,6 +84,15 @@ def original(linear: nn.Module, name: str) -> nn.Parameter:
     return linear.get_parameter(f"parametrizations.{name}.original")
 
 
+def fused_tensor(linear: nn.Module, name: str) -> Tensor:
+    """The fused tensor as the stack has it now; a DTensor if the stack is one."""
+    stack = original(linear, name)
+    if shards.is_sharded(stack):
+        return shards.fuse(stack, fusion_weights_of(linear)())
+    fused: Tensor = getattr(linear, name)
+    return fused
+
+
 def wrapped_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linears with expert stacks by their names in the model."""
     return {fqn: module for fqn, module in model.named_modules() if fused_names(module)}
@@ -99,7 +110,7 @@ def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     names: dict[FusionWeights, str] = {}
     first_of: dict[FusionWeights, str] = {}
     for fqn, linear in wrapped_linears(model).items():
-        weights = fusion_weights_of(linear)
+        fqn, weights = clean_name(fqn), fusion_weights_of(linear)
         if linear is weights.linears[0]:
             names[weights] = fqn.removesuffix(weights.first_linear).rstrip(".")
             first_of[weights] = fqn

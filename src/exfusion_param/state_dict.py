@@ -14,10 +14,13 @@ from .fusion_weights import warn_of_empty_banks
 from .linear_class import dense_order
 from .parametrization import (
     fused_names,
+    fused_tensor,
     fusion_weights_of,
     groups_of,
     original,
+    wrapped_linears,
 )
+from .shards import assign, spread, whole
 
 
 class IncompatibleKeys(NamedTuple):
@@ -43,11 +46,12 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
 
     Returns:
         The dense tensors under the dense model's keys, in its order. What is not fused shares
-        memory with the model, as in `state_dict()`.
+        memory with the model, as in `state_dict()`. DTensors for a sharded model: each rank fuses
+        its own part, and nothing but fusion weights is gathered.
     """
     warn_of_empty_banks(groups_of(model))
     return OrderedDict(
-        (key, getattr(value.linear, value.name) if isinstance(value, _Fused) else value)
+        (key, fused_tensor(value.linear, value.name) if isinstance(value, _Fused) else value)
         for key, value in _dense_view(model).items()
     )
 
@@ -68,7 +72,8 @@ def load_dense_state_dict(
 
     Args:
         model: a wrapped model.
-        state_dict: tensors under the dense model's keys.
+        state_dict: tensors under the dense model's keys. For a sharded model they are whole on
+            each rank, and all ranks draw the same noise, or DTensors like the model's.
         strict: whether every key must be there and be known.
         generator: draws the noise and the routers; None takes torch's global one.
 
@@ -88,7 +93,7 @@ def load_dense_state_dict(
     fused = {key: value for key, value in dense.items() if isinstance(value, _Fused)}
     touched = dict.fromkeys(fusion_weights_of(fused[key].linear) for key in given if key in fused)
     starts = {
-        value: given[key] if key in given else getattr(value.linear, value.name)
+        value: given[key] if key in given else fused_tensor(value.linear, value.name)
         for key, value in fused.items()
         if fusion_weights_of(value.linear) in touched
     }
@@ -96,7 +101,11 @@ def load_dense_state_dict(
         weights.reset_parameters(generator)
     for value, tensor in starts.items():
         _start_from(value, tensor, generator)
-    plain = {key: tensor for key, tensor in given.items() if key not in fused}
+    plain = {
+        key: spread(given[key], own) if isinstance(own, Tensor) else given[key]
+        for key, own in dense.items()
+        if key in given and not isinstance(own, _Fused)
+    }
     model.load_state_dict(plain, strict=False)
     warn_of_empty_banks(touched)
     return keys
@@ -113,22 +122,37 @@ def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     for weights in groups_of(model):
         weights.release()  # a training forward that was cut short may have left its own
     state = model.state_dict()
-    linear_of: dict[str, tuple[str, nn.Module]] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
-        if fused_names(module):
-            for key in module.state_dict():
-                if key in dense_order(module) or key.startswith("parametrizations."):
-                    linear_of[_join(fqn, key)] = fqn, module
+    linear_at = _linears_by_prefix(model)
     dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()
     for key, tensor in state.items():
-        if key not in linear_of:
+        prefix, is_ours, _ = key.partition("parametrizations.")
+        if not is_ours:
+            prefix = key[: key.rfind(".") + 1]
+        linear = linear_at.get(prefix)
+        if linear is None or not (is_ours or key[len(prefix) :] in dense_order(linear)):
             dense[key] = tensor
             continue
-        fqn, linear = linear_of[key]
         for name in dense_order(linear):
             is_fused = name in fused_names(linear)
-            dense[_join(fqn, name)] = _Fused(linear, name) if is_fused else state[_join(fqn, name)]
+            dense[prefix + name] = _Fused(linear, name) if is_fused else state[prefix + name]
     return dense
+
+
+def _linears_by_prefix(model: nn.Module) -> dict[str, nn.Module]:
+    """The wrapped linears by what their keys in the state dict begin with.
+
+    Not by the names of modules: `checkpoint_wrapper` of torch, for one, leaves its own out of keys.
+    """
+    stacks = {
+        id(original(linear, name)): (linear, f"parametrizations.{name}.original")
+        for linear in wrapped_linears(model).values()
+        for name in fused_names(linear)
+    }
+    return {
+        key.removesuffix(stacks[id(value)][1]): stacks[id(value)][0]
+        for key, value in model.state_dict(keep_vars=True).items()
+        if id(value) in stacks
+    }
 
 
 def _check_dense(
@@ -156,8 +180,9 @@ def _check_dense(
 def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None) -> None:
     weights = fusion_weights_of(fused.linear)
     stack = original(fused.linear, fused.name)
-    tensor = tensor.to(stack.device, stack.dtype)
-    stack.copy_(upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise, generator))
+    tensor = whole(tensor).to(stack.device, stack.dtype)
+    noise = weights.config.upcycle_noise
+    assign(stack, upcycled_experts(tensor, weights.start(), noise, generator))
 
 
 def _shape(value: Any) -> torch.Size | None:
@@ -168,7 +193,3 @@ def _shape(value: Any) -> torch.Size | None:
 
 def _text(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(tuple(shape))
-
-
-def _join(*names: str) -> str:
-    return ".".join(names).removeprefix(".")

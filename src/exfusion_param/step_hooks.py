@@ -11,20 +11,25 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
+from .ranks import ALONE, all_ranks
+
 if TYPE_CHECKING:
     from .fusion_weights import FusionWeights
 
-_watched: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
+# In the order of wrapping, which is the same on all ranks.
+_watched: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
+_agreed: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
+_outdated: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 _warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 _steps_without: weakref.WeakKeyDictionary[
     FusionWeights, weakref.WeakKeyDictionary[Optimizer, int]
@@ -40,14 +45,29 @@ def watch(weights: FusionWeights) -> None:
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
-    _watched.add(weights)
+    _watched[weights] = None
+
+
+def watched() -> list[FusionWeights]:
+    """All fusion weights that live, in the order of wrapping."""
+    return [weights for ref in _watched.keyrefs() if (weights := ref()) is not None]
+
+
+def outdate(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse optimizers that hold these parameters, which others have taken the place of."""
+    _outdated.update((id(parameter), parameter) for parameter in parameters)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     held = _held(optimizer)
+    if not held.isdisjoint(_outdated.keys()):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} was made before fully_shard(). Make the optimizer after."
+        )
     groups = list(_groups_of(held))
     for weights in groups:
         _refuse_dense_state(optimizer, weights)
+    _require_agreement(groups)
     with_leaves = [weights for weights in groups if weights.config.fuse_on == "step"]
     return _pull_back(with_leaves, held, args, kwargs) if with_leaves else None
 
@@ -72,6 +92,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for weights in _groups_of(held):
         weights.optimizer_stepped(skipped)
         weights.settle()
+        for leaf in weights.leaves():  # torch's distributed checkpoints miss a state for it
+            if id(leaf) in held and optimizer.state:
+                optimizer.state.setdefault(leaf, {})
         _warn_if_left_out(optimizer, weights, held)
 
 
@@ -81,17 +104,30 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
-    for weights in list(_watched):
+    for weights in watched():
         parameters = itertools.chain(weights.parameters(), weights.expert_parameters())
         if any(id(parameter) in held for parameter in parameters):
             yield weights
+
+
+def _require_agreement(groups: Iterable[FusionWeights]) -> None:
+    """Raise at the first step if the ranks of the job differ; `fully_shard` has looked itself."""
+    new = {weights: weights.group for weights in groups if weights not in _agreed}
+    if new and (ranks := all_ranks()) is not ALONE:
+        unseen = {weights: name for weights, name in new.items() if weights.sharing is None}
+        if unseen:
+            from .agreement import require_agreement
+
+            require_agreement(unseen, ranks)
+    _agreed.update(new)
 
 
 def _refuse_dense_state(optimizer: Optimizer, weights: FusionWeights) -> None:
     """Raise if the optimizer remembers the dense tensor that a stack has taken the place of."""
     for stack in weights.expert_stacks():
         for value in optimizer.state.get(stack, {}).values():
-            if isinstance(value, Tensor) and value.shape == stack.shape[1:]:
+            is_dense = isinstance(value, Tensor) and value.shape == stack.shape[1:]
+            if is_dense and stack.ndim > 1:  # FSDP1 makes it flat
                 raise RuntimeError(
                     f"{type(optimizer).__name__} holds state of shape {tuple(value.shape)} for an "
                     f"expert stack of shape {tuple(stack.shape)} in {weights.group!r}: it was made "

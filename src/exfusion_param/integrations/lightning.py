@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..checkpoint import describe
 from ..checkpoint_reader import ENTRY
+from ..ddp import leave_out_of_ddp
 from ..metrics import metrics
 from ..parametrization import wrapped_linears
 
@@ -35,6 +36,10 @@ class ExFusionCallback(Callback):
     def __init__(self) -> None:
         self._logged_at = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say which parameters DDP is to leave alone, before it is made."""
+        leave_out_of_ddp(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
         self._logged_at = trainer.global_step
@@ -47,8 +52,8 @@ class ExFusionCallback(Callback):
         if every == 0 or step % every != 0 or step == self._logged_at:
             return
         self._logged_at = step
-        if trainer.is_global_zero and wrapped_linears(pl_module):
-            values = metrics(pl_module)
+        if wrapped_linears(pl_module):
+            values = metrics(pl_module)  # on all ranks, of which the loggers hear one
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
 

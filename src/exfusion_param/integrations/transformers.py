@@ -124,12 +124,14 @@ class ExFusionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add a row to metrics.csv."""
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs:
             return
         values = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
         is_measured = any(name.startswith("fusion_weights/") for name in values)
         if model is not None and not is_measured and wrapped_linears(model):
-            values |= metrics(model)
+            values |= metrics(model)  # on all ranks, which may have to call it together
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         append_row(folder / "metrics.csv", {"step": state.global_step} | values)

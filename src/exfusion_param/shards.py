@@ -1,0 +1,128 @@
+"""Tensors of which each rank holds a part (DTensor) and plain ones, dealt with alike.
+
+`torch.distributed.tensor` takes long to import, and who has a DTensor has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .ranks import ALONE, Ranks
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, without a gradient and in the same memory."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    sharded: Any = tensor
+    with torch.no_grad():  # else a view comes, whose version says nothing of the tensor's
+        part: Tensor = sharded.to_local()
+    return part
+
+
+def local_to_differentiate(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, for autograd to follow."""
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor
+
+
+def version(tensor: Tensor) -> int:
+    """A number that grows with each write to a tensor, or to this rank's part of it."""
+    return tensor._version + (local(tensor)._version if is_sharded(tensor) else 0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered from all ranks; they have to call this together."""
+    if is_sharded(tensor):
+        sharded: Any = tensor.detach()
+        gathered: Tensor = sharded.full_tensor()
+        return gathered
+    return tensor
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """A new tensor spread over the ranks as `tensor` is, of which this rank holds `part`."""
+    if not is_sharded(tensor):
+        return part.to(tensor.device, tensor.dtype)
+    result = torch.empty_like(tensor.detach())
+    local(result).copy_(part)
+    return result
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, spread over the ranks as `like` is."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    sharded: Any = like
+    module = sys.modules["torch.distributed.tensor"]
+    result: Tensor = module.distribute_tensor(
+        tensor.to(local(like).device), sharded.device_mesh, sharded.placements, src_data_rank=None
+    )
+    return result
+
+
+def assign(target: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor, which every rank has, into one that may be spread over the ranks."""
+    local(target).copy_(local(spread(tensor, target)))
+
+
+def with_all_experts(stack: Tensor) -> Tensor:
+    """A stack, shape (N, *S), of which each rank has a part of every expert, and no expert alone.
+
+    FSDP2 shards along the experts where it is not told otherwise.
+    """
+    if not is_sharded(stack):
+        return stack.detach()
+    tensor = sys.modules["torch.distributed.tensor"]
+    sharded: Any = stack.detach()
+    placements = [tensor.Shard(1) if p.is_shard(0) else p for p in sharded.placements]
+    result: Tensor = sharded.redistribute(placements=placements)
+    return result
+
+
+def holders_of(tensor: Tensor) -> Ranks:
+    """The ranks that together hold a tensor once."""
+    if not is_sharded(tensor):
+        return ALONE
+    sharded: Any = tensor
+    dims = [dim for dim, place in enumerate(sharded.placements) if place.is_shard()]
+    return Ranks(tuple(sharded.device_mesh.get_group(dim) for dim in dims))
+
+
+def fuse(stack: Tensor, weights: Tensor) -> Tensor:
+    """The fused tensor, shape (*S), spread over the ranks as the experts are.
+
+    Args:
+        stack: shape (N, *S).
+        weights: shape (N,); gathered if it is a DTensor.
+
+    Returns:
+        A DTensor for a DTensor, each rank's part from its own part of the experts.
+    """
+    if not is_sharded(stack):
+        return functional.fuse(stack, weights)
+    tensor = sys.modules["torch.distributed.tensor"]
+    sharded: Any = with_all_experts(stack)
+    fused: Tensor = tensor.DTensor.from_local(
+        functional.fuse(local(sharded), whole(weights)),
+        sharded.device_mesh,
+        [
+            tensor.Shard(place.dim - 1) if place.is_shard() else place
+            for place in sharded.placements
+        ],
+        run_check=False,
+        shape=stack.shape[1:],
+        stride=torch.empty(stack.shape[1:], device="meta").stride(),
+    )
+    return fused

@@ -1,0 +1,48 @@
+"""Finds the Transformer blocks of a wrapped model: what FSDP2 gathers one at a time."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .parametrization import groups_of, wrapped_linears
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a model that hold one FFN each.
+
+    An element of an `nn.ModuleList`, `nn.ModuleDict` or `nn.Sequential` that holds an FFN is a
+    block, or lies within one: T5 keeps attention and FFN in a list within each block. The block is
+    the largest element that holds no more FFNs than the smallest one.
+
+    Args:
+        model: a wrapped model.
+
+    Returns:
+        The blocks in the order of the model, none twice and none within another.
+    """
+    first = _first_linears(model)
+    blocks = {}
+    for fqn in first:
+        elements = [path for path in _ancestors(fqn) if _is_element(model, path)]
+        counts = [sum(other.startswith(f"{path}.") for other in first) for path in elements]
+        fitting = [path for path, n in zip(elements, counts, strict=True) if n == min(counts)]
+        if fitting:
+            blocks[fitting[0]] = model.get_submodule(fitting[0])
+    return list(dict.fromkeys(blocks.values()))
+
+
+def _first_linears(model: nn.Module) -> list[str]:
+    """The name of the first linear of each FFN group."""
+    firsts = {weights.linears[0] for weights in groups_of(model)}
+    return [fqn for fqn, linear in wrapped_linears(model).items() if linear in firsts]
+
+
+def _ancestors(fqn: str) -> list[str]:
+    """The names of the modules around a module, the largest first, but for the model itself."""
+    parts = fqn.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _is_element(model: nn.Module, path: str) -> bool:
+    holder = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(holder, nn.ModuleList | nn.ModuleDict | nn.Sequential)

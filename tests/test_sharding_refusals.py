@@ -1,0 +1,176 @@
+"""What sharding refuses, and that it says so before it changes anything."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import FFNs, inputs, loss_of
+from ranks import on_ranks, on_threads
+from sharded import mesh_of, my_part
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import exfusion_param as exf
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
+
+SETTINGS = {"num_experts": 3, "seed": 1, "fuse_on": "step", "bank_init": "uniform"}
+Attempt = Callable[[nn.Module, int], object]
+BUILDING = threading.Lock()  # threads draw on one generator
+
+
+def wrapped(**fields: Any) -> Any:
+    with BUILDING:
+        torch.manual_seed(0)
+        model = FFNs().double()
+    return exf.wrap(model, **(SETTINGS | fields))
+
+
+def a_dense_model(model: nn.Module, rank: int) -> None:
+    exf.fully_shard(exf.fuse(model), mesh=mesh_of(2))
+
+
+def a_sharded_model(model: nn.Module, rank: int) -> None:
+    torch_fully_shard(model, mesh=mesh_of(2))
+    exf.fully_shard(model, mesh=mesh_of(2))
+
+
+def a_mesh_of_three_dimensions(model: nn.Module, rank: int) -> None:
+    exf.fully_shard(model, mesh=init_device_mesh("cpu", (1, 1, 2)))
+
+
+def a_mesh_of_others(model: nn.Module, rank: int) -> None:
+    mesh = DeviceMesh("cpu", [0])
+    if rank == 0:
+        raise ValueError("Rank 0 is in the mesh")
+    exf.fully_shard(model, mesh=mesh)
+
+
+def a_mesh_without_names(model: nn.Module, rank: int) -> None:
+    exf.fully_shard(model, mesh=init_device_mesh("cpu", (1, 2)))
+
+
+def a_block_of_another_model(model: nn.Module, rank: int) -> None:
+    exf.fully_shard(model, mesh=mesh_of(2), blocks=[wrapped().blocks[0]])
+
+
+def another_seed(model: nn.Module, rank: int) -> None:
+    exf.fully_shard(wrapped(seed=None, generator=torch.Generator().manual_seed(rank)),
+                    mesh=mesh_of(2))  # fmt: skip
+
+
+def another_momentum(model: nn.Module, rank: int) -> None:
+    exf.fully_shard(wrapped(momentum=0.5 + 0.1 * rank), mesh=mesh_of(2))
+
+
+def fewer_blocks(model: nn.Module, rank: int) -> None:
+    depth = 2 - rank
+    exf.fully_shard(exf.wrap(FFNs(depth=depth), num_experts=3, seed=1), mesh=mesh_of(2))
+
+
+def wrap_after_sharding(model: nn.Module, rank: int) -> None:
+    exf.wrap(torch_fully_shard(FFNs(), mesh=mesh_of(2)))
+
+
+def fuse_while_sharded(model: nn.Module, rank: int) -> None:
+    exf.fuse(exf.fully_shard(model, mesh=mesh_of(2)))
+
+
+REFUSALS = [
+    (a_dense_model, "has no wrapped linear. Call wrap"),
+    (a_sharded_model, "is sharded already .stem.weight is a DTensor"),
+    (a_mesh_of_three_dimensions, "mesh must have one dimension .* got 3"),
+    (a_mesh_of_others, "Rank 1 is not in the mesh|Rank 0 is in the mesh"),
+    (a_mesh_without_names, "needs names for FSDP2"),
+    (a_block_of_another_model, "blocks has a Mlp that is not in the model"),
+    (another_seed, "Rank 1 has not wrapped .* 'blocks.0' differs in its experts"),
+    (another_momentum, "Rank 1 has not wrapped .* 'blocks.0' differs in its settings"),
+    (fewer_blocks, "Rank 1 has not wrapped .* 'blocks.[01]' differs in"),
+    (wrap_after_sharding, "sharded .DTensor.. Wrap first, shard after"),
+    (fuse_while_sharded, "sharded .DTensor.. Take fused_state_dict"),
+]
+
+
+def attempt(rank: int, function: Attempt) -> str:
+    model = wrapped()
+    try:
+        function(model, rank)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(("function", "message"), REFUSALS)
+def test_every_rank_refuses(function: Attempt, message: str) -> None:
+    for said in on_threads(2, attempt, function):
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(said)
+
+
+def state_after_a_refusal(rank: int) -> bool:
+    model = wrapped()
+    before = copy.deepcopy(model.state_dict())
+    types = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="not in the model"):
+        exf.fully_shard(model, mesh=mesh_of(2), blocks=[nn.Linear(1, 1)])
+    after = model.state_dict()
+    return types == [type(module) for module in model.modules()] and all(
+        torch.equal(tensor, after[name]) for name, tensor in before.items()
+    )
+
+
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    assert all(on_threads(2, state_after_a_refusal))
+
+
+def step_error(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> str:
+    try:
+        loss_of(model, my_part(rank, [inputs()])[0]).backward()
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+def with_an_early_optimizer(rank: int) -> str:
+    model = wrapped()
+    optimizer = torch.optim.AdamW(model.parameters())
+    exf.fully_shard(model, mesh=mesh_of(2))
+    return step_error(model, optimizer, rank)
+
+
+def sharded_by_stock_fsdp2(rank: int) -> str:
+    model = wrapped()
+    torch_fully_shard(model, mesh=mesh_of(2))
+    return step_error(model, torch.optim.AdamW(model.parameters()), rank)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (with_an_early_optimizer, "AdamW was made before fully_shard"),
+        (sharded_by_stock_fsdp2, "Call exfusion_param.fully_shard"),
+    ],
+)
+def test_the_first_step_refuses(function: Any, message: str) -> None:
+    assert all(message in said for said in on_threads(2, function))
+
+
+def in_processes(rank: int) -> dict[str, str]:
+    other = wrapped(seed=rank)
+    ddp = DistributedDataParallel(other)
+    said = {"ddp": step_error(ddp, torch.optim.AdamW(other.parameters()), rank)}
+    flat = FullyShardedDataParallel(wrapped(), use_orig_params=True, device_id=torch.device("cpu"))
+    return said | {"fsdp1": step_error(flat, torch.optim.AdamW(flat.parameters()), rank)}
+
+
+def test_ddp_with_different_seeds_and_fsdp1_are_refused() -> None:
+    for said in on_ranks(2, in_processes):
+        assert "Rank 1 has not wrapped the model as rank 0 has: 'blocks.0'" in said["ddp"]
+        assert "Call exfusion_param.fully_shard" in said["fsdp1"]
