@@ -116,8 +116,9 @@ def main(settings: Settings) -> None:
         "num_heads": 3,
     }
     models = build_models(arguments, settings.exfusion)
-    print(exf.summarize(models["exfusion"]))
-    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    summary = exf.summarize(models["exfusion"])
+    print(summary)
+    training = {"exfusion": summary.training_parameters}
     comparison = Comparison(models, data, settings.out, settings.to_dict())
     comparison.train()
     write_history(settings.out / "metrics.csv", comparison.rows)
@@ -126,8 +127,8 @@ def main(settings: Settings) -> None:
             run=name,
             accuracy=comparison.last_accuracy(name),
             step_ms=median(row[f"step_ms/{name}"] for row in comparison.rows),
-            training_parameters=sizes[name],
-            shipped_parameters=sizes["dense"],
+            training_parameters=training.get(name, summary.shipped_parameters),
+            shipped_parameters=summary.shipped_parameters,
         )
         for name in comparison.runs
     ]

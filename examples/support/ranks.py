@@ -1,0 +1,86 @@
+"""The processes of a job: their start and end, their batches, and numbers over all of them."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import TensorDataset
+
+
+@contextmanager
+def job() -> Iterator[torch.device]:
+    """Join the job that torchrun has started, or be one of a single process.
+
+    Yields:
+        This rank's device: a GPU of its own with NCCL, or the CPU with Gloo.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        distributed.init_process_group(backend)
+    else:
+        address = "tcp://localhost:0"
+        distributed.init_process_group(backend, address, rank=0, world_size=1)
+    yield device
+    distributed.barrier()  # a rank that leaves early would take its connections along
+    distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that prints and writes logs."""
+    return distributed.get_rank() == 0
+
+
+def say(text: object) -> None:
+    """Print on the first rank alone."""
+    if is_first():
+        print(text, flush=True)
+
+
+def mean(value: Tensor) -> float:
+    """The mean of a number over the ranks, which call this together."""
+    total = value.detach().float().clone()
+    distributed.all_reduce(total)
+    return total.item() / distributed.get_world_size()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that any rank has taken so far, in GiB: of its GPU, or of its process."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
+    highest = torch.tensor(peak / 2**30, device=device)
+    distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+    return highest.item()
+
+
+def my_batches(
+    images: TensorDataset, batch_size: int, steps: range, device: torch.device
+) -> Iterator[list[Tensor]]:
+    """This rank's part of each step's batch; the whole batch is the same on any number of ranks.
+
+    Args:
+        images: and their labels.
+        batch_size: of all ranks together.
+        steps: of the run, counted from its first one.
+        device: to put them on.
+
+    Raises:
+        SystemExit: the ranks would get unequal parts.
+    """
+    world = distributed.get_world_size()
+    if batch_size % world:
+        raise SystemExit(f"{world} ranks do not share {batch_size} images alike.")
+    for step in steps:
+        epoch, index = divmod(step, len(images) // batch_size)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
+        batch = order[index * batch_size :][:batch_size]
+        mine = batch[distributed.get_rank() :: world]
+        yield [tensor.to(device) for tensor in images[mine]]
