@@ -116,6 +116,14 @@ def test_autocast_does_not_lower_the_precision_of_the_sum() -> None:
         assert torch.equal(functional.route(x, router), routed)
 
 
+def test_a_router_that_was_cast_routes_in_float32() -> None:
+    x, router = torch.randn(500, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    expected = (x.double() @ router.double().T).softmax(-1).mean(0)
+    weights = functional.route(x, router)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_meta_tensors_fuse_to_meta_tensors() -> None:
     fused = functional.fuse(torch.empty(4, 3, 2, device="meta"), torch.ones(4, device="meta"))
     assert fused.is_meta
