@@ -219,8 +219,9 @@ class MemoryBank(FusionWeights):
     def _warn_if_bypassed(self) -> None:
         if self.pending.has_counted or self.is_bypassed or self.bank.is_meta:
             return
-        gradients = [tensor.grad for tensor in self._differentiated()]
-        if any(local(grad).any() for grad in gradients if grad is not None):
+        # The router has one too while a distributed checkpoint steps on zeros to make states.
+        is_bypassed = self.router.grad is None
+        if is_bypassed and any(tensor.grad is not None for tensor in self._differentiated()):
             self.is_bypassed = True
             warnings.warn(
                 f"The experts of {self.group!r} have gradients, but its router has seen no input: "
