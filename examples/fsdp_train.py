@@ -109,7 +109,7 @@ def build_sharded(settings: Settings, device: torch.device) -> Any:
 
 def train(model: Any, images: TensorDataset, settings: Settings, device: torch.device) -> None:
     """Train, after the last checkpoint if there is one."""
-    optimizer = torch.optim.AdamW(exf.param_groups(model, weight_decay=0.05), lr=settings.lr)
+    optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.05), lr=settings.lr)
     rise = settings.warmup
     scheduler = LambdaLR(optimizer, lambda step: min((step + 1) / rise, (rise / (step + 1)) ** 0.5))
     state = TrainState(model, optimizer, scheduler, settings.out / "checkpoints")

@@ -200,8 +200,9 @@ class Bypassing(nn.Module):
         return nn.functional.linear(x, self.linear.weight, self.linear.bias)
 
 
-def test_a_router_that_never_sees_an_input_warns_once() -> None:
-    model = exf.wrap(Bypassing(), filter_fn=["linear"])
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+def test_a_router_that_never_sees_an_input_warns_once(fuse_on: Any) -> None:
+    model = exf.wrap(Bypassing(), filter_fn=["linear"], fuse_on=fuse_on)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(2, 4)).sum().backward()
     with pytest.warns(UserWarning, match="router has seen no input"):

@@ -76,12 +76,12 @@ def test_low_precision_follows_float32(variant: str, mode: str | None, dtype: to
     )
 
 
-def losses_of(model: nn.Module) -> Tensor:
+def losses_of(model: nn.Module, device: str = "cuda") -> Tensor:
     """Six losses of training in float32, or in FSDP2's precision."""
     optimizer = torch.optim.AdamW(exf.param_groups(model, 0.05), lr=0.01, eps=1e-4)
     losses = []
     for step in range(6):
-        loss = loss_of(model, inputs(64, batch=32, seed=step).float().cuda())
+        loss = loss_of(model, inputs(64, batch=32, seed=step).float().to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,3 +114,34 @@ def test_fsdp2_equals_one_process(variant: Any, fuse_on: Any, form: str, mesh: D
     torch.testing.assert_close(
         losses_of(sharded), losses_of(plain.cuda()), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "8bit"])
+def test_expert_adamw_is_adamw(variant: Any, state_dtype: Any) -> None:
+    torch.manual_seed(0)
+    model = exf.wrap(FFNs(64, 128), variant=variant, fuse_on="step", seed=0).cuda()
+    twin = copy.deepcopy(model)
+    settings = {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.05}
+    train_with(model, exf.ExpertAdamW(model.parameters(), **settings, state_dtype=state_dtype))
+    train_with(twin, torch.optim.AdamW(twin.parameters(), **settings))
+    tolerance = 1e-5 if state_dtype is None else 1e-2
+    ours, theirs = exf.fused_state_dict(model), exf.fused_state_dict(twin)
+    torch.testing.assert_close(dict(ours), dict(theirs), rtol=tolerance, atol=tolerance)
+
+
+def train_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for step in range(6):
+        loss_of(model, inputs(64, batch=32, seed=step).float().cuda()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_shared_displacement_trains_as_on_the_cpu(variant: Any) -> None:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"variant": variant, "fuse_on": "step", "displacement": "shared"}
+    model = exf.wrap(FFNs(64, 128), **fields, seed=0, bank_init="uniform")
+    gpu = copy.deepcopy(model).cuda()
+    expected = losses_of(model, "cpu")
+    torch.testing.assert_close(losses_of(gpu).cpu(), expected, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import momenta, num_experts, seeds, sizes
 from torch import Tensor
 
-from exfusion_param import functional
+from exfusion_param import expert_sums, functional
 
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 
@@ -106,6 +106,37 @@ def test_mass_of_a_bank_from_zeros_is_one_minus_momentum_to_the_step(
         (logits,) = draw(step, (n,))
         bank = functional.update_bank(bank, logits.softmax(0), momentum)
     assert bank.sum().item() == pytest.approx(1 - momentum**steps, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_kept_for_backward_but_experts_and_fusion_weights(dtype: torch.dtype) -> None:
+    experts = torch.randn(4, 5, 6, dtype=dtype, requires_grad=True)
+    weights = torch.rand(4, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        functional.fuse(experts, weights)
+    assert {t.data_ptr() for t in kept} == {experts.data_ptr(), weights.data_ptr()}
+
+
+@given(num_experts, sizes, st.integers(1, 30), st.sampled_from([torch.float64, torch.bfloat16]))
+def test_slices_of_a_stack_make_the_same_sums(
+    n: int, size: int, numbers: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    experts = torch.randn(n, size, size, dtype=dtype).requires_grad_()
+    weights = torch.rand(n, dtype=torch.float64).requires_grad_()
+    expected = torch.tensordot(weights, experts.double(), dims=1)
+    of_experts, of_weights = torch.autograd.grad(expected.sum(), [experts, weights])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(expert_sums.SLICE, "cpu", numbers)
+        fused = functional.fuse(experts, weights)
+        gradients = torch.autograd.grad(fused.sum(), [experts, weights])
+    tolerance = (
+        {"rtol": 0, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-2}
+    )
+    torch.testing.assert_close(fused.double(), expected, **tolerance)
+    torch.testing.assert_close(gradients[0], of_experts, **tolerance)
+    torch.testing.assert_close(gradients[1], of_weights, **tolerance)
 
 
 def test_autocast_does_not_lower_the_precision_of_the_sum() -> None:

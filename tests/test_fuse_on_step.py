@@ -74,6 +74,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.02, foreach=True),
     "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.02, fused=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "expert adamw": lambda p: exf.ExpertAdamW(p, lr=0.02, weight_decay=0.1),
+    "expert sgd": lambda p: exf.ExpertSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.02),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, line_search_fn="strong_wolfe"),
 }
@@ -332,7 +334,8 @@ def test_a_summary_counts_the_leaf_as_memory_alone() -> None:
     assert step.training_parameters == forward.training_parameters
     assert step.shipped_parameters == forward.shipped_parameters
     ffns = 2 * (6 * 4 + 6 + 4 * 6 + 4)  # parameters of two dense FFNs in float64
-    assert step.training_bytes == forward.training_bytes + 2 * 8 * ffns
+    leaves, gradients_of_stacks = 2 * 8 * ffns, 4 * 8 * ffns
+    assert step.training_bytes == forward.training_bytes + leaves - gradients_of_stacks
     assert step == exf.summarize(FFNs().double(), seed=0, bank_init="uniform", fuse_on="step")
 
 

@@ -27,6 +27,8 @@ exfusion_param.fuse(model)
 def test_public_names_are_frozen() -> None:
     assert exfusion_param.__all__ == [
         "ExFusionConfig",
+        "ExpertAdamW",
+        "ExpertSGD",
         "Summary",
         "expert_placement",
         "fully_shard",

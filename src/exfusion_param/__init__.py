@@ -13,6 +13,7 @@ The method is ExFusion (Ruan et al., 2026, arXiv 2603.27965).
 from .api import fuse, wrap
 from .config import ExFusionConfig
 from .distributed import expert_placement, fully_shard
+from .expert_optimizers import ExpertAdamW, ExpertSGD
 from .metrics import metrics
 from .optim import no_weight_decay_names, param_groups
 from .state_dict import fused_state_dict, load_dense_state_dict
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExFusionConfig",
+    "ExpertAdamW",
+    "ExpertSGD",
     "Summary",
     "expert_placement",
     "fully_shard",

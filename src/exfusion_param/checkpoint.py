@@ -28,13 +28,14 @@ from .checkpoint_reader import (
     CheckpointReader,
     read_config,
 )
+from .dtypes import accumulation_dtype
 from .fusion_weights import FusionWeights
 from .names import clean_name
 from .parametrization import fused_names, fusion_weights_of, groups_of
 from .safetensors_writer import SafetensorsWriter
 from .shards import local
 from .state_dict import dense_keys
-from .wrapped_layout import WrappedLayout
+from .wrapped_layout import FusedTensor, WrappedLayout
 
 __all__ = ["CheckpointError", "describe", "fuse_checkpoint", "save_config"]
 
@@ -172,8 +173,25 @@ def _parts(reader: CheckpointReader, layout: WrappedLayout, name: str) -> Iterat
     rows = max(1, PART_BYTES // max(1, row_bytes))
     for start in range(0, spec.shape[0], rows):
         part = slice(start, start + rows)
-        with reader.open(name if fused is None else fused.stack) as tensor:
-            yield tensor[part] if weights is None else functional.fuse(tensor[:, part], weights)
+        if fused is None or weights is None:
+            with reader.open(name) as tensor:
+                yield tensor[part]
+        else:
+            yield _fused_part(reader, fused, weights, part)
+
+
+def _fused_part(
+    reader: CheckpointReader, fused: FusedTensor, weights: Tensor, part: slice
+) -> Tensor:
+    """Some rows of a fused tensor."""
+    with reader.open(fused.stack) as stack:
+        if fused.displacement is None or fused.decay is None:
+            return functional.fuse(stack[:, part], weights)
+        experts: Tensor = stack[:, part].to(accumulation_dtype(stack[:, part].dtype))
+    with reader.open(fused.displacement) as displacement:
+        shared: Tensor = displacement[part]
+    total = reader.read(fused.decay) * functional.fuse(experts, weights) + weights.sum() * shared
+    return total.to(shared.dtype)
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, is_fused: bool) -> None:

@@ -10,12 +10,14 @@ Variant = Literal["sw", "dw", "mb"]
 ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 BankInit = Literal["zeros", "uniform"]
 FuseOn = Literal["forward", "step"]
+Displacement = Literal["own", "shared"]
 
 _CHOICES = {
     "variant": get_args(Variant),
     "expert_init": get_args(ExpertInit),
     "bank_init": get_args(BankInit),
     "fuse_on": get_args(FuseOn),
+    "displacement": get_args(Displacement),
 }
 
 
@@ -44,6 +46,9 @@ class ExFusionConfig:
             needed for pretrained weights). `"mb"` only.
         fuse_on: when the weights are fused: `"forward"`, at each use, as in the paper; `"step"`,
             once for each step of the optimizer, with the forward and backward of dense training.
+        displacement: `"own"`: each expert moves by itself; `"shared"`: all experts of a linear move
+            together from starting values that are frozen, at the cost of one dense weight
+            (shared_displacement.py). With `fuse_on="step"` only.
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
             from the end; None wraps all (Table X).
         seed: makes the experts and routers reproducible; None draws on torch's global generator.
@@ -62,6 +67,7 @@ class ExFusionConfig:
     drop_ratio: float = 0.5
     bank_init: BankInit = "zeros"
     fuse_on: FuseOn = "forward"
+    displacement: Displacement = "own"
     layers: tuple[int, ...] | None = None
     seed: int | None = None
 
@@ -70,6 +76,8 @@ class ExFusionConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        if self.displacement == "shared" and self.fuse_on != "step":
+            raise ValueError('displacement="shared" needs fuse_on="step".')
         self._check_num_experts()
         self._check_numbers()
         self._check_layers()

@@ -9,7 +9,7 @@ from torch import nn
 from .parametrization import groups_of
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-_SUFFIXES = ("original", "fusion_weights.router", "fusion_weights.weights")
+_SUFFIXES = ("original", "displacement", "fusion_weights.router", "fusion_weights.weights")
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
@@ -33,7 +33,7 @@ def leave_out_of_ddp(model: nn.Module) -> None:
 
 def _without_gradient(model: nn.Module) -> list[str]:
     by_step = [weights for weights in groups_of(model) if weights.config.fuse_on == "step"]
-    own = {id(p) for w in by_step for p in (*w.parameters(), *w.expert_stacks())}
+    own = {id(parameter) for weights in by_step for parameter in weights.moved_at_step()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
 
 

@@ -27,6 +27,7 @@ from .memory_bank import MemoryBank
 from .parametrization import groups_of
 from .ranks import Ranks
 from .sharding_checks import check_shardable
+from .shared_displacement import SharedDisplacement
 from .step_hooks import outdate, watched
 from .transformer_blocks import transformer_blocks
 
@@ -79,7 +80,7 @@ def fully_shard(
     by_step = [weights for weights in groups if weights.config.fuse_on == "step"]
     policies = {"mp_policy": mp_policy, "offload_policy": offload_policy}
     settings: dict[str, Any] = {key: value for key, value in policies.items() if value is not None}
-    ignored = {p for weights in by_step for p in (*weights.parameters(), *weights.expert_stacks())}
+    ignored = {parameter for weights in by_step for parameter in weights.moved_at_step()}
     modules: list[nn.Module] = [*chosen, model]
     for module in dict.fromkeys(modules):
         fsdp.fully_shard(
@@ -136,22 +137,29 @@ def _is_stack(parameter: nn.Parameter) -> bool:
 
 def _shard_stacks(weights: FusionWeights, mesh: DeviceMesh, offloads: bool) -> None:
     """Shard the stacks like their leaves, replicate the fusion weights, and fuse."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
 
     replicated = [Replicate()] * mesh.ndim
     for name, parameter in list(weights.named_parameters(recurse=False)):
         setattr(weights, name, _distributed(parameter, parameter.detach(), mesh, replicated))
-    index, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(-1)
-    for linear in weights.linears:
-        fusions: Any
-        for fusions in linear.get_submodule("parametrizations").children():
-            stack = fusions.original
-            chunks = [*stack.detach().chunk(count, dim=1)]
-            chunks += [stack.detach()[:, :0]] * (count - len(chunks))
-            rows = chunks[index].clone()  # and not a view, which would keep the whole stack
-            placements = [*replicated[1:], Shard(1)]
-            fusions.original = _distributed(stack, rows, mesh, placements, offloads)
+    for holder, fusion in weights.fusions:
+        holder.original = _rows(holder.original, 1, mesh, offloads)
+        if isinstance(fusion, SharedDisplacement):
+            fusion.displacement = _rows(fusion.displacement, 0, mesh, offloads)
     weights.settle()
+
+
+def _rows(parameter: nn.Parameter, dim: int, mesh: DeviceMesh, offloads: bool) -> nn.Parameter:
+    """A parameter of whose dimension `dim` each rank has the rows that FSDP2 would give it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    index, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(-1)
+    whole = parameter.detach()
+    chunks = [*whole.chunk(count, dim=dim)]
+    chunks += [whole.narrow(dim, 0, 0)] * (count - len(chunks))
+    rows = chunks[index].clone()  # and not a view, which would keep all rows
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(dim)]
+    return _distributed(parameter, rows, mesh, placements, offloads)
 
 
 def _distributed(

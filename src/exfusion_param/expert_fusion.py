@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from . import functional
 from .experts import upcycled_experts
 from .fusion_weights import FusionWeights
+from .shards import assign, fuse, local, with_all_experts
 
 
 class ExpertFusion(nn.Module):
@@ -43,3 +44,23 @@ class ExpertFusion(nn.Module):
             return experts
         weights = self.fusion_weights
         return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
+
+    def dense(self, stack: Tensor) -> Tensor:
+        """The fused tensor as the stack has it now, shape (*S); a DTensor if the stack is one."""
+        return fuse(stack, self.fusion_weights())
+
+    def start_from(self, stack: Tensor, experts: Tensor) -> None:
+        """Start anew from whole experts, shape (N, *S)."""
+        assign(stack, experts)
+
+    def experts(self, stack: Tensor) -> Tensor:
+        """The experts as they are, shape (N, *S); of each of them this rank's part."""
+        return local(with_all_experts(stack))
+
+    def sources(self, experts: Tensor) -> list[Tensor]:
+        """What the fused tensor is fused from besides the fusion weights."""
+        return [experts]
+
+    def moved(self, stack: nn.Parameter) -> nn.Parameter:
+        """What an optimizer moves: the stack."""
+        return stack

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .functional import accumulation_dtype
+from .dtypes import accumulation_dtype
 
 
 def independent_experts(

@@ -11,10 +11,14 @@ fused weight summed in it would lose what the experts differ by. The sum is cast
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .dtypes import accumulation_dtype
+from .expert_sums import fuse_into, products_with
 
 
 def fuse(experts: Tensor, weights: Tensor) -> Tensor:
@@ -29,11 +33,43 @@ def fuse(experts: Tensor, weights: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(experts.dtype)
     with _without_autocast(experts.device):
+        weights = weights.to(experts.device, dtype)
+        if experts.dtype != dtype and not torch.compiler.is_compiling():
+            fused: Tensor = _FuseLowPrecision.apply(experts, weights)
+            return fused
         # tensordot is a matrix-vector product over the flat stack: ten times faster on a CPU than
         # a broadcast product and a sum, and its backward keeps no copy of the stack.
-        return torch.tensordot(weights.to(experts.device, dtype), experts.to(dtype), dims=1).to(
-            experts.dtype
-        )
+        return torch.tensordot(weights, experts.to(dtype), dims=1).to(experts.dtype)
+
+
+class _FuseLowPrecision(torch.autograd.Function):
+    """Keeps no copy of the stack in float32, neither now nor for backward."""
+
+    @staticmethod
+    def forward(experts: Tensor, weights: Tensor) -> Tensor:
+        fused = experts.new_empty(experts.shape[1:])
+        fuse_into(fused, experts, weights)
+        return fused
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """`dL/dE_i = w_i G` and `dL/dw_i = <E_i, G>`."""
+        experts, weights = ctx.saved_tensors
+        of_experts = of_weights = None
+        with _without_autocast(experts.device):
+            if ctx.needs_input_grad[0]:
+                factors = weights.view(-1, *[1] * gradient.ndim)
+                if torch.is_grad_enabled():  # for second derivatives
+                    of_experts = (factors * gradient).to(experts.dtype)
+                else:
+                    of_experts = torch.mul(factors, gradient, out=torch.empty_like(experts))
+            if ctx.needs_input_grad[1]:
+                of_weights = products_with(experts, gradient)
+        return of_experts, of_weights
 
 
 def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -70,10 +106,9 @@ def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> 
     with _without_autocast(x.device):
         shares = _shares(x, router)  # (tokens, N)
         tokens = x.reshape(-1, x.shape[-1]).to(shares.dtype)  # (tokens, D)
-        weights = torch.full_like(shares[:, 0], 1 / len(shares))
-        if mask is not None:
-            weights = _token_weights(mask, shares)
-        weighted = shares * weights.unsqueeze(1)
+        if mask is None:
+            return torch.cat([shares.sum(dim=0), (shares.mT @ tokens).flatten()]) / len(tokens)
+        weighted = shares * _token_weights(mask, shares).unsqueeze(1)
         return torch.cat([weighted.sum(dim=0), (weighted.mT @ tokens).flatten()])
 
 
@@ -122,11 +157,6 @@ def update_bank(bank: Tensor, weights: Tensor, momentum: float) -> Tensor:
         The new bank, shape (N,). The gradient flows into `weights`.
     """
     return momentum * bank + (1 - momentum) * weights
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are taken in: float32, or float64 for float64 experts."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

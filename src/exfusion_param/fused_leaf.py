@@ -4,9 +4,11 @@ Note [The optimizer-side way]
 All expert gradients are multiples of one dense gradient: with `G = dL/dW`, `dL/dE_i = w_i G` and
 `dL/dw_i = <E_i, G>`. So a step's forward and backward can be those of the dense model on a leaf
 `W`, which gets `G`. Around the optimizer's step (step_hooks.py):
-- before it, `pull_back` turns `G` into the gradients of the stack and of the fusion weights, and
-  takes it off the leaf, which no optimizer is to move;
-- after it, the leaf gets `G` back, the stack's gradient is freed, and the leaf is fused anew.
+- before it, `pull_back` turns `G` into the gradient of the fusion weights, and takes it off the
+  leaf, which no optimizer is to move;
+- after it, when all else has moved, the stacks are updated, one at a time (one_by_one.py) or by an
+  optimizer made for them (expert_optimizers.py); then the leaf gets `G` back, and is fused anew.
+Optimizers that are not known to allow this take gradients of all their stacks into their step.
 Between two steps nothing knows of experts: no graph, no traffic and no memory beyond the stacks.
 
 Static and learned fusion weights train as under "forward". A memory bank fuses with the bank of the
@@ -28,15 +30,39 @@ ends at the parameter that the optimizer holds.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from .expert_fusion import ExpertFusion
+from .expert_sums import RunningFusion, fuse_into, products_with
 from .fusion_weights import FusionWeights
-from .shards import is_sharded, like, local, version
+from .shards import is_sharded, like, local, version, with_memory_of
+
+
+@dataclasses.dataclass(slots=True)
+class _Now:
+    """What holds for a leaf from one step to the next.
+
+    Args:
+        used: the fusion weights that the leaf is fused with, shape (N,).
+        used_in_forward: those of the present gradient.
+        fused_from: the state of all that it is fused from.
+        was_checked: by an eager forward, since the leaf was fused.
+        gradient: the leaf's, during an optimizer's step.
+        is_running: an optimizer fuses, see `running_fusion`.
+        sharded: the leaf as FSDP2 made it, while a gathered one is in its place.
+    """
+
+    used: Tensor | None = None
+    used_in_forward: Tensor | None = None
+    fused_from: object = None
+    was_checked: bool = False
+    gradient: Tensor | None = None
+    is_running: bool = False
+    sharded: nn.Parameter | None = None
 
 
 class FusedLeaf(ExpertFusion):
@@ -51,35 +77,31 @@ class FusedLeaf(ExpertFusion):
     def __init__(self, fusion_weights: FusionWeights, experts: Tensor, owns_weights: bool) -> None:
         super().__init__(fusion_weights, experts, owns_weights)
         self.fused = nn.Parameter(experts.new_empty(experts.shape[1:]))  # (*S)
-        self.__dict__["_sharded"] = None  # the leaf as FSDP2 made it, while a gathered one is there
-        self.used: Tensor | None = None  # the fusion weights that the leaf is fused with, (N,)
-        self._used_in_forward: Tensor | None = None  # those of the present gradient
-        self._fused_from: object = None
-        self._was_checked = False  # by an eager forward, since the leaf was fused
-        self._gradient: Tensor | None = None  # the leaf's, during an optimizer's step
+        self._now = _Now()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: leaf and stack are copied, and have new versions."""
-        return self.__dict__ | {"_fused_from": None, "_gradient": None}
+        now = dataclasses.replace(self._now, fused_from=None, gradient=None, is_running=False)
+        return self.__dict__ | {"_now": now}
 
     @property
     def leaf(self) -> nn.Parameter:
         """The leaf that optimizers hold and that has the gradient, shape (*S)."""
-        if is_sharded(self.fused):
-            self.__dict__["_sharded"] = self.fused
-        sharded: nn.Parameter | None = self.__dict__["_sharded"]
-        return self.fused if sharded is None else sharded
+        fused = self.fused
+        if is_sharded(fused):
+            self._now.sharded = fused
+        return fused if self._now.sharded is None else self._now.sharded
 
     def forward(self, experts: Tensor) -> Tensor:
         """The leaf, shape (*S), of the stack `experts`, shape (N, *S)."""
         if not torch.compiler.is_compiling():
             self.refresh(experts)
-            self._was_checked = True
+            self._now.was_checked = True
         return self.fused
 
     def refresh(self, experts: Tensor) -> None:
         """Fuse anew if the stack, the fusion weights or the leaf are not those from then."""
-        if self._fused_from == self._state(experts):
+        if self._now.fused_from == self._state(experts):
             return
         if not self.fused.is_leaf:
             raise RuntimeError(self._sharded_by_others())
@@ -90,49 +112,84 @@ class FusedLeaf(ExpertFusion):
     @torch.no_grad()
     def fuse_anew(self, experts: Tensor) -> None:
         """Fuse the stack `experts`, shape (N, *S), into the leaf."""
-        self.used = local(self.fusion_weights()).clone()
-        local(self.leaf).copy_(functional.fuse(local(experts), self.used))
-        needs = [experts, *self.fusion_weights.parameters()]
+        self._now.used = local(self.fusion_weights()).clone()
+        self._fuse(local(experts), self._now.used, local(self.leaf))
+        self._is_fused(experts)
+
+    def dense(self, stack: Tensor) -> Tensor:
+        """The fused tensor as the stack has it now, shape (*S); a DTensor if the leaf is one."""
+        fused = torch.empty_like(local(self.leaf))
+        self._fuse(local(stack), local(self.fusion_weights()), fused)
+        return with_memory_of(fused, self.leaf)
+
+    def running_fusion(self) -> RunningFusion:
+        """The leaf as it comes together, for an optimizer that updates the experts meanwhile."""
+        self._now.used, self._now.is_running = local(self.fusion_weights()).clone(), True
+        return RunningFusion(local(self.leaf), self._now.used)
+
+    def _is_fused(self, experts: Any) -> None:
+        needs = [self.moved(experts), *self.fusion_weights.own_tensors()]
         self.leaf.requires_grad_(any(tensor.requires_grad for tensor in needs))
-        self._fused_from = self._state(experts)
-        self._was_checked = False
+        self._now.fused_from = self._state(experts)
+        self._now.was_checked = self._now.is_running = False
+
+    def settle(self, experts: nn.Parameter) -> None:
+        """An optimizer's step is over: give `G` back, and fuse unless the optimizer has."""
+        if self._now.gradient is not None:
+            self.leaf.grad, self._now.gradient = self._now.gradient, None
+            experts.grad = None
+        if self._now.is_running:
+            self._is_fused(experts)
+        else:
+            self.fuse_anew(experts)
+
+    @property
+    def hidden_gradient(self) -> Tensor | None:
+        """During an optimizer's step the leaf's gradient `G`, shape (*S)."""
+        return self._now.gradient
+
+    @property
+    def weights_of_gradient(self) -> Tensor:
+        """The fusion weights that the present gradient was taken under, shape (N,)."""
+        assert self._now.used_in_forward is not None
+        return self._now.used_in_forward
+
+    def hide_gradient(self, experts: nn.Parameter, is_retry: bool) -> None:
+        """Take the leaf's gradient `G` off it, which no optimizer is to move.
+
+        Args:
+            experts: the stack.
+            is_retry: whether an optimizer tries again after a step that failed.
+        """
+        experts.grad = None
+        if self._now.gradient is not None and self.leaf.grad is None and is_retry:
+            return
+        self.leaf.grad, self._now.gradient = None, self.leaf.grad
 
     @torch.no_grad()
-    def pull_back(self, experts: nn.Parameter, takes_gradient: bool) -> None:
-        """Give the stack the gradient `w_i G` if it is to take one, and hide the leaf's `G`."""
-        self._restore_after_failure(experts)
-        gradient = self.leaf.grad
-        if gradient is None:
-            return
-        if takes_gradient and experts.requires_grad:
-            assert self._used_in_forward is not None
-            part = local(gradient)
-            weights = self._used_in_forward.to(part).view(-1, *[1] * part.ndim)
-            experts.grad = like(experts, weights * part)
-        self.leaf.grad, self._gradient = None, gradient
-
-    def give_back(self, experts: nn.Parameter) -> None:
-        """Undo `pull_back`."""
-        if self._gradient is not None:
-            self.leaf.grad, self._gradient = self._gradient, None
-            experts.grad = None
+    def give_gradient(self, experts: nn.Parameter) -> bool:
+        """Give the stack the gradient `w_i G`; false if there is none."""
+        if self._now.gradient is None or not experts.requires_grad:
+            return False
+        part = local(self._now.gradient)
+        weights = self.weights_of_gradient.to(part).view(-1, *[1] * part.ndim)
+        experts.grad = like(experts, weights * part)
+        return True
 
     @torch.no_grad()
     def inner_products(self, experts: Tensor) -> Tensor:
         """`<E_i, G>` of this rank's part of stack and gradient, shape (N,)."""
-        gradient = self.leaf.grad
-        assert gradient is not None
-        dtype = functional.accumulation_dtype(experts.dtype)
-        return local(experts).to(dtype).flatten(1) @ local(gradient).to(dtype).flatten()
+        assert self.leaf.grad is not None
+        return products_with(local(experts), local(self.leaf.grad))
 
     def check_before_step(self, experts: Tensor) -> None:
         """Raise if the gradient is not that of the experts as they are."""
         if is_sharded(self.leaf) and self.fusion_weights.sharing is None:
             raise RuntimeError(self._sharded_by_others())
-        if self._was_checked or self._fused_from == self._state(experts):
+        if self._now.was_checked or self._now.fused_from == self._state(experts):
             return
         # Torch's distributed checkpoints step on zeros, perhaps before any forward.
-        if self._fused_from is not None and self._has_gradient():
+        if self._now.fused_from is not None and self._has_gradient():
             raise RuntimeError(self._changed("the compiled forward did not see it", "train()"))
         self.fuse_anew(experts)
 
@@ -148,7 +205,9 @@ class FusedLeaf(ExpertFusion):
         """The fusion weights have got their part of the present gradient."""
         gradient: Any = self.leaf.grad
         gradient._pulled_back = version(gradient)
-        self._used_in_forward = self.used  # before an optimizer of the fusion weights moves them
+        self._now.used_in_forward = (
+            self._now.used
+        )  # before an optimizer of the fusion weights moves them
 
     def train(self, mode: bool = True) -> FusedLeaf:
         """Switch, and fuse anew: a write to `.data` of a stack leaves no other trace."""
@@ -157,12 +216,6 @@ class FusedLeaf(ExpertFusion):
             if leaf is self and self.leaf is self.fused:
                 self.fuse_anew(stack)
         return self
-
-    def _restore_after_failure(self, experts: nn.Parameter) -> None:
-        """An optimizer's step has failed if the leaf's gradient is still hidden."""
-        if self._gradient is not None and self.leaf.grad is None and experts.grad is not None:
-            self.leaf.grad = self._gradient
-        self._gradient = None
 
     def _sharded_by_others(self) -> str:
         return (
@@ -178,9 +231,12 @@ class FusedLeaf(ExpertFusion):
         )
 
     def _state(self, experts: Tensor) -> object:
-        tensors = [experts, self.leaf, *self.fusion_weights.parameters()]
-        tensors += self.fusion_weights.buffers()
+        tensors = [*self.sources(experts), self.leaf, *self.fusion_weights.own_tensors()]
         return [(id(tensor), version(tensor), tensor.dtype, tensor.device) for tensor in tensors]
+
+    def _fuse(self, experts: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Fuse this rank's part of the experts, shape (N, *S), into `out`, shape (*S)."""
+        fuse_into(out, experts, weights)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -204,9 +260,8 @@ class FusedLeaf(ExpertFusion):
 
 def leaves_of(weights: FusionWeights) -> list[tuple[nn.Parameter, FusedLeaf]]:
     """The stacks of a group that have leaves, each with its leaf."""
-    fusions = (
-        (fusions.original, fusions[0])
-        for linear in weights.linears
-        for fusions in getattr(linear, "parametrizations", {}).values()
-    )
-    return [(stack, leaf) for stack, leaf in fusions if isinstance(leaf, FusedLeaf)]
+    return [
+        (holder.original, fusion)
+        for holder, fusion in weights.fusions
+        if isinstance(fusion, FusedLeaf)
+    ]

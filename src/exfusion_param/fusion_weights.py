@@ -8,6 +8,7 @@ variant, the memory bank, is in memory_bank.py.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, step_hooks
+from . import step_hooks
 from .config import ExFusionConfig
+from .dtypes import accumulation_dtype
 from .ranks import Ranks, all_ranks
 from .shards import like, local, whole
 
@@ -35,6 +37,8 @@ class FusionWeights(nn.Module):
     """
 
     linears: Linears
+    fusions: list[tuple[Any, Any]]
+    """For each stack the `ParametrizationList` that holds it, and the parametrization."""
 
     def __init__(
         self, group: str, first_linear: str, config: ExFusionConfig, linears: Linears
@@ -47,6 +51,7 @@ class FusionWeights(nn.Module):
         self.sharing: Ranks | None = None  # set by fully_shard
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__["linears"] = linears
+        self.__dict__["fusions"] = []
         step_hooks.watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
@@ -67,6 +72,11 @@ class FusionWeights(nn.Module):
     def start(self) -> Tensor:
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""
         return whole(self())
+
+    def own_tensors(self) -> list[Tensor]:
+        """Parameters and buffers; quicker than by nn.Module's generators."""
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        return [tensor for tensor in tensors if tensor is not None]
 
     @property
     def ranks(self) -> Ranks:
@@ -117,8 +127,7 @@ class FusionWeights(nn.Module):
         from .fused_leaf import leaves_of
 
         for stack, leaf in leaves_of(self):
-            leaf.give_back(stack)
-            leaf.fuse_anew(stack)
+            leaf.settle(stack)
 
     def leaves(self) -> list[nn.Parameter]:
         """What stands for the stacks in forward and backward, as optimizers hold it."""
@@ -126,16 +135,34 @@ class FusionWeights(nn.Module):
 
         return [leaf.leaf for _, leaf in leaves_of(self)]
 
+    def hidden_gradients(self) -> list[Tensor]:
+        """During an optimizer's step the gradients of the leaves."""
+        from .fused_leaf import leaves_of
+
+        hidden = (leaf.hidden_gradient for _, leaf in leaves_of(self))
+        return [gradient for gradient in hidden if gradient is not None]
+
+    def moved_parameters(self) -> Iterator[nn.Parameter]:
+        """What optimizers move for the experts: the stacks, or what all experts of each share."""
+        for holder, fusion in self.fusions:
+            yield fusion.moved(holder.original)
+
+    def moved_at_step(self) -> Iterator[nn.Parameter]:
+        """Under `fuse_on="step"`: what autograd does not reach, stacks as well that never move."""
+        leaves = set(map(id, self.leaves()))
+        for parameter in itertools.chain(self.parameters(), self.expert_parameters()):
+            if id(parameter) not in leaves:
+                yield parameter
+
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the group's linears: stacks, and leaves under `fuse_on="step"`."""
-        for linear in self.linears:
-            yield from getattr(linear, "parametrizations", nn.Module()).parameters()
+        for holder, _ in self.fusions:
+            yield from holder.parameters()
 
     def expert_stacks(self) -> Iterator[nn.Parameter]:
         """The expert stacks that fuse with these weights."""
-        for linear in self.linears:
-            for fusions in getattr(linear, "parametrizations", {}).values():
-                yield fusions.original
+        for holder, _ in self.fusions:
+            yield holder.original
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -152,10 +179,10 @@ class StaticWeights(FusionWeights):
 
     def forward(self) -> Tensor:
         """1/N, shape (N,)."""
-        stack = local(next(self.expert_stacks()))
+        moved = local(next(self.moved_parameters()))
         # Made anew each time: a constant buffer would come back from the meta device unset.
-        dtype = functional.accumulation_dtype(stack.dtype)
-        return uniform_weights(self.config.num_experts, stack.device, dtype)
+        dtype = accumulation_dtype(moved.dtype)
+        return uniform_weights(self.config.num_experts, moved.device, dtype)
 
 
 class LearnedWeights(FusionWeights):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .config import FuseOn
 from .projections import projection_of
-from .shards import assign, is_sharded
+from .shards import is_sharded
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -126,18 +126,21 @@ def _reset_experts(self: Any) -> None:
     scratch = dense.__new__(dense)
     scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
     stacks = {name: self.parametrizations[name].original for name in self._fused}
-    drawn = {
-        name: torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
-        if is_sharded(stack)
-        else stack.detach()
-        for name, stack in stacks.items()
-    }
+    drawn = {}
+    for name, stack in stacks.items():
+        moved = self.parametrizations[name][0].moved(stack)
+        is_in_place = moved is stack and not is_sharded(stack)
+        new = (
+            moved.detach()
+            if is_in_place
+            else torch.empty(stack.shape, dtype=moved.dtype, device=moved.device)
+        )
+        drawn[name] = new
     for expert in zip(*drawn.values(), strict=True):
         scratch._parameters.update(zip(drawn, map(nn.Parameter, expert), strict=True))
         scratch.reset_parameters()
     for name, stack in stacks.items():
-        if is_sharded(stack):
-            assign(stack, drawn[name])
+        self.parametrizations[name][0].start_from(stack, drawn[name])
 
 
 def _observed_forward(dense: Any, place: PlaceInGroup, feature_dim: int) -> Callable[..., Any]:

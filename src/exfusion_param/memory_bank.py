@@ -208,8 +208,9 @@ class MemoryBank(FusionWeights):
         self.release()
         self.pending.follow_anchor()
         total = self.pending.take()
-        if total is None:
+        if not self.pending.has_counted and (total is None or total[-1] == 0):
             self._warn_if_bypassed()
+        if total is None:
             return
         weights = mean_of(total)[: len(self.bank)]  # under "step" more statistics are behind them
         moved = functional.update_bank(self.bank, weights.to(self.bank), self.config.momentum)
@@ -217,11 +218,9 @@ class MemoryBank(FusionWeights):
         self.bank.copy_(torch.where(stays.to(self.bank.device), self.bank, moved))
 
     def _warn_if_bypassed(self) -> None:
-        if self.pending.has_counted or self.is_bypassed or self.bank.is_meta:
+        if self.is_bypassed or self.bank.is_meta:
             return
-        # The router has one too while a distributed checkpoint steps on zeros to make states.
-        is_bypassed = self.router.grad is None
-        if is_bypassed and any(tensor.grad is not None for tensor in self._differentiated()):
+        if self._experts_alone_have_gradients():
             self.is_bypassed = True
             warnings.warn(
                 f"The experts of {self.group!r} have gradients, but its router has seen no input: "
@@ -229,6 +228,13 @@ class MemoryBank(FusionWeights):
                 'stays as it is. Use variant="sw" or "dw".',
                 stacklevel=2,
             )
+
+    def _experts_alone_have_gradients(self) -> bool:
+        """No for the zeros that distributed checkpoints step on, which the router has as well."""
+        if self.config.fuse_on == "forward":
+            gradients = [stack.grad for stack in self.expert_stacks()]
+            return self.router.grad is None and any(grad is not None for grad in gradients)
+        return any(local(gradient).any() for gradient in self.hidden_gradients())
 
     def _find_ranks(self) -> Ranks:
         return self.ranks

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .functional import accumulation_dtype
+from .dtypes import accumulation_dtype
 from .fusion_weights import FusionWeights
 from .memory_bank import MemoryBank
-from .parametrization import groups_of, original
+from .parametrization import fusion_of, groups_of, original
 from .ranks import ALONE, sum_together
-from .shards import holders_of, local, whole, with_all_experts
+from .shards import holders_of, whole
 
 
 @torch.no_grad()
@@ -64,8 +64,12 @@ def _distances(groups: Iterable[FusionWeights]) -> list[Tensor]:
     sums, ranks = [], ALONE
     for weights in groups:
         weights.release()
-        stacks = [with_all_experts(original(linear, "weight")) for linear in weights.linears]
-        sums.append(torch.stack([_sums_of_squares(local(stack)) for stack in stacks]).sum(dim=0))
+        stacks = [original(linear, "weight") for linear in weights.linears]
+        experts = (
+            fusion_of(linear, "weight").experts(stack)
+            for linear, stack in zip(weights.linears, stacks, strict=True)
+        )
+        sums.append(torch.stack([_sums_of_squares(part) for part in experts]).sum(dim=0))
         ranks = holders_of(stacks[0])
     return [(within / across).sqrt() for within, across in sum_together(ranks, sums)]
 

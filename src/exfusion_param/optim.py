@@ -89,7 +89,9 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
 
 
 def _matches(name: str, glob: str) -> bool:
-    dense_name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
+    dense_name = re.sub(
+        r"(^|\.)parametrizations\.(\w+)\.(original|0\.displacement)$", r"\1\2", name
+    )
     return fnmatchcase(name, glob) or fnmatchcase(dense_name, glob)
 
 

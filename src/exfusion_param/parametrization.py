@@ -29,6 +29,7 @@ from .fusion_weights import FusionWeights
 from .linear_class import PlaceInGroup, dense_order, share_class
 from .memory_bank import MemoryBank
 from .names import clean_name
+from .shared_displacement import SharedDisplacement
 
 
 def attach(
@@ -45,23 +46,33 @@ def attach(
         stacks: the expert stack for each tensor's name.
         place: the linear's place in the group.
     """
-    fuse_on = fusion_weights.config.fuse_on
-    kind = FusedLeaf if fuse_on == "step" else ExpertFusion
+    config = fusion_weights.config
+    step = SharedDisplacement if config.displacement == "shared" else FusedLeaf
+    kind = step if config.fuse_on == "step" else ExpertFusion
     order = tuple(name for name, _ in linear.named_parameters(recurse=False))
     for name, experts in stacks.items():
         owns_weights = place.is_first and name == "weight"
         fusion = kind(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
+        holder = linear.get_submodule(f"parametrizations.{name}")
+        fusion_weights.fusions.append((holder, fusion))
+        if isinstance(fusion, SharedDisplacement):
+            holder.original = fusion.freeze(original(linear, name))
         original(linear, name).grad = None
     bank_place = place if isinstance(fusion_weights, MemoryBank) else None
-    share_class(linear, order, bank_place, fuse_on)
+    share_class(linear, order, bank_place, config.fuse_on)
 
 
 def detach(linear: nn.Module) -> None:
     """Leave the fused tensors as the linear's own parameters, in their first order."""
-    order, fused = dense_order(linear), fused_names(linear)
+    order, fused, weights = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
     for name in fused:
+        fusion = fusion_of(linear, name)
+        if isinstance(fusion, SharedDisplacement):
+            holder = linear.get_submodule(f"parametrizations.{name}")
+            holder.original = fusion.thaw(original(linear, name))
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
+        weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
         linear.get_parameter(name).grad = None  # it has the stack's shape
     own = dict(linear.named_parameters(recurse=False))
     for name in filter(own.__contains__, order):  # removal puts them behind what was not fused
@@ -88,9 +99,16 @@ def fused_tensor(linear: nn.Module, name: str) -> Tensor:
     """The fused tensor as the stack has it now; a DTensor if the stack is one."""
     stack = original(linear, name)
     if shards.is_sharded(stack):
-        return shards.fuse(stack, fusion_weights_of(linear)())
+        return fusion_of(linear, name).dense(stack)
     fused: Tensor = getattr(linear, name)
     return fused
+
+
+def fusion_of(linear: nn.Module, name: str) -> ExpertFusion:
+    """The parametrization of a fused tensor."""
+    fusion = linear.get_submodule(f"parametrizations.{name}.0")
+    assert isinstance(fusion, ExpertFusion)
+    return fusion
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, nn.Module]:

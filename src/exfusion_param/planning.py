@@ -15,13 +15,13 @@ from torch import Tensor
 from .config import ExFusionConfig
 from .discovery import FFNGroup
 from .drop_upcycling import Dropped, DroppedUnits
+from .dtypes import accumulation_dtype
 from .experts import (
     drop_upcycled_experts,
     independent_experts,
     named_generator,
     upcycled_experts,
 )
-from .functional import accumulation_dtype
 from .fusion_weights import (
     FusionWeights,
     LearnedWeights,

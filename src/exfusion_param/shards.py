@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional
 from .ranks import ALONE, Ranks
@@ -17,6 +17,8 @@ from .ranks import ALONE, Ranks
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor."""
+    if type(tensor) is nn.Parameter or type(tensor) is Tensor:  # asked often
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -58,6 +60,23 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
     result = torch.empty_like(tensor.detach())
     local(result).copy_(part)
     return result
+
+
+def with_memory_of(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor spread over the ranks as `like` is, in the memory of this rank's `part`."""
+    if not is_sharded(like):
+        return part
+    sharded: Any = like
+    module = sys.modules["torch.distributed.tensor"]
+    result: Tensor = module.DTensor.from_local(
+        part,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=sharded.stride(),
+    )
+    return result.to(like.device)  # CPU offload: from_local moves to the mesh's device
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from .linear_class import dense_order
 from .parametrization import (
     fused_names,
     fused_tensor,
+    fusion_of,
     fusion_weights_of,
     groups_of,
     original,
     wrapped_linears,
 )
-from .shards import assign, spread, whole
+from .shards import spread, whole
 
 
 class IncompatibleKeys(NamedTuple):
@@ -179,10 +180,11 @@ def _check_dense(
 
 def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None) -> None:
     weights = fusion_weights_of(fused.linear)
-    stack = original(fused.linear, fused.name)
-    tensor = whole(tensor).to(stack.device, stack.dtype)
+    stack, fusion = original(fused.linear, fused.name), fusion_of(fused.linear, fused.name)
+    moved = fusion.moved(stack)
+    tensor = whole(tensor).to(moved.device, moved.dtype)
     noise = weights.config.upcycle_noise
-    assign(stack, upcycled_experts(tensor, weights.start(), noise, generator))
+    fusion.start_from(stack, upcycled_experts(tensor, weights.start(), noise, generator))
 
 
 def _shape(value: Any) -> torch.Size | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Muon
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -67,20 +68,24 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     groups = list(_groups_of(held))
     for weights in groups:
         _refuse_dense_state(optimizer, weights)
+        if weights.config.displacement == "shared":
+            _refuse_coupled_decay(optimizer, weights)
     _require_agreement(groups)
     with_leaves = [weights for weights in groups if weights.config.fuse_on == "step"]
-    return _pull_back(with_leaves, held, args, kwargs) if with_leaves else None
+    return _pull_back(with_leaves, optimizer, args, kwargs) if with_leaves else None
 
 
-def _pull_back(groups: list[FusionWeights], held: set[int], args: Any, kwargs: Any) -> Any:
+def _pull_back(groups: list[FusionWeights], optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     """Pull gradients back now, or in the closure; the step's arguments if they change."""
-    from .pull_back import pull_back, with_pull_back
+    from .pull_back import pull_back, updates_apart, with_pull_back
 
+    takes = not updates_apart(optimizer)
     if (closure := kwargs.get("closure")) is not None:
-        return args, kwargs | {"closure": with_pull_back(closure, groups, held)}
+        return args, kwargs | {"closure": with_pull_back(closure, groups, optimizer, takes)}
     if len(args) > 1 and args[1] is not None:  # args[0] is the optimizer
-        return (args[0], with_pull_back(args[1], groups, held), *args[2:]), kwargs
-    pull_back(groups, held)
+        closure = with_pull_back(args[1], groups, optimizer, takes)
+        return (args[0], closure, *args[2:]), kwargs
+    pull_back(groups, optimizer, takes)
     return None
 
 
@@ -89,13 +94,40 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     found_inf = getattr(optimizer, "found_inf", None)
     skipped = found_inf > 0 if isinstance(found_inf, Tensor) else None
     held = _held(optimizer)
-    for weights in _groups_of(held):
+    groups = list(_groups_of(held))
+    for weights in groups:
         weights.optimizer_stepped(skipped)
+    _update_stacks(groups, optimizer)
+    _decay_starts(groups, optimizer, skipped)
+    for weights in groups:
         weights.settle()
         for leaf in weights.leaves():  # torch's distributed checkpoints miss a state for it
             if id(leaf) in held and optimizer.state:
                 optimizer.state.setdefault(leaf, {})
         _warn_if_left_out(optimizer, weights, held)
+
+
+def _update_stacks(groups: Iterable[FusionWeights], optimizer: Optimizer) -> None:
+    from .pull_back import update_stacks, updates_apart
+
+    if updates_apart(optimizer):
+        update_stacks((w for w in groups if w.config.fuse_on == "step"), optimizer)
+
+
+def _decay_starts(
+    groups: Iterable[FusionWeights], optimizer: Optimizer, skipped: Tensor | None
+) -> None:
+    """Decay frozen starting values as the optimizer has decayed the displacement from them."""
+    shared = [weights for weights in groups if weights.config.displacement == "shared"]
+    if not shared:
+        return
+    from .pull_back import decay_starts
+
+    for group in optimizer.param_groups:
+        if group.get("weight_decay"):
+            decay = group["lr"] * group["weight_decay"]
+            held = {id(parameter) for parameter in group["params"]}
+            decay_starts(shared, held, decay if skipped is None else decay * ~skipped)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
@@ -133,6 +165,22 @@ def _refuse_dense_state(optimizer: Optimizer, weights: FusionWeights) -> None:
                     f"expert stack of shape {tuple(stack.shape)} in {weights.group!r}: it was made "
                     "before wrap(). Make the optimizer after wrap()."
                 )
+
+
+def _refuse_coupled_decay(optimizer: Optimizer, weights: FusionWeights) -> None:
+    """Raise unless weight decay is known to be apart from the gradient."""
+    moved = set(map(id, weights.moved_parameters()))
+    for group in optimizer.param_groups:
+        is_decoupled = group.get("decoupled_weight_decay") or isinstance(optimizer, Muon)
+        if not group.get("weight_decay") or is_decoupled:
+            continue
+        if not moved.isdisjoint(map(id, group["params"])):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} is not known to decouple weight decay from the "
+                f"gradient, which the shared displacement of {weights.group!r} needs. Use AdamW; "
+                "or set weight_decay=0 for it; or, if the optimizer does p -= lr * weight_decay * "
+                'p, say so in its parameter groups: group["decoupled_weight_decay"] = True.'
+            )
 
 
 def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights, held: set[int]) -> None:

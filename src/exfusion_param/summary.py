@@ -21,6 +21,7 @@ from .parametrization import (
     original,
     wrapped_linears,
 )
+from .shared_displacement import SharedDisplacement
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
 
@@ -135,12 +136,18 @@ def _summary(model: nn.Module) -> Summary:
         shapes = {name: tuple(original(linear, name).shape[1:]) for name in fused_names(linear)}
         linears.append(LinearSummary(fqn, groups[weights], weights.config.num_experts, shapes))
     fusion = [parameter for weights in groups for parameter in weights.parameters()]
-    stacks = [stack for weights in groups for stack in weights.expert_stacks()]
     leaves = [leaf.fused for weights in groups for _, leaf in leaves_of(weights)]
+    without_gradient = [  # but for one at a time
+        stack for weights in groups for stack, _ in leaves_of(weights) if stack.requires_grad
+    ]
     inside = set(map(id, leaves))  # derived from the stacks, with a gradient of their own
     parameters = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    surplus = [*fusion, *(stack[1:] for stack in stacks)]
+    surplus: list[Tensor] = [*fusion]
+    for weights in groups:  # all but one expert, or but the displacement of all
+        shared = [leaf for _, leaf in leaves_of(weights) if isinstance(leaf, SharedDisplacement)]
+        surplus += [leaf.decay for leaf in shared]
+        surplus += [stack if shared else stack[1:] for stack in weights.expert_stacks()]
     return Summary(
         tuple(dict.fromkeys(weights.config for weights in groups)),
         tuple(linears),
@@ -149,6 +156,7 @@ def _summary(model: nn.Module) -> Summary:
         shipped_parameters=_count(parameters) - _count(surplus),
         training_bytes=_bytes(parameters)
         + (ADAMW_TENSORS - 1) * _bytes(trained)
+        - _bytes(without_gradient)
         + 2 * _bytes(leaves),
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
     )

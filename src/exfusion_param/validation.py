@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .config import ExFusionConfig
 from .discovery import FFNGroup
-from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
+from .parametrization import dense_tensors, fused_names, fusion_of, fusion_weights_of, original
 from .projections import ADAPTED
 
 
@@ -97,14 +97,16 @@ def is_sharded(linear: nn.Module) -> bool:
 @torch.no_grad()
 def _refuse_non_finite(linears: Mapping[str, nn.Module]) -> None:
     fused = {
-        f"{fqn}.{name}": (original(linear, name), fusion_weights_of(linear)())
+        f"{fqn}.{name}": [
+            *fusion_of(linear, name).sources(original(linear, name)),
+            fusion_weights_of(linear)(),
+        ]
         for fqn, linear in linears.items()
         for name in fused_names(linear)
     }
-    flags = [_is_finite(tensor) & _is_finite(weights) for tensor, weights in fused.values()]
-    if all(flags):
+    named = [name for name, sources in fused.items() if not all(map(_is_finite, sources))]
+    if not named:
         return
-    named = [name for name, flag in zip(fused, flags, strict=True) if not flag]
     raise ValueError(
         f"{_names(named)}: the experts or their fusion weights hold NaN or inf. "
         "Load the last good checkpoint before fusing."

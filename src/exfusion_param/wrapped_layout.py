@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checkpoint_reader import CheckpointError, CheckpointReader
 from .config import ExFusionConfig
-from .functional import accumulation_dtype
+from .dtypes import accumulation_dtype
 from .fusion_weights import uniform_weights
 from .safetensors_writer import TensorSpec
 
@@ -30,11 +30,15 @@ class FusedTensor(NamedTuple):
         stack: name of the expert stack.
         weights: name of the fusion weights; None are static ones.
         num_experts: N.
+        displacement: name of what all experts share, if they do.
+        decay: name of what weight decay has left of the stack then.
     """
 
     stack: str
     weights: str | None
     num_experts: int
+    displacement: str | None = None
+    decay: str | None = None
 
 
 class WrappedLayout:
@@ -114,11 +118,15 @@ class WrappedLayout:
                 weights = self._owned(specs, group["name"], linears, config)
                 for fqn, names in linears.items():
                     for name in names:
-                        stack = _join(fqn, f"parametrizations.{name}.original")
-                        self._expected.add(stack)
-                        self.fused[_join(fqn, name)] = FusedTensor(
-                            stack, weights, config.num_experts
-                        )
+                        place = _join(fqn, f"parametrizations.{name}.")
+                        fused = FusedTensor(f"{place}original", weights, config.num_experts)
+                        if config.displacement == "shared":
+                            fused = fused._replace(
+                                displacement=f"{place}0.displacement", decay=f"{place}0.decay"
+                            )
+                        sources = (fused.stack, fused.displacement, fused.decay)
+                        self._expected.update(name for name in sources if name is not None)
+                        self.fused[_join(fqn, name)] = fused
 
     def _owned(
         self,
@@ -159,18 +167,29 @@ class WrappedLayout:
 
     def _check_stacks(self, specs: Mapping[str, TensorSpec]) -> None:
         for fused in self.fused.values():
-            for name in {fused.stack, fused.weights or fused.stack} & specs.keys():
+            for name in {name for name in fused if isinstance(name, str)} & specs.keys():
                 if not specs[name].dtype.is_floating_point or specs[name].dtype.itemsize < 2:
                     raise CheckpointError(f"{name} is {specs[name].dtype}, not a trained dtype.")
             shape = specs[fused.stack].shape if fused.stack in specs else (fused.num_experts, 1)
             if shape[:1] != (fused.num_experts,) or len(shape) < 2:
                 raise _wrong_number(fused.stack, shape, fused.num_experts)
+            for part, wanted in ((fused.displacement, shape[1:]), (fused.decay, ())):
+                if (
+                    part is not None
+                    and {part, fused.stack} <= specs.keys()
+                    and specs[part].shape != wanted
+                ):
+                    raise CheckpointError(
+                        f"{part} has shape {tuple(specs[part].shape)} for experts of shape "
+                        f"{tuple(shape[1:])}."
+                    )
 
     def _dense_spec(self, key: str) -> TensorSpec:
         if key not in self.fused:
             return self._reader.specs[key]
         stack = self._reader.specs[self.fused[key].stack]
-        return TensorSpec(stack.shape[1:], stack.dtype)
+        moved = self.fused[key].displacement or self.fused[key].stack
+        return TensorSpec(stack.shape[1:], self._reader.specs[moved].dtype)
 
 
 def _wrong_number(name: str, shape: tuple[int, ...], num_experts: int) -> CheckpointError:

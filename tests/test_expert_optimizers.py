@@ -1,0 +1,428 @@
+"""AdamW and SGD on stacks: torch's own on the same stacks, without their N-fold gradients."""
+
+import copy
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import FFNs, inputs, loss_of
+from ranks import on_threads
+from sharded import mesh_of, my_part, whole_state
+from strategies import configs, sizes
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import exfusion_param as exf
+from exfusion_param import expert_sums
+from exfusion_param.state_storage import round_stochastically
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
+
+Make = Callable[[Any], torch.optim.Optimizer]
+ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+
+
+def wrapped(config: exf.ExFusionConfig | None = None, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    fields = {"num_experts": 5, "bank_init": "uniform", "seed": 1} | fields
+    config = config or exf.ExFusionConfig(**fields)
+    return exf.wrap(FFNs(5, 7).double(), config, fuse_on="step")
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range = range(3)) -> None:
+    for seed in seeds:
+        loss_of(model, inputs(model.stem.in_features, seed=seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
+    tolerance = tolerance or {"rtol": 0, "atol": 1e-11}
+    torch.testing.assert_close(
+        dict(ours.named_parameters()), dict(theirs.named_parameters()), **tolerance
+    )
+    torch.testing.assert_close(
+        dict(ours.named_buffers()), dict(theirs.named_buffers()), **tolerance
+    )
+
+
+@pytest.fixture(params=[1, 40, 1 << 20])
+def batch_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of one expert, of a few, and of many stacks."""
+    monkeypatch.setitem(expert_sums.SLICE, "cpu", request.param)
+
+
+@given(
+    config=configs(),
+    dim=sizes,
+    hidden=sizes,
+    bias=st.booleans(),
+    batch=st.integers(1, 200),
+    fused=st.booleans(),
+    maximize=st.booleans(),
+    weight_decay=st.sampled_from([0.0, 0.3]),
+)
+def test_adamw_is_torchs(
+    config: exf.ExFusionConfig,
+    dim: int,
+    hidden: int,
+    bias: bool,
+    batch: int,
+    fused: bool,
+    maximize: bool,
+    weight_decay: float,
+) -> None:
+    torch.manual_seed(0)
+    model = exf.wrap(FFNs(dim, hidden, bias=bias).double(), config, fuse_on="step")
+    twin = copy.deepcopy(model)
+    settings: dict[str, Any] = {"lr": 0.02, "fused": fused, "maximize": maximize}
+    theirs = torch.optim.AdamW(exf.param_groups(twin, weight_decay), **settings)
+    ours = exf.ExpertAdamW(exf.param_groups(model, weight_decay), **settings)
+    train(twin, theirs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(expert_sums.SLICE, "cpu", batch)
+        train(model, ours)
+    assert_same(model, twin)
+
+
+@pytest.mark.usefixtures("batch_size")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("variant", ["sw", "dw", "mb"])
+def test_sgd_is_torchs(variant: str, momentum: float, nesterov: bool) -> None:
+    settings: dict[str, Any] = {
+        "lr": 0.1,
+        "momentum": momentum,
+        "nesterov": nesterov and momentum > 0,
+    }
+    model, twin = wrapped(variant=variant), wrapped(variant=variant)
+    train(model, exf.ExpertSGD(exf.param_groups(model, 0.1), **settings))
+    train(twin, torch.optim.SGD(exf.param_groups(twin, 0.1), **settings))
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+def test_either_goes_on_with_the_others_states(fuse_on: Any) -> None:
+    makes: list[Make] = [
+        lambda params: torch.optim.AdamW(params, **ADAMW),
+        lambda params: exf.ExpertAdamW(params, **ADAMW),
+    ]
+    expected = wrapped()
+    train(expected, makes[0](expected.parameters()), range(4))
+    for first, second in (makes, makes[::-1]):
+        model = wrapped()
+        before = first(model.parameters())
+        train(model, before, range(2))
+        after = second(model.parameters())
+        after.load_state_dict(before.state_dict())
+        train(model, after, range(2, 4))
+        assert_same(model, expected)
+
+
+@pytest.mark.usefixtures("batch_size")
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(
+    tmp_path: Path, state_dtype: Any
+) -> None:
+    def make() -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = exf.wrap(FFNs(16, 32), seed=1, fuse_on="step", bank_init="uniform").double()
+        return model, exf.ExpertAdamW(model.parameters(), **ADAMW, state_dtype=state_dtype)
+
+    expected, optimizer = make()
+    train(expected, optimizer, range(2))
+    torch.save([expected.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    train(expected, optimizer, range(2, 4))
+    model, optimizer = make()
+    for restored, state in zip((model, optimizer), torch.load(tmp_path / "state.pt"), strict=True):
+        restored.load_state_dict(state)
+    train(model, optimizer, range(2, 4))
+    assert_same(model, expected, rtol=0, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made in this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func._schema.returns[0].alias_info:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("variant", ["sw", "dw", "mb"])
+def test_a_step_makes_no_tensor_of_a_stacks_size(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped(variant=variant, num_experts=64)
+    optimizer = exf.ExpertAdamW(model.parameters())
+    train(model, optimizer)  # which makes the states
+    monkeypatch.setitem(expert_sums.SLICE, "cpu", 100)
+    loss_of(model, inputs(5)).backward()
+    with LargestTensor() as largest:
+        optimizer.step()
+    assert largest.numel < model.blocks[0].fc1.parametrizations.weight.original.numel() / 4
+
+
+def test_a_step_that_a_grad_scaler_skips_changes_nothing() -> None:
+    model = wrapped().float()
+    optimizer = exf.ExpertAdamW(model.parameters(), **ADAMW)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before: dict[str, Tensor] = {}
+    for scale in (1.0, float("inf"), 1.0):
+        before = copy.deepcopy(model.state_dict())
+        scaler.scale(scale * loss_of(model, inputs(5).float())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = not all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        assert moved == (scale == 1.0)
+    stack = model.blocks[0].fc1.parametrizations.weight.original
+    assert optimizer.state[stack]["step"] == 2
+
+
+MAKES: dict[str, Make] = {
+    "AdamW": lambda params: torch.optim.AdamW(params, **ADAMW),
+    "ExpertAdamW": lambda params: exf.ExpertAdamW(params, **ADAMW),
+}
+
+
+def fail(*args: object) -> None:
+    raise InterruptedError
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_step_that_failed_can_be_tried_again_or_given_up(name: str) -> None:
+    model, twin = wrapped(variant="dw"), wrapped(variant="dw")
+    train(twin, MAKES[name](twin.parameters()), range(1))
+    optimizer = MAKES[name](model.parameters())
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(InterruptedError):
+        train(model, optimizer, range(1))
+    handle.remove()
+    optimizer.step()
+    assert_same(model, twin)
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(InterruptedError):
+        train(model, optimizer, range(1))
+    handle.remove()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_same(model, twin)
+
+
+def test_of_torchs_optimizers_one_stack_at_a_time_has_a_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = wrapped()
+    stacks = [p for name, p in model.named_parameters() if name.endswith("original")]
+    counts: list[int] = []
+    module = importlib.import_module("torch.optim.adam")
+    adam = module.adam
+
+    def counting(*args: Any, **kwargs: Any) -> None:
+        counts.append(sum(stack.grad is not None for stack in stacks))
+        adam(*args, **kwargs)
+
+    monkeypatch.setattr(module, "adam", counting)
+    train(model, torch.optim.AdamW(model.parameters()), range(1))
+    assert counts == [0] + [1] * len(stacks)
+
+
+class Outer(torch.optim.Optimizer):
+    """Steps by another optimizer, as Lookahead does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_an_optimizer_within_another_steps_once(name: str) -> None:
+    model, twin = wrapped(), wrapped()
+    train(twin, MAKES[name](twin.parameters()))
+    inner = MAKES[name](model.parameters())
+    train(model, Outer(inner))
+    assert_same(model, twin)
+
+
+def test_a_copied_optimizer_goes_on() -> None:
+    model = wrapped()
+    optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=torch.bfloat16)
+    train(model, optimizer)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    train(model, optimizer)
+    stack = model.blocks[0].fc1.parametrizations.weight.original
+    assert optimizer.state[stack]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[stack]["step"] == 6
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
+def test_replicas_round_alike_and_resume(state_dtype: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = exf.wrap(FFNs(16, 32), seed=1, fuse_on="step", bank_init="uniform").bfloat16()
+    models = []
+    for seed in (1, 2):  # of torch's global generator, which ranks seed differently
+        model = copy.deepcopy(start)
+        optimizer = exf.ExpertAdamW(model.parameters(), lr=1e-3, state_dtype=state_dtype)
+        torch.manual_seed(seed)
+        for step_seed in range(6):
+            if seed == 2 and step_seed == 3:  # a new process
+                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+                optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=state_dtype)
+                optimizer.load_state_dict(torch.load(tmp_path / "state.pt"))
+            step(model, optimizer, inputs(16, seed=step_seed).bfloat16())
+        models.append(model)
+    assert_same(*models, rtol=0, atol=0)
+
+
+def test_what_stacks_cannot_have_is_refused() -> None:
+    model = wrapped()
+    theirs = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match="ExpertAdamW has no amsgrad for expert stacks"):
+        exf.ExpertAdamW(model.parameters()).load_state_dict(theirs.state_dict())
+
+
+def test_a_grad_scaler_works_with_states_of_an_optimizer_that_is_not_fused() -> None:
+    model = wrapped().float()
+    theirs = torch.optim.AdamW(model.parameters())
+    step(model, theirs, inputs(5).float())
+    optimizer = exf.ExpertAdamW(model.parameters())
+    optimizer.load_state_dict(theirs.state_dict())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, inputs(5).float())).backward()
+    scaler.step(optimizer)
+    assert optimizer.param_groups[0]["fused"]
+
+
+def test_a_closure_is_evaluated_once_and_its_gradient_is_applied() -> None:
+    model, twin = wrapped(), wrapped()
+    train(twin, exf.ExpertAdamW(twin.parameters(), **ADAMW), range(1))
+    optimizer = exf.ExpertAdamW(model.parameters(), **ADAMW)
+
+    def closure() -> Tensor:
+        loss = loss_of(model, inputs(5))
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).ndim == 0
+    optimizer.zero_grad()
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"])
+def test_small_states_stay_small_and_train_alike(state_dtype: Any) -> None:
+    torch.manual_seed(0)
+    model = exf.wrap(FFNs(32, 64), seed=1, fuse_on="step", bank_init="uniform").double()
+    twin = copy.deepcopy(model)
+    optimizer = exf.ExpertAdamW(model.parameters(), lr=1e-3, state_dtype=state_dtype)
+    train(model, optimizer, range(20))
+    restored = exf.ExpertAdamW(model.parameters(), lr=1e-3, state_dtype=state_dtype)
+    restored.load_state_dict(optimizer.state_dict())
+    train(model, restored, range(20, 40))
+    train(twin, exf.ExpertAdamW(twin.parameters(), lr=1e-3), range(40))
+    stack = model.blocks[0].fc1.parametrizations.weight.original
+    state = restored.state[stack]["exp_avg_sq"]
+    assert state.codes.dtype == torch.uint8 if state_dtype == "8bit" else state.dtype == state_dtype
+    start = wrapped_start(32, 64)
+    way = sum((a - b).square().sum() for a, b in zip(twin.parameters(), start, strict=True)).sqrt()
+    apart = sum(
+        (a - b).square().sum() for a, b in zip(twin.parameters(), model.parameters(), strict=True)
+    ).sqrt()
+    assert apart < 0.1 * way
+
+
+def wrapped_start(dim: int, hidden: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = exf.wrap(FFNs(dim, hidden), seed=1, fuse_on="step", bank_init="uniform").double()
+    return list(model.parameters())
+
+
+@given(st.floats(-(2.0**99), 2.0**99, width=32), st.integers(0, 2**31))
+def test_numbers_are_rounded_to_a_neighbour_and_right_on_average(number: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    exact = torch.full((20000,), number)
+    rounded = round_stochastically(exact).double()
+    step = max(abs(number) / 128, 2.0**-133)  # the distance of neighbours in bfloat16, at most
+    assert (rounded - exact).abs().max() <= step
+    assert abs(rounded.mean() - exact[0].double()) <= 6 * step / 2 / 20000**0.5
+
+
+def test_numbers_that_are_not_finite_stay_as_they_are() -> None:
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
+    torch.testing.assert_close(round_stochastically(special), special.bfloat16(), equal_nan=True)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.float32])
+def test_stacks_in_bfloat16_lose_small_changes_unless_they_are_rounded_at_random(
+    state_dtype: Any,
+) -> None:
+    torch.manual_seed(0)
+    model = exf.wrap(FFNs(64, 64), seed=1, variant="sw", fuse_on="step").bfloat16()
+    stack = model.blocks[0].fc1.parametrizations.weight.original
+    nn.init.ones_(stack)
+    optimizer = exf.ExpertSGD(model.parameters(), lr=1e-3, state_dtype=state_dtype)
+    for _ in range(50):
+        (0 * model(inputs(64).bfloat16()).sum()).backward()
+        optimizer.param_groups[0]["weight_decay"] = 0.5
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = 1.0 if state_dtype is None else (1 - 0.5e-3) ** 50
+    assert stack.double().mean().item() == pytest.approx(expected, abs=1e-3)
+
+
+def sharded(rank: int, dense: nn.Module, config: exf.ExFusionConfig, shape: Any) -> Any:
+    model = exf.fully_shard(exf.wrap(copy.deepcopy(dense), config), mesh=mesh_of(*shape))
+    optimizer = exf.ExpertAdamW(model.parameters(), **ADAMW)
+    for seed in range(2):
+        step(model, optimizer, my_part(rank, [inputs(5, batch=12, seed=seed)])[0])
+    states = get_state_dict(model, optimizer)  # and a new optimizer goes on with them
+    optimizer = exf.ExpertAdamW(model.parameters(), **ADAMW)
+    set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    step(model, optimizer, my_part(rank, [inputs(5, batch=12, seed=2)])[0])
+    return whole_state(model)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    loss_of(model, x).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("variant", ["sw", "dw", "mb"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (2, 2)])
+def test_k_ranks_equal_one(variant: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dense = FFNs(5, 7).double()  # uneven rows
+    config = exf.ExFusionConfig(
+        variant=variant, num_experts=3, seed=1, fuse_on="step", bank_init="uniform"
+    )
+    model = exf.wrap(copy.deepcopy(dense), config)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    for seed in range(3):
+        step(model, optimizer, inputs(5, batch=12, seed=seed))
+    for state in on_threads(torch.Size(shape).numel(), sharded, dense, config, shape):
+        torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [exf.ExpertAdamW, exf.ExpertSGD])
+def test_other_dtypes_of_states_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="state_dtype must be None, .* got torch.int8"):
+        make([nn.Parameter(torch.zeros(2))], state_dtype=torch.int8)
