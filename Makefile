@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test nightly clean
+.PHONY: demo test nightly bench clean
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -15,6 +15,15 @@ test: .venv/installed  ## linter, formatter check, type checker and the tests
 
 nightly: .venv/installed  ## the tests with many more random cases
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --numprocesses=2
+
+bench: .venv/installed  ## step time, optimizer and memory against dense and peers; about 40 minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/expert_adamw.py
+	$(BIN)/python benchmarks/wrap_and_fuse.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs

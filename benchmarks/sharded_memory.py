@@ -55,7 +55,6 @@ class Row:
         ffn_states: AdamW's states of the stacks, or of the dense FFNs.
         ffn_weights: of the FFNs, fused or dense.
         ffn_gradients: theirs, after a backward.
-        stack_gradients: of the stacks, within the optimizer's step and freed after it.
         rest: all other parameters and buffers, their states and their gradients.
         total: of all columns.
         total_to_one_rank: this total by that of one rank.
@@ -68,7 +67,6 @@ class Row:
     ffn_states: int
     ffn_weights: int
     ffn_gradients: int
-    stack_gradients: int
     rest: int
     total: int
     total_to_one_rank: float = 1.0
@@ -98,13 +96,10 @@ def parts_of(model: Classifier) -> tuple[list[nn.Parameter], list[nn.Parameter],
 
 
 def measure(model: Classifier) -> dict[str, int]:
-    """The bytes of a rank after two steps and a backward, and within the second step."""
+    """The bytes of a rank after two steps and a backward."""
     optimizer = torch.optim.AdamW(model.parameters())
     stacks, leaves, others = parts_of(model)
     x = torch.randn(2, 8, PATCH)
-    within: list[int] = []
-    # Runs behind the library's own hooks, which have then made the stacks' gradients.
-    optimizer.register_step_pre_hook(lambda *_: within.append(held(s.grad for s in stacks)))
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().mean().backward()
@@ -115,7 +110,6 @@ def measure(model: Classifier) -> dict[str, int]:
         "ffn_states": held(states_of(optimizer, stacks or leaves)),
         "ffn_weights": held(leaves),
         "ffn_gradients": held(leaf.grad for leaf in leaves),
-        "stack_gradients": within[-1],
         "rest": held([*others, *after, *states_of(optimizer, others)]),
     }
 
@@ -144,7 +138,7 @@ def check(rows: Sequence[Row]) -> None:
     """Raise unless stacks, leaves and gradients divide by the number of ranks exactly."""
     for row in rows:
         one = next(r for r in rows if (r.mode, r.num_experts) == (row.mode, row.num_experts))
-        for column in ("stacks", "ffn_weights", "ffn_gradients", "stack_gradients"):
+        for column in ("stacks", "ffn_weights", "ffn_gradients"):
             if getattr(row, column) * row.ranks != getattr(one, column) * one.ranks:
                 raise RuntimeError(f"{column} do not divide by {row.ranks}: {row}.")
 
@@ -156,8 +150,8 @@ def reading(rows: Sequence[Row]) -> str:
         f"{row.mode}, N = {row.num_experts}: {row.total_to_one_rank:.3f}" for row in last
     )
     return (
-        "- Stacks, fused weights and the gradients of both divide exactly by the number of ranks, "
-        "and so do AdamW's states but for a step counter of each tensor.\n"
+        "- Stacks, fused weights and their gradients divide exactly by the number of ranks, and "
+        "so do AdamW's states but for a step counter of each tensor.\n"
         f"- The whole on {last[0].ranks} ranks as a share of that on {rows[0].ranks}: {totals}. "
         "Routers, memory banks and their states are on every rank, which is what keeps the share "
         f"above 1/{last[0].ranks}.\n"
@@ -171,10 +165,9 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
         f"Transformer of {settings.depth} blocks, width {settings.dim}, float32, AdamW, variant "
         f'`{settings.variant}` under `fuse_on="step"`. Columns in bytes, of the rank that holds '
         "most: expert stacks; AdamW's states of the stacks, or of the dense FFNs; the FFNs' "
-        "weights, fused or dense; their gradients after a backward; the stacks' gradients, which "
-        "exist within the optimizer's step alone; all other parameters and buffers with their "
-        "states and gradients. Not counted: activations, and blocks that FSDP2 gathers for the "
-        "moment.\n\n"
+        "weights, fused or dense; their gradients after a backward; all other parameters and "
+        "buffers with their states and gradients. Not counted: activations, blocks that FSDP2 "
+        "gathers for the moment, and the gradient of one stack at a time within the step.\n\n"
         f"{environment()}. Command: `OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py`.\n\n"
         f"{reading(rows)}\n{markdown_table(rows)}\n"
     )

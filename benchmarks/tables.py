@@ -30,13 +30,21 @@ def markdown_table(rows: Sequence[Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_results(folder: Path, name: str, title: str, note: str, rows: Sequence[Any]) -> None:
+    """A table as CSV, and in Markdown under a title, a note and where it was measured."""
+    write_csv(folder / f"{name}.csv", rows)
+    text = f"# {title}\n\n{note}\n\n{environment()}.\n\n{markdown_table(rows)}\n"
+    (folder / f"{name}.md").write_text(text)
+
+
 def environment() -> str:
     """Hardware and versions, in one line."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     return (
-        f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, gloo, "
+        f"{gpu}{names[0] if names else platform.processor()}, {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"exfusion_param {exf.__version__}"
     )

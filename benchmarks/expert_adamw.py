@@ -1,0 +1,187 @@
+"""An optimizer's step on the expert stacks of a ViT: ExpertAdamW, and peers on the same gradients.
+
+Command: `python benchmarks/expert_adamw.py`. Forward and backward are left out: each fused weight
+gets a random gradient. All kinds take their turn in each round; a time is the median over rounds,
+a ratio the median over rounds of the ratios within one.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+import tyro
+from tables import markdown_table, write_results
+from torch import nn
+from training import DEVICE, synchronized_time
+
+import exfusion_param as exf
+from exfusion_param.parametrization import groups_of
+
+
+@dataclasses.dataclass
+class Settings:
+    """Time the step.
+
+    Args:
+        model: a ViT of timm.
+        variant: where the fusion weights come from.
+        num_experts: each N to measure.
+        rounds: each kind steps once in each, after two rounds that are not timed.
+        folder: where the tables go.
+    """
+
+    model: str = "deit_tiny_patch16_224"
+    variant: str = "mb"
+    num_experts: tuple[int, ...] = (4, 16, 64)
+    rounds: int = 7
+    folder: Path = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass
+class Row:
+    """One kind of step.
+
+    Args:
+        num_experts: N.
+        kind: the optimizer.
+        milliseconds: of a step, with products, update and fusion.
+        bytes_per_number: read and written at least, for each number in the stacks.
+        gigabytes_per_second: that the step has moved of them.
+        materialised_to_this: the time of "materialised" by this one's.
+        lowest: of the rounds.
+        highest: of the rounds.
+    """
+
+    num_experts: int
+    kind: str
+    milliseconds: float
+    bytes_per_number: int
+    gigabytes_per_second: float
+    materialised_to_this: float
+    lowest: float
+    highest: float
+
+
+class Materialised:
+    """Stacks as plain parameters, whose N-fold gradients are written for torch's fused AdamW."""
+
+    def __init__(self, model: nn.Module) -> None:
+        weights = [w for w in groups_of(model) for _ in w.expert_stacks()]
+        self.weights = [w().detach() for w in weights]
+        self.stacks = [
+            nn.Parameter(stack.detach().clone())
+            for w in groups_of(model)
+            for stack in w.expert_stacks()
+        ]
+        self.fused = [torch.randn_like(stack[0]) for stack in self.stacks]
+        self.gradients = [1e-3 * torch.randn_like(stack[0]) for stack in self.stacks]
+        self.optimizer = torch.optim.AdamW(self.stacks, fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Products, gradients, update, fusion."""
+        for stack, w, gradient in zip(self.stacks, self.weights, self.gradients, strict=True):
+            _ = stack.flatten(1) @ gradient.flatten()
+            stack.grad = w.view(-1, *[1] * gradient.ndim) * gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for stack, w, fused in zip(self.stacks, self.weights, self.fused, strict=True):
+            fused.copy_(torch.tensordot(w, stack, dims=1))
+
+
+class Wrapped:
+    """A wrapped model with one of the optimizers that train it."""
+
+    def __init__(self, model: nn.Module, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+        self.model = model  # whose step the hooks look after for as long as it lives
+        self.leaves = [leaf for weights in groups_of(model) for leaf in weights.leaves()]
+        self.gradients = [1e-3 * torch.randn_like(leaf) for leaf in self.leaves]
+        own = [p for weights in groups_of(model) for p in weights.parameters()]
+        experts = [p for weights in groups_of(model) for p in weights.expert_parameters()]
+        self.optimizer = make([p for p in dict.fromkeys([*own, *experts]) if p.requires_grad])
+
+    def step(self) -> None:
+        """What the model's optimizer does, between backward and forward."""
+        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
+            leaf.grad = gradient.detach()  # another object, the same numbers
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+Make = Callable[[Any], torch.optim.Optimizer]
+KINDS: dict[str, tuple[int, dict[str, Any], Make]] = {
+    "AdamW": (44, {}, functools.partial(torch.optim.AdamW, fused=True)),
+    "ExpertAdamW": (28, {}, exf.ExpertAdamW),
+    "bfloat16 states": (20, {}, functools.partial(exf.ExpertAdamW, state_dtype=torch.bfloat16)),
+    "shared displacement": (
+        4,
+        {"displacement": "shared"},
+        functools.partial(torch.optim.AdamW, fused=True),
+    ),
+}
+
+
+def measure(settings: Settings, num_experts: int) -> list[Row]:
+    """The kinds in turns."""
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {
+        "num_experts": num_experts,
+        "variant": settings.variant,
+        "bank_init": "uniform",
+    }
+
+    def wrapped(**more: Any) -> nn.Module:
+        model = timm.create_model(settings.model).to(DEVICE)
+        return exf.wrap(model, fuse_on="step", seed=0, **fields, **more)
+
+    steps: dict[str, Any] = {"materialised": Materialised(wrapped())}
+    steps |= {name: Wrapped(wrapped(**more), make) for name, (_, more, make) in KINDS.items()}
+    numbers = sum(stack.numel() for stack in steps["materialised"].stacks)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(settings.rounds + 2):
+        for name, step in steps.items():
+            start = synchronized_time()
+            step.step()
+            if index >= 2:
+                times[name].append(synchronized_time() - start)
+    return [row_of(num_experts, name, times, numbers) for name in times]
+
+
+def row_of(num_experts: int, name: str, times: dict[str, list[float]], numbers: int) -> Row:
+    """The figures of one kind, for stacks of so many numbers."""
+    pairs = zip(times["materialised"], times[name], strict=True)
+    ratios = [theirs / ours for theirs, ours in pairs]
+    seconds, size = median(times[name]), KINDS[name][0] if name in KINDS else 44
+    return Row(
+        num_experts,
+        name,
+        milliseconds=round(1e3 * seconds, 1),
+        bytes_per_number=size,
+        gigabytes_per_second=round(size * numbers / seconds / 1e9, 1),
+        materialised_to_this=round(median(ratios), 2),
+        lowest=round(min(ratios), 2),
+        highest=round(max(ratios), 2),
+    )
+
+
+def main(settings: Settings) -> None:
+    """Measure, print and write the tables."""
+    warnings.filterwarnings("ignore", "The experts of .* have gradients")  # and saw no input
+    rows = [row for n in settings.num_experts for row in measure(settings, n)]
+    note = (
+        f"{settings.model}, variant `{settings.variant}`, float32, {DEVICE}: inner products, "
+        "update, fusion and the hooks around the step. "
+        "Command: `python benchmarks/expert_adamw.py`."
+    )
+    write_results(settings.folder, "expert_adamw", "A step on the expert stacks", note, rows)
+    print(markdown_table(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,119 @@
+"""Models that the benchmarks train on random data, dense, with experts, or with a peer's FFNs."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from peers import PEERS, replace_ffns
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
+
+import exfusion_param as exf
+from exfusion_param.transformer_blocks import transformer_blocks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+KINDS: dict[str, dict[str, Any]] = {
+    f"{fuse_on} {variant}": {"fuse_on": fuse_on, "variant": variant}
+    for fuse_on, variant in itertools.product(("step", "forward"), ("sw", "dw", "mb"))
+}
+KINDS["shared mb"] = {"fuse_on": "step", "variant": "mb", "displacement": "shared"}
+KINDS["step mb, AdamW"] = {"fuse_on": "step", "variant": "mb"}
+"""What `wrap` is given. All "step" kinds but the last train with ExpertAdamW, others with AdamW."""
+
+T5 = {
+    "t5-small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "t5-base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    "t5-large": {"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
+}
+SOURCE, TARGET = 256, 64
+"""Tokens of a T5 sample."""
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained.
+
+    Args:
+        model: a ViT of timm, for 224 pixels, or a T5.
+        batch_size: samples of a step.
+        bf16: compute in bfloat16.
+        compile: each block.
+    """
+
+    model: str
+    batch_size: int
+    bf16: bool = False
+    compile: bool = False
+
+    def new_model(self) -> nn.Module:
+        """The dense model, with the same random weights each time."""
+        torch.manual_seed(0)
+        if self.model in T5:
+            config: Any = T5[self.model]
+            return T5ForConditionalGeneration(T5Config(**config, use_cache=False))
+        return timm.create_model(self.model)
+
+    def new_loss(self) -> Loss:
+        """The loss on a random batch."""
+        if self.model in T5:
+            source, target = (
+                torch.randint(32_000, (self.batch_size, length), device=DEVICE)
+                for length in (SOURCE, TARGET)
+            )
+            return lambda model: model(input_ids=source, labels=target).loss
+        images = torch.randn(self.batch_size, 3, 224, 224, device=DEVICE)
+        labels = torch.randint(1000, (self.batch_size,), device=DEVICE)
+        return lambda model: F.cross_entropy(model(images), labels)
+
+
+class Trainer:
+    """A model and its optimizer.
+
+    Args:
+        task: what is trained.
+        kind: "dense", or of `KINDS` or `PEERS`.
+        num_experts: N.
+    """
+
+    def __init__(self, task: Task, kind: str = "dense", num_experts: int = 1) -> None:
+        self.task = task
+        self.model = task.new_model()
+        if kind in PEERS:
+            replace_ffns(self.model, PEERS[kind], num_experts)
+        elif kind != "dense":
+            exf.wrap(self.model, num_experts=num_experts, bank_init="uniform", **KINDS[kind])
+        self.model.to(DEVICE).train()
+        for block in transformer_blocks(self.model) if task.compile else ():
+            block.compile()
+        groups = exf.param_groups(self.model, 0.05)
+        has_stacks_to_move = kind.startswith("step") and not kind.endswith("AdamW")
+        self.optimizer = (
+            exf.ExpertAdamW(groups, lr=1e-4)
+            if has_stacks_to_move
+            else torch.optim.AdamW(groups, lr=1e-4, fused=True)
+        )
+
+    def step(self, loss: Loss) -> float:
+        """Train on a batch; seconds."""
+        start = synchronized_time()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.task.bf16):
+            value = loss(self.model)
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return synchronized_time() - start
+
+
+def synchronized_time() -> float:
+    """Seconds, when the GPU has done what it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
