@@ -263,6 +263,20 @@ def test_an_optimizer_within_another_steps_once(name: str) -> None:
     assert_same(model, twin)
 
 
+def test_states_from_before_a_cast_of_the_model_are_cast_with_it() -> None:
+    model = wrapped().float()
+    before = exf.ExpertAdamW(model.parameters())
+    step(model, before, inputs(5).float())
+    model.bfloat16()
+    for state_dtype in (None, torch.float32):
+        optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=state_dtype)
+        optimizer.load_state_dict(before.state_dict())
+        step(model, optimizer, inputs(5).bfloat16())
+        stack = model.blocks[0].fc1.parametrizations.weight.original
+        assert optimizer.state[stack]["exp_avg"].dtype == (state_dtype or torch.bfloat16)
+        assert optimizer.state[model.stem.weight]["exp_avg"].dtype == torch.bfloat16
+
+
 def test_a_copied_optimizer_goes_on() -> None:
     model = wrapped()
     optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=torch.bfloat16)

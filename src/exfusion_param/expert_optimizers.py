@@ -29,6 +29,7 @@ from .dtypes import accumulation_dtype
 from .shards import local
 from .stack_step import Part, StackStep, update_stacks
 from .state_storage import StateDtype, check_state_dtype, stored
+from .step_hooks import watched
 
 if TYPE_CHECKING:
     from .fused_leaf import FusedLeaf
@@ -65,11 +66,17 @@ class ExpertOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for group, settings in zip(self.param_groups, own, strict=True):
             group.update(settings)
+        self._take_uncast(state_dict)
+
+    def _take_uncast(self, state_dict: dict[str, Any]) -> None:
+        """Take the states of stacks in the dtypes that they were saved in; torch casts them all."""
+        stacks = {id(stack) for weights in watched() for stack in weights.expert_stacks()}
         saved = itertools.chain(*(group["params"] for group in state_dict["param_groups"]))
         held = itertools.chain(*(group["params"] for group in self.param_groups))
         for key, parameter in zip(saved, held, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name != "step" and isinstance(value, Tensor) and value.dtype != parameter.dtype:
+            states = state_dict["state"].get(key, {}) if id(parameter) in stacks else {}
+            for name, value in states.items():
+                if name != "step" and isinstance(value, Tensor):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     @torch.no_grad()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .dtypes import accumulation_dtype
 from .expert_sums import fuse_into, products_with
@@ -134,8 +133,9 @@ def router_gradient(statistics: Tensor, gradient: Tensor) -> Tensor:
 def _shares(x: Tensor, router: Tensor) -> Tensor:
     """softmax(G(x)) of each token, shape (tokens, N)."""
     dtype = accumulation_dtype(router.dtype)  # FSDP2 may have cast the router
-    logits = F.linear(x.to(dtype), router.to(dtype))  # (..., N)
-    return logits.softmax(dim=-1).reshape(-1, len(router))
+    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+    logits = router.to(dtype) @ tokens.mT  # (N, tokens): kernels run along the longer dimension
+    return logits.softmax(dim=0).mT
 
 
 def _token_weights(mask: Tensor, shares: Tensor) -> Tensor:
