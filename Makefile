@@ -23,7 +23,6 @@ bench: .venv/installed  ## step time, optimizer and memory against dense and pee
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs

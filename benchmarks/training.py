@@ -57,8 +57,8 @@ class Task:
         """The dense model, with the same random weights each time."""
         torch.manual_seed(0)
         if self.model in T5:
-            config: Any = T5[self.model]
-            return T5ForConditionalGeneration(T5Config(**config, use_cache=False))
+            config: Any = T5[self.model] | {"use_cache": False, "decoder_start_token_id": 0}
+            return T5ForConditionalGeneration(T5Config(**config))
         return timm.create_model(self.model)
 
     def new_loss(self) -> Loss:

@@ -6,6 +6,7 @@ device, where a wrap allocates nothing. For checkpoints on disk see fuse_checkpo
 
 import dataclasses
 import functools
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -94,12 +95,15 @@ def measure(settings: Settings, name: str, make: Callable[[], nn.Module]) -> Row
         wrap_it = functools.partial(exf.wrap, bank_init="uniform", **fields)
         upcycle = milliseconds(functools.partial(wrap_it, upcycled, expert_init="upcycle"))
         del upcycled
+        gc.collect()  # modules and parametrizations refer to each other
         wrap = milliseconds(functools.partial(wrap_it, model))
         stacks = [stack for weights in groups_of(model) for stack in weights.expert_stacks()]
         numbers = sum(stack.numel() for stack in stacks)
         exported = 0.0 if is_meta else milliseconds(functools.partial(export, model))
         fused = milliseconds(functools.partial(exf.fuse, model))
         times.append([wrap, upcycle, fused, exported])
+        del model, stacks
+        gc.collect()
     wrap, upcycle, fused, exported = (median(column) for column in zip(*times, strict=True))
     return Row(
         name,

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import exfusion_param as exf
 from exfusion_param import expert_sums
-from exfusion_param.state_storage import round_stochastically
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 
@@ -341,67 +340,6 @@ def test_a_closure_is_evaluated_once_and_its_gradient_is_applied() -> None:
     assert_same(model, twin)
 
 
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"])
-def test_small_states_stay_small_and_train_alike(state_dtype: Any) -> None:
-    torch.manual_seed(0)
-    model = exf.wrap(FFNs(32, 64), seed=1, fuse_on="step", bank_init="uniform").double()
-    twin = copy.deepcopy(model)
-    optimizer = exf.ExpertAdamW(model.parameters(), lr=1e-3, state_dtype=state_dtype)
-    train(model, optimizer, range(20))
-    restored = exf.ExpertAdamW(model.parameters(), lr=1e-3, state_dtype=state_dtype)
-    restored.load_state_dict(optimizer.state_dict())
-    train(model, restored, range(20, 40))
-    train(twin, exf.ExpertAdamW(twin.parameters(), lr=1e-3), range(40))
-    stack = model.blocks[0].fc1.parametrizations.weight.original
-    state = restored.state[stack]["exp_avg_sq"]
-    assert state.codes.dtype == torch.uint8 if state_dtype == "8bit" else state.dtype == state_dtype
-    start = wrapped_start(32, 64)
-    way = sum((a - b).square().sum() for a, b in zip(twin.parameters(), start, strict=True)).sqrt()
-    apart = sum(
-        (a - b).square().sum() for a, b in zip(twin.parameters(), model.parameters(), strict=True)
-    ).sqrt()
-    assert apart < 0.1 * way
-
-
-def wrapped_start(dim: int, hidden: int) -> list[Tensor]:
-    torch.manual_seed(0)
-    model = exf.wrap(FFNs(dim, hidden), seed=1, fuse_on="step", bank_init="uniform").double()
-    return list(model.parameters())
-
-
-@given(st.floats(-(2.0**99), 2.0**99, width=32), st.integers(0, 2**31))
-def test_numbers_are_rounded_to_a_neighbour_and_right_on_average(number: float, seed: int) -> None:
-    torch.manual_seed(seed)
-    exact = torch.full((20000,), number)
-    rounded = round_stochastically(exact).double()
-    step = max(abs(number) / 128, 2.0**-133)  # the distance of neighbours in bfloat16, at most
-    assert (rounded - exact).abs().max() <= step
-    assert abs(rounded.mean() - exact[0].double()) <= 6 * step / 2 / 20000**0.5
-
-
-def test_numbers_that_are_not_finite_stay_as_they_are() -> None:
-    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
-    torch.testing.assert_close(round_stochastically(special), special.bfloat16(), equal_nan=True)
-
-
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.float32])
-def test_stacks_in_bfloat16_lose_small_changes_unless_they_are_rounded_at_random(
-    state_dtype: Any,
-) -> None:
-    torch.manual_seed(0)
-    model = exf.wrap(FFNs(64, 64), seed=1, variant="sw", fuse_on="step").bfloat16()
-    stack = model.blocks[0].fc1.parametrizations.weight.original
-    nn.init.ones_(stack)
-    optimizer = exf.ExpertSGD(model.parameters(), lr=1e-3, state_dtype=state_dtype)
-    for _ in range(50):
-        (0 * model(inputs(64).bfloat16()).sum()).backward()
-        optimizer.param_groups[0]["weight_decay"] = 0.5
-        optimizer.step()
-        optimizer.zero_grad()
-    expected = 1.0 if state_dtype is None else (1 - 0.5e-3) ** 50
-    assert stack.double().mean().item() == pytest.approx(expected, abs=1e-3)
-
-
 def sharded(rank: int, dense: nn.Module, config: exf.ExFusionConfig, shape: Any) -> Any:
     model = exf.fully_shard(exf.wrap(copy.deepcopy(dense), config), mesh=mesh_of(*shape))
     optimizer = exf.ExpertAdamW(model.parameters(), **ADAMW)
@@ -434,9 +372,3 @@ def test_k_ranks_equal_one(variant: Any, shape: tuple[int, ...]) -> None:
         step(model, optimizer, inputs(5, batch=12, seed=seed))
     for state in on_threads(torch.Size(shape).numel(), sharded, dense, config, shape):
         torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("make", [exf.ExpertAdamW, exf.ExpertSGD])
-def test_other_dtypes_of_states_are_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="state_dtype must be None, .* got torch.int8"):
-        make([nn.Parameter(torch.zeros(2))], state_dtype=torch.int8)

@@ -186,7 +186,8 @@ def _fused_part(
     """Some rows of a fused tensor."""
     with reader.open(fused.stack) as stack:
         if fused.displacement is None or fused.decay is None:
-            return functional.fuse(stack[:, part], weights)
+            rows: Tensor = stack[:, part]
+            return functional.fuse(rows if fused.dtype is None else rows.to(fused.dtype), weights)
         experts: Tensor = stack[:, part].to(accumulation_dtype(stack[:, part].dtype))
     with reader.open(fused.displacement) as displacement:
         shared: Tensor = displacement[part]

@@ -11,6 +11,7 @@ ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 BankInit = Literal["zeros", "uniform"]
 FuseOn = Literal["forward", "step"]
 Displacement = Literal["own", "shared"]
+ExpertDtype = Literal["model", "bfloat16"]
 
 _CHOICES = {
     "variant": get_args(Variant),
@@ -18,6 +19,7 @@ _CHOICES = {
     "bank_init": get_args(BankInit),
     "fuse_on": get_args(FuseOn),
     "displacement": get_args(Displacement),
+    "expert_dtype": get_args(ExpertDtype),
 }
 
 
@@ -49,6 +51,9 @@ class ExFusionConfig:
         displacement: `"own"`: each expert moves by itself; `"shared"`: all experts of a linear move
             together from starting values that are frozen, at the cost of one dense weight
             (shared_displacement.py). With `fuse_on="step"` only.
+        expert_dtype: what expert stacks are stored in: `"model"`, as the weights that they fuse to;
+            `"bfloat16"`, with float32 weights, and rounded stochastically by `ExpertAdamW` or
+            `ExpertSGD`. With `fuse_on="step"` and displacements of their own only.
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
             from the end; None wraps all (Table X).
         seed: makes the experts and routers reproducible; None draws on torch's global generator.
@@ -68,6 +73,7 @@ class ExFusionConfig:
     bank_init: BankInit = "zeros"
     fuse_on: FuseOn = "forward"
     displacement: Displacement = "own"
+    expert_dtype: ExpertDtype = "model"
     layers: tuple[int, ...] | None = None
     seed: int | None = None
 
@@ -78,6 +84,10 @@ class ExFusionConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
         if self.displacement == "shared" and self.fuse_on != "step":
             raise ValueError('displacement="shared" needs fuse_on="step".')
+        if self.expert_dtype != "model" and (self.fuse_on, self.displacement) != ("step", "own"):
+            raise ValueError(
+                f'expert_dtype="{self.expert_dtype}" needs fuse_on="step" and displacement="own".'
+            )
         self._check_num_experts()
         self._check_numbers()
         self._check_layers()

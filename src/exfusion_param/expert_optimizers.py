@@ -96,7 +96,7 @@ class ExpertOptimizer(Optimizer):
         self,
         group: dict[str, Any],
         due: Iterable[tuple[nn.Parameter, FusedLeaf]],
-        generators: Callable[[torch.device], torch.Generator | None],
+        generators: Callable[[torch.device], torch.Generator],
     ) -> Iterator[StackStep]:
         for stack, leaf in due:
             if (gradient := leaf.hidden_gradient) is None or not stack.requires_grad:
@@ -105,30 +105,30 @@ class ExpertOptimizer(Optimizer):
                 experts=local(stack),
                 gradient=local(gradient),
                 weights=leaf.weights_of_gradient,
-                dtype=self._dtype_of(stack, group),
+                dtype=self._dtype_of(leaf, group),
                 fusion=leaf.running_fusion(),
-                states=[local(state) for state in self._states_of(stack, group)],
+                states=[local(state) for state in self._states_of(stack, leaf, group)],
                 count=self._count_of(stack),
                 generator=generators(stack.device),
             )
 
-    def _states_of(self, stack: nn.Parameter, group: dict[str, Any]) -> list[Tensor]:
+    def _states_of(
+        self, stack: nn.Parameter, leaf: FusedLeaf, group: dict[str, Any]
+    ) -> list[Tensor]:
         """The states of a stack, made at its first step and stored as asked for after a load."""
         state, kinds = self.state[stack], self._kinds_of_state(group)
+        dtype = leaf.leaf.dtype if group["state_dtype"] is None else group["state_dtype"]
         for name, signed in kinds.items():
-            state[name] = stored(state.get(name), stack, group["state_dtype"], signed)
+            state[name] = stored(state.get(name), stack, dtype, signed)
         return [state[name] for name in kinds]
 
-    def _dtype_of(self, stack: nn.Parameter, group: dict[str, Any]) -> torch.dtype:
+    def _dtype_of(self, leaf: FusedLeaf, group: dict[str, Any]) -> torch.dtype:
         """What a stack's update is computed in."""
-        return stack.dtype if group["state_dtype"] is None else accumulation_dtype(stack.dtype)
+        dtype = leaf.leaf.dtype
+        return dtype if group["state_dtype"] is None else accumulation_dtype(dtype)
 
-    def _generators(
-        self, group: dict[str, Any]
-    ) -> Callable[[torch.device], torch.Generator | None]:
+    def _generators(self, group: dict[str, Any]) -> Callable[[torch.device], torch.Generator]:
         """For each device what rounds this step's numbers: alike on all replicas, and resumed."""
-        if group["state_dtype"] is None:
-            return lambda device: None
         group["rounding_seed"] = seed = group.get("rounding_seed", 0) + 1
         return functools.cache(lambda device: torch.Generator(device).manual_seed(seed))
 
@@ -159,10 +159,11 @@ class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
         weight_decay: decoupled.
         maximize: the objective instead of minimizing it.
         fused: use torch's fused kernel; False for devices that have none.
-        state_dtype: under `fuse_on="step"` of the stacks' two running means: None takes the
-            stacks'; or `torch.float32`, `torch.bfloat16`, or `"8bit"`, torchao's, which load on as
-            many ranks as saved them. Unless it is None the update is computed in float32, and what
-            is stored in bfloat16, stacks as well, is rounded stochastically.
+        state_dtype: under `fuse_on="step"` of the stacks' two running means: None takes that of the
+            fused weights; or `torch.float32`, `torch.bfloat16`, or `"8bit"`, torchao's, which load
+            on as many ranks as saved them. Unless it is None the update is computed in float32, and
+            what is stored in bfloat16, stacks as well, is rounded stochastically. So are stacks
+            under `expert_dtype="bfloat16"` in any case.
 
     Raises:
         ValueError: an argument is outside of its range.

@@ -71,8 +71,9 @@ def upcycled_experts(
         raise ValueError("The fusion weights sum to zero. Set them before the dense weight.")
     dense = tensor.detach().to(dtype)
     scale = noise * dense.std(correction=0)
-    experts = scale * torch.randn(shape, generator=generator, device=tensor.device, dtype=dtype)
-    experts += (dense - torch.tensordot(weights, experts, dims=1)) / weights.sum()
+    experts = torch.randn(shape, generator=generator, device=tensor.device, dtype=dtype)
+    experts.mul_(scale)  # in place: new memory costs more than the numbers in it
+    experts.add_((dense - torch.tensordot(weights, experts, dims=1)) / weights.sum())
     return experts.to(tensor.dtype)
 
 

@@ -84,6 +84,31 @@ class FusedLeaf(ExpertFusion):
         now = dataclasses.replace(self._now, fused_from=None, gradient=None, is_running=False)
         return self.__dict__ | {"_now": now}
 
+    def right_inverse(self, tensor: Tensor) -> Tensor:
+        """The stack for a dense tensor, as `ExpertFusion` makes it, in the dtype of the stack."""
+        is_first = self._first_experts is not None  # and torch wants them in the tensor's dtype
+        experts = super().right_inverse(tensor)
+        return experts if is_first else self._as_stored(experts)
+
+    def stored(self, stack: nn.Parameter) -> nn.Parameter:
+        """The stack that this module was registered with, shape (N, *S), as it is stored."""
+        if self.fusion_weights.config.expert_dtype == "model":
+            return stack
+        return nn.Parameter(stack.detach().to(torch.bfloat16), stack.requires_grad)
+
+    def fused_parameter(self, stack: nn.Parameter) -> nn.Parameter:
+        """What torch can put the fused tensor into, as it wants the same dtype."""
+        self.refresh(stack)
+        if self.moved(stack) is stack and stack.dtype == self.fused.dtype:
+            return stack
+        fused = nn.Parameter(self.leaf.detach().clone(), self.moved(stack).requires_grad)
+        self._is_fused(fused)
+        return fused
+
+    def _as_stored(self, experts: Tensor) -> Tensor:
+        stack = next(holder.original for holder, own in self.fusion_weights.fusions if own is self)
+        return experts.to(stack.dtype)
+
     @property
     def leaf(self) -> nn.Parameter:
         """The leaf that optimizers hold and that has the gradient, shape (*S)."""

@@ -56,8 +56,8 @@ def attach(
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
         holder = linear.get_submodule(f"parametrizations.{name}")
         fusion_weights.fusions.append((holder, fusion))
-        if isinstance(fusion, SharedDisplacement):
-            holder.original = fusion.freeze(original(linear, name))
+        if isinstance(fusion, FusedLeaf):
+            holder.original = fusion.stored(original(linear, name))
         original(linear, name).grad = None
     bank_place = place if isinstance(fusion_weights, MemoryBank) else None
     share_class(linear, order, bank_place, config.fuse_on)
@@ -68,9 +68,9 @@ def detach(linear: nn.Module) -> None:
     order, fused, weights = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
     for name in fused:
         fusion = fusion_of(linear, name)
-        if isinstance(fusion, SharedDisplacement):
+        if isinstance(fusion, FusedLeaf):
             holder = linear.get_submodule(f"parametrizations.{name}")
-            holder.original = fusion.thaw(original(linear, name))
+            holder.original = fusion.fused_parameter(original(linear, name))
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
         weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
         linear.get_parameter(name).grad = None  # it has the stack's shape

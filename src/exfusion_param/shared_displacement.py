@@ -48,27 +48,11 @@ class SharedDisplacement(FusedLeaf):
         # A parameter, as averages of weights take those alone; no gradient ever reaches it.
         self.decay = nn.Parameter(ones, requires_grad=False)  # c
 
-    def right_inverse(self, tensor: Tensor) -> Tensor:
-        """Starting values, shape (N, *S), that fuse to a dense tensor, shape (*S)."""
-        is_first = self._first_experts is not None  # and torch wants them in the tensor's dtype
-        experts = super().right_inverse(tensor)
-        if is_first:
-            return experts
-        stack = next(holder.original for holder, own in self.fusion_weights.fusions if own is self)
-        return self._split(experts, self.fusion_weights.start()).to(stack.dtype)
-
-    def freeze(self, stack: Tensor) -> nn.Parameter:
+    def stored(self, stack: nn.Parameter) -> nn.Parameter:
         """The stack that this module was registered with, shape (N, *S), as starting values."""
         dtype = accumulation_dtype(stack.dtype)
         weights = uniform_weights(len(stack), stack.device, dtype)
         return nn.Parameter(self._split(stack.detach(), weights), requires_grad=False)
-
-    def thaw(self, stack: Tensor) -> nn.Parameter:
-        """What torch can put the dense tensor into, as it wants the same dtype; shape (*S)."""
-        self.refresh(stack)
-        dense = nn.Parameter(self.leaf.detach().clone(), self.displacement.requires_grad)
-        self._is_fused(dense)
-        return dense
 
     @torch.no_grad()
     def start_from(self, stack: Tensor, experts: Tensor) -> None:
@@ -136,6 +120,9 @@ class SharedDisplacement(FusedLeaf):
         fuse_into(total, experts, weights)
         shared = local(self.displacement) * weights.sum().to(total)
         out.copy_(total.mul_(self.decay.to(total)).add_(shared))
+
+    def _as_stored(self, experts: Tensor) -> Tensor:
+        return super()._as_stored(self._split(experts, self.fusion_weights.start()))
 
     def _split(self, experts: Tensor, weights: Tensor) -> Tensor:
         """Start from `experts`; their starting values in bfloat16."""

@@ -41,7 +41,7 @@ class StackStep:
     fusion: RunningFusion
     states: Sequence[Tensor]
     count: Tensor
-    generator: torch.Generator | None
+    generator: torch.Generator
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -44,13 +44,13 @@ def check_state_dtype(dtype: StateDtype | None) -> None:
         )
 
 
-def stored(state: Tensor | None, stack: Tensor, dtype: StateDtype | None, signed: bool) -> Tensor:
+def stored(state: Tensor | None, stack: Tensor, dtype: StateDtype, signed: bool) -> Tensor:
     """A state of a stack, stored as asked for, and spread over the ranks as the stack is.
 
     Args:
         state: the state as it is, shape (N, *S); None starts with zeros.
         stack: shape (N, *S).
-        dtype: None takes the stack's.
+        dtype: to store it in.
         signed: whether the state may be negative; 8 bits resolve more without a sign.
 
     Returns:
@@ -96,7 +96,7 @@ def to_work_on(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers
 
 
-def store(tensor: Tensor, numbers: Tensor, generator: torch.Generator | None) -> None:
+def store(tensor: Tensor, numbers: Tensor, generator: torch.Generator) -> None:
     """Store what `to_work_on` gave, after a change; the generator rounds to bfloat16."""
     if numbers.data_ptr() == tensor.data_ptr():
         return
@@ -104,12 +104,12 @@ def store(tensor: Tensor, numbers: Tensor, generator: torch.Generator | None) ->
     tensor.copy_(round_stochastically(numbers, generator) if is_rounded else numbers)
 
 
-def round_stochastically(numbers: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def round_stochastically(numbers: Tensor, generator: torch.Generator) -> Tensor:
     """The bfloat16 above or below each number, whose mean over many draws is the number.
 
     Args:
         numbers: any shape and floating dtype.
-        generator: on the device of `numbers`; None takes torch's global one.
+        generator: on the device of `numbers`.
     """
     bits = numbers.float().view(torch.int32)  # of which bfloat16 has the upper 16
     draws = torch.empty(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)

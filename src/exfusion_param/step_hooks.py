@@ -70,6 +70,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         _refuse_dense_state(optimizer, weights)
         if weights.config.displacement == "shared":
             _refuse_coupled_decay(optimizer, weights)
+        if weights.config.expert_dtype != "model":
+            _refuse_rounding_to_nearest(optimizer, weights, held)
     _require_agreement(groups)
     with_leaves = [weights for weights in groups if weights.config.fuse_on == "step"]
     return _pull_back(with_leaves, optimizer, args, kwargs) if with_leaves else None
@@ -181,6 +183,22 @@ def _refuse_coupled_decay(optimizer: Optimizer, weights: FusionWeights) -> None:
                 "or set weight_decay=0 for it; or, if the optimizer does p -= lr * weight_decay * "
                 'p, say so in its parameter groups: group["decoupled_weight_decay"] = True.'
             )
+
+
+def _refuse_rounding_to_nearest(
+    optimizer: Optimizer, weights: FusionWeights, held: set[int]
+) -> None:
+    """Raise unless the optimizer, if it moves the stacks, rounds them stochastically."""
+    from .expert_optimizers import ExpertOptimizer
+
+    if not isinstance(optimizer, ExpertOptimizer) and any(
+        id(stack) in held and stack.requires_grad for stack in weights.expert_stacks()
+    ):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} would round the experts of {weights.group!r}, which are "
+            "stored in bfloat16, to the nearest number and so lose small updates. Use ExpertAdamW "
+            'or ExpertSGD, or wrap with expert_dtype="model".'
+        )
 
 
 def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights, held: set[int]) -> None:

@@ -56,6 +56,12 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusi
         "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
     )
     _refuse_tied(model, linears)
+    if config.expert_dtype != "model":
+        _refuse(
+            linears,
+            lambda linear: any(t.dtype != torch.float32 for t in dense_tensors(linear).values()),
+            f'not of float32, which expert_dtype="{config.expert_dtype}" is for.',
+        )
     if config.variant == "mb":
         _refuse(
             linears,

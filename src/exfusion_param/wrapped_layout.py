@@ -32,6 +32,7 @@ class FusedTensor(NamedTuple):
         num_experts: N.
         displacement: name of what all experts share, if they do.
         decay: name of what weight decay has left of the stack then.
+        dtype: of the fused tensor, if it is not that of what is trained.
     """
 
     stack: str
@@ -39,6 +40,7 @@ class FusedTensor(NamedTuple):
     num_experts: int
     displacement: str | None = None
     decay: str | None = None
+    dtype: torch.dtype | None = None
 
 
 class WrappedLayout:
@@ -124,6 +126,8 @@ class WrappedLayout:
                             fused = fused._replace(
                                 displacement=f"{place}0.displacement", decay=f"{place}0.decay"
                             )
+                        if config.expert_dtype != "model":
+                            fused = fused._replace(dtype=torch.float32)
                         sources = (fused.stack, fused.displacement, fused.decay)
                         self._expected.update(name for name in sources if name is not None)
                         self.fused[_join(fqn, name)] = fused
@@ -189,7 +193,8 @@ class WrappedLayout:
             return self._reader.specs[key]
         stack = self._reader.specs[self.fused[key].stack]
         moved = self.fused[key].displacement or self.fused[key].stack
-        return TensorSpec(stack.shape[1:], self._reader.specs[moved].dtype)
+        dtype = self.fused[key].dtype or self._reader.specs[moved].dtype
+        return TensorSpec(stack.shape[1:], dtype)
 
 
 def _wrong_number(name: str, shape: tuple[int, ...], num_experts: int) -> CheckpointError:
