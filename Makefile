@@ -23,6 +23,7 @@ bench: .venv/installed  ## step time, optimizer and memory against dense and pee
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/scaling.py
+	PYTHONPATH=examples $(BIN)/python benchmarks/low_precision.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from training import DEVICE, SOURCE, T5, TARGET, Task, Trainer
 
 TASKS = (
-    ("deit_tiny_patch16_224", 4),
-    ("deit_tiny_patch16_224", 16),
-    ("deit_small_patch16_224", 16),
-    ("deit_base_patch16_224", 8),
-    ("t5-small", 4),
-    ("t5-base", 2),
+    ("deit_tiny_patch16_224", 4, 16),
+    ("deit_tiny_patch16_224", 16, 16),
+    ("deit_small_patch16_224", 16, 16),
+    ("deit_base_patch16_224", 8, 16),
+    ("t5-small", 4, 16),
+    ("t5-base", 2, 4),
 )
 
 
@@ -30,7 +30,7 @@ class Settings:
     """Time training steps of several models.
 
     Args:
-        tasks: each model of timm or T5 with its batch size.
+        tasks: each model of timm or T5 with its batch size, and the largest N to train it with.
         kinds: of ExFusion, as in training.py.
         num_experts: each N.
         rounds: that are timed.
@@ -40,7 +40,7 @@ class Settings:
         folder: where they go.
     """
 
-    tasks: tuple[tuple[str, int], ...] = TASKS
+    tasks: tuple[tuple[str, int, int], ...] = TASKS
     kinds: tuple[str, ...] = ("step mb", "forward mb")
     num_experts: tuple[int, ...] = (4, 16)
     rounds: int = 3
@@ -67,11 +67,11 @@ def tokens_of(task: Task) -> int:
 def main(settings: Settings) -> None:
     """Measure all, and write the tables as they grow."""
     rows: list[Row] = []
-    for model, batch_size in tqdm(settings.tasks):
+    for model, batch_size, most in tqdm(settings.tasks):
         task = Task(model, batch_size, settings.bf16, settings.compile)
         dense = Trainer(task)
         for kind in settings.kinds:
-            for num_experts in settings.num_experts:
+            for num_experts in (n for n in settings.num_experts if n <= most):
                 row = measure(dense, kind, num_experts, settings.rounds)
                 rows.append(
                     Row(**vars(row), model=model, batch_size=batch_size, tokens=tokens_of(task))

@@ -78,7 +78,7 @@ def test_a_mask_of_other_tokens_is_not_applied_and_contexts_nest() -> None:
 
 def test_a_model_without_a_bank_is_refused() -> None:
     model, mask = exf.wrap(FFNs(), variant="dw"), torch.ones(1, 1)
-    with pytest.raises(ValueError, match="FFNs has no memory bank"), exf.token_mask(model, mask):
+    with pytest.raises(ValueError, match="FFNs has no router"), exf.token_mask(model, mask):
         pass
 
 

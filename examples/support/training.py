@@ -3,8 +3,9 @@
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ LOG_EVERY = 10  # steps
 class Run:
     """One model in training, as any script would train it."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, steps: int, **more: Any
+    ) -> None:
         self.model = model.to(DEVICE)
-        self.optimizer = torch.optim.AdamW(exf.param_groups(model, weight_decay))
+        self.optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay), **more)
         self.scheduler = OneCycleLR(self.optimizer, lr, total_steps=steps, cycle_momentum=False)
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -73,16 +76,24 @@ class Comparison:
         out: the folder of the checkpoint.
         settings: plain values that must be the same for a run to continue; among them `epochs`,
             `batch_size`, `lr`, `weight_decay`, `save_every` and `seed`.
+        optimizers: more settings of the optimizer of some runs.
     """
 
     def __init__(
-        self, models: dict[str, nn.Module], data: Data, out: Path, settings: dict[str, Any]
+        self,
+        models: dict[str, nn.Module],
+        data: Data,
+        out: Path,
+        settings: dict[str, Any],
+        optimizers: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     ) -> None:
         self.data, self.settings = data, settings
         self.steps_per_epoch = len(data.train) // settings["batch_size"]
         self.total_steps = settings["epochs"] * self.steps_per_epoch
         recipe = (settings["lr"], settings["weight_decay"], self.total_steps)
-        self.runs = {name: Run(model, *recipe) for name, model in models.items()}
+        self.runs = {
+            name: Run(model, *recipe, **optimizers.get(name, {})) for name, model in models.items()
+        }
         self.step = 0
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         self.path = out / "checkpoint.pt"

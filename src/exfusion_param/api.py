@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,13 +11,12 @@ from torch import nn
 from .checkpoint_reader import ENTRY
 from .config import ExFusionConfig
 from .ddp import leave_out_of_ddp
-from .discovery import Filter, select_groups
+from .discovery import Filter
 from .fusion_weights import warn_of_empty_banks
-from .load_guard import guard_loading
-from .memory_bank import MemoryBank
 from .parametrization import detach, groups_of, wrapped_linears
-from .planning import choose_seed, plan_groups
-from .validation import check_fusable, check_wrappable
+from .validation import check_fusable
+from .variants import fusion_weights_for
+from .wrapping import wrap_linears
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,20 +49,8 @@ def wrap(
         ValueError: a field is out of range, nothing matched, or a linear cannot be wrapped (tied,
             frozen, sharded, wrapped already, not floating). The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if torch.is_inference_mode_enabled():
-        raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
-    config = resolve_config(config, fields)
-    groups = select_groups(model, filter_fn, config.layers)
-    check_wrappable(model, groups, config)
-    follow_masks = _mask_follower(config)
-    plans = plan_groups(groups, config, choose_seed(config, generator))  # allocates everything
-    for plan in plans:
-        plan.carry_out()
-        guard_loading(model, plan.weights, plan.group.linears)
-    follow_masks(model, [plan.weights for plan in plans if isinstance(plan.weights, MemoryBank)])
-    leave_out_of_ddp(model)
+    config = ExFusionConfig.resolve(config, fields)
+    wrap_linears(model, config, fusion_weights_for, filter_fn=filter_fn, generator=generator)
     _warn_of_bank(config)
     return model
 
@@ -101,22 +86,6 @@ def fuse(model: Model) -> Model:
     if isinstance(getattr(config, ENTRY, None), dict):  # read back from a config.json
         delattr(config, ENTRY)
     return model
-
-
-def resolve_config(config: ExFusionConfig | None, fields: dict[str, Any]) -> ExFusionConfig:
-    """The config with some fields replaced; the default one if it is None."""
-    if config is not None and not isinstance(config, ExFusionConfig):
-        raise TypeError(f"config must be an ExFusionConfig or None, got {type(config).__name__}.")
-    return (config or ExFusionConfig()).replace(**fields)
-
-
-def _mask_follower(config: ExFusionConfig) -> Callable[[nn.Module, list[MemoryBank]], None]:
-    """What lets memory banks follow attention masks; imports transformers only for its models."""
-    if config.variant == "mb" and "transformers" in sys.modules:
-        from .integrations.attention_masks import follow_attention_masks
-
-        return follow_attention_masks
-    return lambda model, banks: None
 
 
 def _warn_of_bank(config: ExFusionConfig) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from .expert_config import Displacement, ExpertConfig, ExpertDtype, FuseOn, check_type
 
 Variant = Literal["sw", "dw", "mb"]
-ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 BankInit = Literal["zeros", "uniform"]
-FuseOn = Literal["forward", "step"]
-Displacement = Literal["own", "shared"]
-ExpertDtype = Literal["model", "bfloat16"]
 
 _CHOICES = {
     "variant": get_args(Variant),
-    "expert_init": get_args(ExpertInit),
     "bank_init": get_args(BankInit),
     "fuse_on": get_args(FuseOn),
     "displacement": get_args(Displacement),
@@ -24,7 +20,7 @@ _CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExFusionConfig:
+class ExFusionConfig(ExpertConfig):
     """What `wrap` attaches to a model. Immutable, checked when it is made.
 
     The defaults are the paper's: memory bank, 4 experts, momentum 0.95 (arXiv 2603.27965).
@@ -64,110 +60,43 @@ class ExFusionConfig:
     """
 
     variant: Variant = "mb"
-    num_experts: int = 4
     momentum: float = 0.95
     shared_router: bool = True
-    expert_init: ExpertInit = "independent"
-    upcycle_noise: float = 0.1
-    drop_ratio: float = 0.5
     bank_init: BankInit = "zeros"
     fuse_on: FuseOn = "forward"
     displacement: Displacement = "own"
     expert_dtype: ExpertDtype = "model"
-    layers: tuple[int, ...] | None = None
-    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+            self._check_choice(name, choices)
         if self.displacement == "shared" and self.fuse_on != "step":
             raise ValueError('displacement="shared" needs fuse_on="step".')
         if self.expert_dtype != "model" and (self.fuse_on, self.displacement) != ("step", "own"):
             raise ValueError(
                 f'expert_dtype="{self.expert_dtype}" needs fuse_on="step" and displacement="own".'
             )
-        self._check_num_experts()
-        self._check_numbers()
-        self._check_layers()
-
-    def _check_num_experts(self) -> None:
-        _check_type("num_experts", self.num_experts, int)
-        if self.num_experts < 2:
-            raise ValueError(
-                f"num_experts must be >= 2, got {self.num_experts}. Use the dense model instead."
-            )
-
-    def _check_numbers(self) -> None:
-        _check_type("momentum", self.momentum, int, float)
+        super().__post_init__()
+        check_type("momentum", self.momentum, int, float)
         if not 0 <= self.momentum < 1:
             raise ValueError(
                 f"momentum must be in [0, 1), got {self.momentum}. "
                 "The paper uses 0.95; 0 uses each step's own fusion weights."
             )
-        _check_type("upcycle_noise", self.upcycle_noise, int, float)
-        if not 0 <= self.upcycle_noise < float("inf"):
-            raise ValueError(f"upcycle_noise must be >= 0 and finite, got {self.upcycle_noise}.")
-        _check_type("drop_ratio", self.drop_ratio, int, float)
-        if not 0 < self.drop_ratio <= 1:
-            raise ValueError(
-                f"drop_ratio must be in (0, 1], got {self.drop_ratio}. "
-                'For no new draws use expert_init="upcycle".'
-            )
         if not isinstance(self.shared_router, bool):
             raise TypeError(f"shared_router must be a bool, got {self.shared_router!r}.")
-        if self.seed is not None:
-            _check_type("seed", self.seed, int)
 
-    def _check_layers(self) -> None:
-        if self.layers is None:
-            return
-        given: Any = self.layers
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise TypeError(f"layers must be a sequence of ints or None, got {given!r}.")
-        layers = tuple(given)
-        for index in layers:
-            _check_type("layers", index, int)
-        if not layers or len(set(layers)) != len(layers):
-            raise ValueError(
-                f"layers must name at least one FFN group, each once, got {list(layers)}. "
-                "Use None for all groups."
-            )
-        object.__setattr__(self, "layers", layers)
+    @property
+    def label(self) -> str:
+        """The method and its variant, in a word or two."""
+        return f"ExFusion {self.variant}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON can hold; `from_dict` is the inverse."""
-        fields = dataclasses.asdict(self)
-        return fields | {"layers": None if self.layers is None else list(self.layers)}
+    @property
+    def shares_fusion_weights(self) -> bool:
+        """Whether the linears of an FFN have the same fusion weights."""
+        return self.variant != "mb" or self.shared_router
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ExFusionConfig:
-        """Make a config from `to_dict`'s fields; missing ones take their defaults.
-
-        Raises:
-            TypeError: a field is unknown or has the wrong type.
-            ValueError: a field has a value outside its range.
-        """
-        return cls().replace(**fields)
-
-    def replace(self, **fields: Any) -> ExFusionConfig:
-        """A copy with some fields changed.
-
-        Raises:
-            TypeError: a field is unknown or has the wrong type.
-            ValueError: a field has a value outside its range.
-        """
-        known = [field.name for field in dataclasses.fields(self)]
-        if unknown := sorted(set(fields) - set(known)):
-            raise TypeError(
-                f"ExFusionConfig has no field {', '.join(unknown)}. "
-                f"Its fields are {', '.join(known)}."
-            )
-        return dataclasses.replace(self, **fields)
-
-
-def _check_type(name: str, value: object, *types: type) -> None:
-    if isinstance(value, bool) or not isinstance(value, types):
-        wanted = " or ".join(kind.__name__ for kind in types)
-        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+    @property
+    def follows_inputs(self) -> bool:
+        """Whether fusion weights depend on the inputs of the linears."""
+        return self.variant == "mb"

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import step_hooks
-from .config import ExFusionConfig
 from .dtypes import accumulation_dtype
+from .expert_config import ExpertConfig
+from .linear_class import MakeForward, PlaceInGroup
 from .ranks import Ranks, all_ranks
 from .shards import like, local, whole
 
@@ -41,7 +42,7 @@ class FusionWeights(nn.Module):
     """For each stack the `ParametrizationList` that holds it, and the parametrization."""
 
     def __init__(
-        self, group: str, first_linear: str, config: ExFusionConfig, linears: Linears
+        self, group: str, first_linear: str, config: ExpertConfig, linears: Linears
     ) -> None:
         super().__init__()
         self.group = group
@@ -68,6 +69,10 @@ class FusionWeights(nn.Module):
         Args:
             generator: draws a router; None takes torch's global one.
         """
+
+    def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
+        """What makes the `forward` of a linear of the group; None leaves it as it is."""
+        return None
 
     def start(self) -> Tensor:
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""
@@ -192,7 +197,7 @@ class LearnedWeights(FusionWeights):
         self,
         group: str,
         first_linear: str,
-        config: ExFusionConfig,
+        config: ExpertConfig,
         linears: Linears,
         *,
         device: torch.device,

@@ -6,7 +6,7 @@ each parametrized tensor. We replace it by one that differs in three ways:
 - It is shared by all linears of one kind. torch.compile guards on the class of each module: with
   classes of their own, the blocks of a model that is compiled block by block would each be compiled
   anew, up to the eighth, and the others not at all.
-- `forward` of a memory bank's linears shows the input to the router first. A forward hook could,
+- `forward` of linears whose fusion weights follow the input shows it to them first. A hook could,
   but `nn.TransformerEncoderLayer` leaves its eval fast path where a module in it has hooks.
 - `reset_parameters` draws every expert anew. The inherited one would write to a temporary weight.
 All of it goes away with the class when the parametrizations are removed.
@@ -28,9 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import FuseOn
-from .projections import projection_of
+from .projections import Projection, projection_of
 from .shards import is_sharded
+
+MakeForward = Callable[[Any, Projection], Callable[..., Any]]
+"""Makes a `forward` from the dense class and what the linear maps; hashable."""
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -51,31 +53,29 @@ class PlaceInGroup:
 
 
 def share_class(
-    linear: nn.Module, dense_order: tuple[str, ...], bank: PlaceInGroup | None, fuse_on: FuseOn
+    linear: nn.Module, dense_order: tuple[str, ...], make_forward: MakeForward | None
 ) -> None:
     """Give a linear, fresh from `register_parametrization`, the class of its kind.
 
     Args:
         linear: the parametrized linear.
         dense_order: the names of the dense linear's parameters, in their order.
-        bank: the linear's place in its group if a memory bank watches it, else None.
-        fuse_on: of the config.
+        make_forward: makes the class's `forward`; None leaves the dense one's. Linears share a
+            class if theirs are equal.
     """
     own, projection = type(linear), projection_of(linear)
     (dense,) = own.__bases__
     assert projection is not None
     fused = tuple(name for name, member in vars(own).items() if isinstance(member, property))
-    kind = (dense, fused, dense_order, bank, fuse_on, projection.feature_dim)
+    kind = (dense, fused, dense_order, make_forward, projection)
     shared = _shared.get(kind)
     if shared is None:
         members = dict(vars(own)) | {name: _property(name) for name in fused}
         members |= {"_dense_order": dense_order, "_fused": fused}
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
-        if bank is not None and fuse_on == "forward":
-            members["forward"] = _observed_forward(dense, bank, projection.feature_dim)
-        elif bank is not None and bank.is_first:
-            members["forward"] = _counted_forward(dense, projection.feature_dim)
+        if make_forward is not None:
+            members["forward"] = make_forward(dense, projection)
         shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
     linear.__class__ = shared
 
@@ -141,36 +141,3 @@ def _reset_experts(self: Any) -> None:
         scratch.reset_parameters()
     for name, stack in stacks.items():
         self.parametrizations[name][0].start_from(stack, drawn[name])
-
-
-def _observed_forward(dense: Any, place: PlaceInGroup, feature_dim: int) -> Callable[..., Any]:
-    """A forward that tells the memory bank when the group's begins, with its input, and ends."""
-    dense_forward = dense.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        bank = self.parametrizations.weight[0].fusion_weights
-        if place.is_first or (place.reads_input and bank.current is None):
-            bank.observe(x.movedim(feature_dim, -1))
-        else:
-            bank.require_observed()
-        try:
-            return dense_forward(self, *args, **kwargs)
-        finally:
-            if place.is_last:
-                bank.release()
-
-    return forward
-
-
-def _counted_forward(dense: Any, feature_dim: int) -> Callable[..., Any]:
-    """A forward that tells the memory bank of the input, for the statistics of the step."""
-    dense_forward = dense.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        y = dense_forward(self, *args, **kwargs)
-        bank = self.parametrizations.weight[0].fusion_weights
-        return bank.count(x.movedim(feature_dim, -1), y)
-
-    return forward

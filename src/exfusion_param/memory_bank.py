@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from . import functional
 from .config import ExFusionConfig
-from .fusion_weights import FusionWeights, Linears, uniform_weights
+from .fusion_weights import Linears, uniform_weights
+from .linear_class import MakeForward, PlaceInGroup
+from .observed_forward import Counted, Observed
 from .pending import PendingMean, mean_of
 from .ranks import Ranks
 from .shards import assign, like, local, local_to_differentiate
+from .token_pool import TokenPool
 
 
-class MemoryBank(FusionWeights):
+class MemoryBank(TokenPool):
     """`mb`: the running mean `m` of a router's output on the FFN's input (Eq. 10, 11).
 
     In training `observe` is given the input before the group's linears run, and they fuse with
@@ -37,6 +40,7 @@ class MemoryBank(FusionWeights):
         generator: draws the router; None takes torch's global one.
     """
 
+    config: ExFusionConfig
     bank: Tensor
 
     def __init__(
@@ -58,7 +62,6 @@ class MemoryBank(FusionWeights):
         self.pending = PendingMean(self._anchor, self._find_ranks)
         self.is_bypassed = False
         self.current: Tensor | None = None
-        self.token_mask: Tensor | None = None  # of the running forward, see token_mask.py
         self.reset_parameters(generator)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +94,12 @@ class MemoryBank(FusionWeights):
         """
         return self.current if self.training and self.current is not None else self.bank
 
+    def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
+        """Observes each forward; under `fuse_on="step"` the first linear's input alone."""
+        if self.config.fuse_on == "forward":
+            return Observed(place)
+        return Counted() if place.is_first else None
+
     def start(self) -> Tensor:
         """The bank scaled to sum one, or 1/N while it is empty, shape (N,)."""
         bank = self.bank
@@ -109,7 +118,7 @@ class MemoryBank(FusionWeights):
             weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
             weights = self.pending.mark(weights, 0.0, counts)
         else:
-            weights = functional.route(x, self.router, self._mask_for(x))
+            weights = functional.route(x, self.router, self.mask_for(x))
             weights = self.pending.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
 
@@ -137,7 +146,7 @@ class MemoryBank(FusionWeights):
         if not self.training or x.numel() == 0 or not torch.is_grad_enabled():
             return y
         with torch.no_grad():
-            said = functional.router_statistics(x, local(self.router), self._mask_for(x))
+            said = functional.router_statistics(x, local(self.router), self.mask_for(x))
             said = torch.cat([said, said.new_ones(1)])
         if torch.compiler.is_compiling():  # which traces no hook
             probe = self.router if self.router.requires_grad else next(self._differentiated())
@@ -162,13 +171,6 @@ class MemoryBank(FusionWeights):
         if self.router.requires_grad:
             pooled = functional.router_gradient(mean_of(total), gradient)
             self.router.grad = like(self.router, (1 - self.config.momentum) * pooled)
-
-    def _mask_for(self, x: Tensor) -> Tensor | None:
-        """The token mask if it speaks of the tokens of x, also where these are in one dimension."""
-        mask = self.token_mask
-        if mask is None or mask.numel() * x.shape[-1] != x.numel():
-            return None
-        return mask
 
     def require_observed(self) -> None:
         """Raise if a linear of the group trains without the one whose input is routed."""

@@ -27,7 +27,6 @@ from .expert_fusion import ExpertFusion
 from .fused_leaf import FusedLeaf
 from .fusion_weights import FusionWeights
 from .linear_class import PlaceInGroup, dense_order, share_class
-from .memory_bank import MemoryBank
 from .names import clean_name
 from .shared_displacement import SharedDisplacement
 
@@ -59,8 +58,7 @@ def attach(
         if isinstance(fusion, FusedLeaf):
             holder.original = fusion.stored(original(linear, name))
         original(linear, name).grad = None
-    bank_place = place if isinstance(fusion_weights, MemoryBank) else None
-    share_class(linear, order, bank_place, config.fuse_on)
+    share_class(linear, order, fusion_weights.forward_of(place))
 
 
 def detach(linear: nn.Module) -> None:

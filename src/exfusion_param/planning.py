@@ -7,31 +7,29 @@ into the model, which cannot fail half way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .config import ExFusionConfig
 from .discovery import FFNGroup
 from .drop_upcycling import Dropped, DroppedUnits
 from .dtypes import accumulation_dtype
+from .expert_config import ExpertConfig
 from .experts import (
     drop_upcycled_experts,
     independent_experts,
     named_generator,
     upcycled_experts,
 )
-from .fusion_weights import (
-    FusionWeights,
-    LearnedWeights,
-    StaticWeights,
-    uniform_weights,
-)
+from .fusion_weights import FusionWeights, uniform_weights
 from .linear_class import PlaceInGroup
-from .memory_bank import MemoryBank
 from .parametrization import attach, dense_tensors
-from .projections import projection_of
+
+Config = TypeVar("Config", bound=ExpertConfig)
+MakeWeights = Callable[[FFNGroup, Config, int], FusionWeights]
+"""Makes the fusion weights of linears that share them, of a config, with a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class GroupPlan:
         self.weights.settle()
 
 
-def choose_seed(config: ExFusionConfig, generator: torch.Generator | None) -> int:
+def choose_seed(config: ExpertConfig, generator: torch.Generator | None) -> int:
     """The seed of all draws of one `wrap`: the config's, or one drawn by the generator.
 
     Raises:
@@ -75,8 +73,16 @@ def choose_seed(config: ExFusionConfig, generator: torch.Generator | None) -> in
     return config.seed
 
 
-def plan_groups(groups: Iterable[FFNGroup], config: ExFusionConfig, seed: int) -> list[GroupPlan]:
+def plan_groups(
+    groups: Iterable[FFNGroup], config: Config, seed: int, make_weights: MakeWeights[Config]
+) -> list[GroupPlan]:
     """Draw the experts and fusion weights of all groups.
+
+    Args:
+        groups: those to wrap.
+        config: the settings.
+        seed: of all draws.
+        make_weights: makes the fusion weights for linears that share them.
 
     Raises:
         ValueError: drop-upcycling is asked for in a group that is not a whole FFN.
@@ -85,21 +91,21 @@ def plan_groups(groups: Iterable[FFNGroup], config: ExFusionConfig, seed: int) -
     for group in groups:
         stacks = _stacks(group, config, seed)
         for part in _routed_together(group, config):
-            weights = _fusion_weights(part, config, seed)
+            weights = make_weights(part, config, seed)
             plans.append(GroupPlan(part, weights, {fqn: stacks[fqn] for fqn in part.linears}))
     return plans
 
 
-def _routed_together(group: FFNGroup, config: ExFusionConfig) -> Iterator[FFNGroup]:
-    """The group as its linears share fusion weights: one by one with one router each."""
-    if config.variant == "mb" and not config.shared_router:
+def _routed_together(group: FFNGroup, config: ExpertConfig) -> Iterator[FFNGroup]:
+    """The group as its linears share fusion weights: one by one if each has its own."""
+    if config.shares_fusion_weights:
+        yield group
+    else:
         for fqn, linear in group.linears.items():
             yield FFNGroup(fqn, {fqn: linear}, (fqn,))
-    else:
-        yield group
 
 
-def _stacks(group: FFNGroup, config: ExFusionConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+def _stacks(group: FFNGroup, config: ExpertConfig, seed: int) -> dict[str, dict[str, Tensor]]:
     dropped = None
     if config.expert_init == "drop_upcycle":
         generator = named_generator(seed, f"{group.name}.units", torch.device("cpu"))
@@ -120,7 +126,7 @@ def _stacks(group: FFNGroup, config: ExFusionConfig, seed: int) -> dict[str, dic
 
 def _experts(
     tensor: Tensor,
-    config: ExFusionConfig,
+    config: ExpertConfig,
     generator: torch.Generator | None,
     dropped: Dropped | None,
 ) -> Tensor:
@@ -132,23 +138,3 @@ def _experts(
     noise = config.upcycle_noise if config.expert_init == "upcycle" else 0.0
     weights = uniform_weights(config.num_experts, tensor.device, accumulation_dtype(tensor.dtype))
     return upcycled_experts(tensor, weights, noise, generator)
-
-
-def _fusion_weights(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
-    linears = tuple(group.linears.values())
-    first = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
-    shared = (group.name, first, config, linears)
-    weight, projection = linears[0].get_parameter("weight"), projection_of(linears[0])
-    assert projection is not None
-    device, dtype = weight.device, accumulation_dtype(weight.dtype)
-    if config.variant == "sw":
-        return StaticWeights(*shared)
-    if config.variant == "dw":
-        return LearnedWeights(*shared, device=device, dtype=dtype)
-    return MemoryBank(
-        *shared,
-        in_features=projection.in_features,
-        device=device,
-        dtype=dtype,
-        generator=named_generator(seed, f"{group.name}.router", device),
-    )

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import resolve_config, wrap
+from .api import wrap
 from .config import ExFusionConfig
 from .discovery import Filter
+from .expert_config import ExpertConfig
 from .fused_leaf import leaves_of
 from .parametrization import (
     fused_names,
@@ -51,7 +52,7 @@ class Summary:
         shipped_bytes: of the weights after `fuse`.
     """
 
-    configs: tuple[ExFusionConfig, ...]
+    configs: tuple[ExpertConfig, ...]
     linears: tuple[LinearSummary, ...]
     fusion_parameters: int
     training_parameters: int
@@ -65,8 +66,8 @@ class Summary:
         return len({linear.group for linear in self.linears})
 
     def __str__(self) -> str:
-        variants = " and ".join(
-            f"{config.variant}, {config.num_experts} experts" for config in self.configs
+        methods = " and ".join(
+            f"{config.label}, {config.num_experts} experts" for config in self.configs
         )
         rows = [("FFN group", "linear", "weight", "experts")]
         for linear in self.linears:
@@ -74,7 +75,7 @@ class Summary:
             rows.append((linear.group, linear.name, shape, f"{linear.num_experts} x {shape}"))
         return "\n".join(
             [
-                f"ExFusion {variants}: {len(self.linears)} linears in {self.num_groups} FFN groups",
+                f"{methods}: {len(self.linears)} linears in {self.num_groups} FFN groups",
                 *_aligned(rows),
                 f"router or fusion weights: {self.fusion_parameters:,} parameters",
                 f"in training: {self.training_parameters:,} parameters, "
@@ -110,7 +111,7 @@ def summarize(
         if config is not None or filter_fn is not None or fields:
             raise ValueError("The model is wrapped already. Call summarize(model) alone.")
         return _summary(model)
-    config = resolve_config(config, fields)
+    config = ExFusionConfig.resolve(config, fields)
     with torch.random.fork_rng(devices=[]):  # a dry run leaves the draws to wrap
         return _summary(wrap(_meta_copy(model), config, filter_fn=filter_fn))
 

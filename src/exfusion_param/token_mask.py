@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from .memory_bank import MemoryBank
+from .token_pool import TokenPool
 
 
 @contextlib.contextmanager
 def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Within this context the routers of a model's memory banks count the masked-in tokens alone.
+    """Within this context the routers of a model count the masked-in tokens alone.
 
         with exf.token_mask(model, mask):
             loss = loss_fn(model(x), y)
@@ -27,18 +27,16 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
             with another number of tokens, as in a vision tower, counts all of its own.
 
     Raises:
-        ValueError: the model has no memory bank.
+        ValueError: the model has no router.
     """
-    banks = [module for module in model.modules() if isinstance(module, MemoryBank)]
-    if not banks:
-        raise ValueError(
-            f"{type(model).__name__} has no memory bank, so nothing pools over tokens."
-        )
-    before = [bank.token_mask for bank in banks]
-    for bank in banks:
-        bank.token_mask = mask
+    pools = [module for module in model.modules() if isinstance(module, TokenPool)]
+    if not pools:
+        raise ValueError(f"{type(model).__name__} has no router, so nothing pools over tokens.")
+    before = [pool.token_mask for pool in pools]
+    for pool in pools:
+        pool.token_mask = mask
     try:
         yield
     finally:
-        for bank, previous in zip(banks, before, strict=True):
-            bank.token_mask = previous
+        for pool, previous in zip(pools, before, strict=True):
+            pool.token_mask = previous

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .config import ExFusionConfig
 from .discovery import FFNGroup
+from .expert_config import ExpertConfig
 from .parametrization import dense_tensors, fused_names, fusion_of, fusion_weights_of, original
 from .projections import ADAPTED
 
 
-def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusionConfig) -> None:
+def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExpertConfig) -> None:
     """Raise a ValueError unless every linear of the groups can be wrapped as the config says."""
     linears = {fqn: linear for group in groups for fqn, linear in group.linears.items()}
     _refuse_parallel_wrappers(model)
@@ -62,7 +62,7 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExFusi
             lambda linear: any(t.dtype != torch.float32 for t in dense_tensors(linear).values()),
             f'not of float32, which expert_dtype="{config.expert_dtype}" is for.',
         )
-    if config.variant == "mb":
+    if config.follows_inputs:
         _refuse(
             linears,
             lambda linear: isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear),

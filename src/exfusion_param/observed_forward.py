@@ -1,0 +1,57 @@
+"""The `forward` of linears that a memory bank watches, see linear_class.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .linear_class import PlaceInGroup
+from .projections import Projection
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """A forward that tells the memory bank when the group's begins, with its input, and ends.
+
+    Args:
+        place: of the linear in its group.
+    """
+
+    place: PlaceInGroup
+
+    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
+        """The forward for a dense class."""
+        dense_forward, place, feature_dim = dense.forward, self.place, projection.feature_dim
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()))
+            bank = self.parametrizations.weight[0].fusion_weights
+            if place.is_first or (place.reads_input and bank.current is None):
+                bank.observe(x.movedim(feature_dim, -1))
+            else:
+                bank.require_observed()
+            try:
+                return dense_forward(self, *args, **kwargs)
+            finally:
+                if place.is_last:
+                    bank.release()
+
+        return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A forward that tells the memory bank of the input, for the statistics of the step."""
+
+    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
+        """The forward for a dense class."""
+        dense_forward, feature_dim = dense.forward, projection.feature_dim
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()))
+            y = dense_forward(self, *args, **kwargs)
+            bank = self.parametrizations.weight[0].fusion_weights
+            return bank.count(x.movedim(feature_dim, -1), y)
+
+        return forward

@@ -1,0 +1,67 @@
+"""How linears of a model get their expert stacks, whatever makes the fusion weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .ddp import leave_out_of_ddp
+from .discovery import Filter, select_groups
+from .fusion_weights import FusionWeights
+from .load_guard import guard_loading
+from .planning import Config, MakeWeights, choose_seed, plan_groups
+from .token_pool import TokenPool
+from .validation import check_wrappable
+
+
+def wrap_linears(
+    model: nn.Module,
+    config: Config,
+    make_weights: MakeWeights[Config],
+    *,
+    filter_fn: Filter | None,
+    generator: torch.Generator | None,
+) -> list[FusionWeights]:
+    """Parametrize linears of a model with expert stacks, in place.
+
+    Args:
+        model: any module.
+        config: the settings.
+        make_weights: makes the fusion weights for linears that share them.
+        filter_fn: as for `wrap`.
+        generator: as for `wrap`.
+
+    Returns:
+        The new fusion weights, in the order of the model.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: as for `wrap`. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
+    groups = select_groups(model, filter_fn, config.layers)
+    check_wrappable(model, groups, config)
+    seed = choose_seed(config, generator)
+    plans = plan_groups(groups, config, seed, make_weights)  # allocates everything
+    for plan in plans:
+        plan.carry_out()
+        guard_loading(model, plan.weights, plan.group.linears)
+    weights = [plan.weights for plan in plans]
+    _follow_masks(model, weights)
+    leave_out_of_ddp(model)
+    return weights
+
+
+def _follow_masks(model: nn.Module, weights: Iterable[FusionWeights]) -> None:
+    """Let routers follow attention masks; imports transformers only for its models."""
+    pools = [each for each in weights if isinstance(each, TokenPool)]
+    if pools and "transformers" in sys.modules:
+        from .integrations.attention_masks import follow_attention_masks
+
+        follow_attention_masks(model, pools)
