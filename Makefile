@@ -16,7 +16,7 @@ test: .venv/installed  ## linter, formatter check, type checker and the tests
 nightly: .venv/installed  ## the tests with many more random cases
 	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --numprocesses=2
 
-bench: .venv/installed  ## step time, optimizer and memory against dense and peers; about 40 minutes
+bench: .venv/installed  ## time, memory and precision against dense and peers; about 75 minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/expert_adamw.py
 	$(BIN)/python benchmarks/wrap_and_fuse.py
@@ -24,6 +24,7 @@ bench: .venv/installed  ## step time, optimizer and memory against dense and pee
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/scaling.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/low_precision.py
+	PYTHONPATH=examples $(BIN)/python benchmarks/meo.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs

@@ -17,18 +17,13 @@ from pathlib import Path
 import torch
 import tyro
 from support import sentences
+from support.classifier import Classifier
 from support.log import RunLog
 from support.pretrained import minilm
 from support.sentences import Sentences
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import LinearLR
-from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 import exfusion_param as exf
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclasses.dataclass
@@ -59,44 +54,6 @@ class Settings:
     smoke: bool = False
 
 
-class Classifier:
-    """A model, its tokenizer, and plain fine-tuning."""
-
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model, self.settings = model.to(DEVICE), settings
-        self.tokenizer = AutoTokenizer.from_pretrained(minilm())
-
-    def logits(self, texts: list[str]) -> Tensor:
-        """Shape (batch, 2). The attention mask keeps padding out of the routers' pooling."""
-        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return self.model(**inputs.to(DEVICE)).logits
-
-    def train(self, examples: Sentences, log: RunLog | None = None) -> float:
-        """One epoch; the seconds that it took. A log gets what the experts do."""
-        start, size = time.perf_counter(), self.settings.batch_size
-        groups = exf.param_groups(self.model, weight_decay=0.01)
-        optimizer = torch.optim.AdamW(groups, lr=self.settings.lr)
-        batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-        scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
-        self.model.train()
-        for step, batch in enumerate(tqdm(batches, leave=False)):
-            texts, labels = zip(*batch, strict=True)
-            loss = F.cross_entropy(self.logits(list(texts)), torch.tensor(labels, device=DEVICE))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            if log is not None and step % 10 == 0:
-                log.row(step, {"loss": loss.item()} | exf.metrics(self.model))
-        return time.perf_counter() - start
-
-    @torch.no_grad()
-    def predict(self, texts: list[str]) -> Tensor:
-        """Logits in eval mode, shape (len(texts), 2)."""
-        self.model.eval()
-        return torch.cat([self.logits(texts[i : i + 200]) for i in range(0, len(texts), 200)]).cpu()
-
-
 def compare(
     seed: int, train: Sentences, test: Sentences, settings: Settings
 ) -> tuple[float, float, float]:
@@ -105,18 +62,23 @@ def compare(
     dense = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
     config = exf.ExFusionConfig(expert_init="upcycle", bank_init="uniform", seed=seed)
     upcycled = exf.wrap(copy.deepcopy(dense), config, num_experts=settings.num_experts)
-    texts, labels = map(list, zip(*test, strict=True))
-    seconds, accuracies = [], []
-    for model, log in ((dense, None), (upcycled, RunLog(settings.out / f"seed-{seed}"))):
-        torch.manual_seed(seed)
-        classifier = Classifier(model, settings)
-        seconds.append(classifier.train(train, log))
-        predicted = classifier.predict(texts)
-        accuracies.append(100 * (predicted.argmax(1) == torch.tensor(labels)).float().mean().item())
+    texts = [text for text, _ in test]
+    torch.manual_seed(seed)
+    plain = Classifier(dense, settings.batch_size, settings.lr)
+    seconds = [plain.train_through(train)]
+    torch.manual_seed(seed)
+    classifier = Classifier(upcycled, settings.batch_size, settings.lr)
+    log, start = RunLog(settings.out / f"seed-{seed}"), time.perf_counter()
+    for step, loss in classifier.train(train):
+        if step % 10 == 0:
+            log.row(step, {"loss": loss} | exf.metrics(upcycled))
+    seconds.append(time.perf_counter() - start)
+    accuracies = [plain.accuracy(test), classifier.accuracy(test)]
 
+    predicted = classifier.predict(texts)
     exf.fuse(upcycled).save_pretrained(settings.out)
     fused = AutoModelForSequenceClassification.from_pretrained(settings.out)
-    difference = (Classifier(fused, settings).predict(texts) - predicted).abs().max().item()
+    difference = (Classifier(fused).predict(texts) - predicted).abs().max().item()
     print(
         f"seed {seed}: dense {accuracies[0]:.2f} %, upcycled and fused {accuracies[1]:.2f} %; "
         f"loaded from disk its logits differ by {difference:.1g} at most"

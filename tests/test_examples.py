@@ -82,12 +82,19 @@ def test_what_its_docstring_fuses_on_the_command_line(
     assert (tmp_path / "from-checkpoint" / "model.safetensors").exists()
 
 
-def test_minilm_is_fine_tuned_dense_and_upcycled_and_saved_dense(tmp_path: Path) -> None:
+def test_minilm_is_fine_tuned_dense_upcycled_and_merged(tmp_path: Path) -> None:
     data = tmp_path / "sentences.tsv"
     lines = [f"{i}\t{rating}\tA {word} film." for i, (rating, word) in enumerate(
         [(2.5, "good"), (-1.5, "bad")] * 10
     )]  # fmt: skip
     data.write_text("\n".join(lines))
+    printed = run("meo_finetune.py", "--data", data, "--out", tmp_path / "meo")
+    table = (tmp_path / "meo" / "results.md").read_text()
+    assert table in printed
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        f"| {run}"
+        for run in ("dense", "vanilla MoE", "MEO task", "MEO sequence", "MEO token", "ExFusion mb")
+    ]
     out = tmp_path / "out"
     printed = run("upcycle_minilm.py", "--data", data, "--out", out)
     assert "loaded from disk its logits differ by 0 at most" in printed

@@ -180,8 +180,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit() -> None:
     torch.testing.assert_close(dict(second.state_dict()), dict(whole.state_dict()), rtol=0, atol=0)
 
 
-def sharded(rank: int, shape: Any) -> Any:
-    model = exf.fully_shard(small(), mesh=mesh_of(*shape))
+def sharded(rank: int, wrapped: nn.Module, shape: Any) -> Any:
+    model = exf.fully_shard(copy.deepcopy(wrapped), mesh=mesh_of(*shape))
     optimizer = exf.ExpertAdamW(model.parameters(), lr=1e-2)
     for seed in range(20):
         x = my_part(rank, [inputs(32, batch=12, seed=seed).float()])[0]
@@ -203,7 +203,7 @@ def test_ranks_hold_stacks_in_bfloat16_and_end_alike(shape: tuple[int, ...]) -> 
         optimizer.step()
         optimizer.zero_grad()
     expected = exf.fused_state_dict(model)["blocks.0.fc1.weight"]
-    states = on_threads(torch.Size(shape).numel(), sharded, shape)
+    states = on_threads(torch.Size(shape).numel(), sharded, small(), shape)
     for state, fused in states:
         assert state["blocks.0.fc1.parametrizations.weight.original"].dtype == torch.bfloat16
         torch.testing.assert_close(state, states[0][0], rtol=0, atol=0)

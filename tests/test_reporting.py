@@ -97,7 +97,9 @@ def test_parts_that_were_wrapped_apart_are_reported_by_their_names_in_the_whole(
     assert summary.num_groups == 4
     assert [config.num_experts for config in summary.configs] == [3, 5]
     assert [linear.num_experts for linear in summary.linears] == [3] * 4 + [5] * 4
-    assert "dw, 3 experts and sw, 5 experts: 8 linears in 4 FFN groups" in str(summary)
+    assert "ExFusion dw, 3 experts and ExFusion sw, 5 experts: 8 linears in 4 FFN groups" in str(
+        summary
+    )
     groups = {name.split("/")[1] for name in exf.metrics(model)}
     assert groups == {f"{part}.blocks.{i}" for part in ("image", "text") for i in range(2)}
     assert {name.split("/")[1] for name in exf.metrics(model.text)} == {"blocks.0", "blocks.1"}

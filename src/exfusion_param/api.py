@@ -75,7 +75,7 @@ def fuse(model: Model) -> Model:
     groups = groups_of(model)
     for weights in groups:
         weights.release()
-    check_fusable(model, linears)
+    check_fusable(model, linears, groups)
     warn_of_empty_banks(groups)
     for weights in groups:
         weights.retire()

@@ -47,8 +47,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """What a wrapped model's tensors are, as plain values for JSON or a torch checkpoint.
 
     Returns:
-        `version`; `wraps`, for each config the FFN groups with their linears and fused tensors;
-        `keys`, those of the dense state dict; `tied`, lists of keys that are one tensor.
+        `version`; `wraps`, for each method and config the FFN groups with their linears and fused
+        tensors; `keys`, those of the dense state dict; `tied`, lists of keys that are one tensor.
 
     Raises:
         ValueError: nothing is wrapped.
@@ -61,7 +61,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         config = weights.config.to_dict()
         wrap = next((wrap for wrap in wraps if wrap["config"] == config), None)
         if wrap is None:
-            wraps.append(wrap := {"config": config, "groups": []})
+            method = weights.config.label.split()[0]
+            wraps.append(wrap := {"method": method, "config": config, "groups": []})
         wrap["groups"].append({"name": group_names[weights], "linears": linears})
     if not wraps:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to describe.")

@@ -159,6 +159,11 @@ class ExpertConfig:
         return True
 
     @property
+    def ships_dense(self) -> bool:
+        """Whether a trained model can be fused to a dense one."""
+        return True
+
+    @property
     def follows_inputs(self) -> bool:
         """Whether fusion weights depend on the inputs of the linears."""
         return True

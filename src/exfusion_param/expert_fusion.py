@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import functional
 from .experts import upcycled_experts
 from .fusion_weights import FusionWeights
 from .shards import assign, fuse, local, with_all_experts
@@ -31,7 +30,7 @@ class ExpertFusion(nn.Module):
 
     def forward(self, experts: Tensor) -> Tensor:
         """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
-        return functional.fuse(experts, self.fusion_weights())
+        return self.fusion_weights.fuse(experts)
 
     def right_inverse(self, tensor: Tensor) -> Tensor:
         """The stack, shape (N, *S), for a dense tensor, shape (*S).

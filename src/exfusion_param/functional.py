@@ -10,12 +10,12 @@ fused weight summed in it would lose what the experts differ by. The sum is cast
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .dtypes import accumulation_dtype
 from .expert_sums import fuse_into, products_with
 
@@ -31,7 +31,7 @@ def fuse(experts: Tensor, weights: Tensor) -> Tensor:
         The fused tensor, shape (*S), in the dtype of `experts`.
     """
     dtype = accumulation_dtype(experts.dtype)
-    with _without_autocast(experts.device):
+    with without_autocast(experts.device):
         weights = weights.to(experts.device, dtype)
         if experts.dtype != dtype and not torch.compiler.is_compiling():
             fused: Tensor = _FuseLowPrecision.apply(experts, weights)
@@ -59,7 +59,7 @@ class _FuseLowPrecision(torch.autograd.Function):
         """`dL/dE_i = w_i G` and `dL/dw_i = <E_i, G>`."""
         experts, weights = ctx.saved_tensors
         of_experts = of_weights = None
-        with _without_autocast(experts.device):
+        with without_autocast(experts.device):
             if ctx.needs_input_grad[0]:
                 factors = weights.view(-1, *[1] * gradient.ndim)
                 if torch.is_grad_enabled():  # for second derivatives
@@ -85,7 +85,7 @@ def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         `w`, shape (N,), summing to one, in float32 or float64.
     """
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         shares = _shares(x, router)
         return shares.mean(dim=0) if mask is None else _token_weights(mask, shares) @ shares
 
@@ -102,7 +102,7 @@ def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> 
         `w`, shape (N,), and behind it `A`, shape (N, D), flattened: the means over tokens t of the
         shares `s_t = softmax(G(x_t))` and of their outer products with x_t. Shape (N + N * D,).
     """
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         shares = _shares(x, router)  # (tokens, N)
         tokens = x.reshape(-1, x.shape[-1]).to(shares.dtype)  # (tokens, D)
         if mask is None:
@@ -157,9 +157,3 @@ def update_bank(bank: Tensor, weights: Tensor, momentum: float) -> Tensor:
         The new bank, shape (N,). The gradient flows into `weights`.
     """
     return momentum * bank + (1 - momentum) * weights
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device.type):  # such as "meta"
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import step_hooks
+from . import functional, step_hooks
 from .dtypes import accumulation_dtype
 from .expert_config import ExpertConfig
 from .linear_class import MakeForward, PlaceInGroup
@@ -69,6 +69,17 @@ class FusionWeights(nn.Module):
         Args:
             generator: draws a router; None takes torch's global one.
         """
+
+    def fuse(self, experts: Tensor) -> Tensor:
+        """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
+        return functional.fuse(experts, self())
+
+    def require_fusable(self) -> None:
+        """Raise a ValueError unless there is one dense model to fuse to."""
+
+    def reported(self) -> Tensor:
+        """What `metrics` says of the fusion weights, shape (N,)."""
+        return whole(self())
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
         """What makes the `forward` of a linear of the group; None leaves it as it is."""

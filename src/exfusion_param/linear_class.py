@@ -42,11 +42,13 @@ class PlaceInGroup:
     """What a linear is to its FFN group.
 
     Args:
+        index: which of them it is, in the order in which they run.
         is_first: runs first, and its weight owns the fusion weights.
         reads_input: reads the FFN's input, as the first one does, and gate and value alike.
         is_last: runs last.
     """
 
+    index: int
     is_first: bool
     reads_input: bool
     is_last: bool

@@ -61,12 +61,11 @@ class MemoryBank(TokenPool):
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
         self.pending = PendingMean(self._anchor, self._find_ranks)
         self.is_bypassed = False
-        self.current: Tensor | None = None
         self.reset_parameters(generator)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: neither the running forward nor what waits for a step."""
-        return self.__dict__ | {"current": None, "token_mask": None, "pending": None}
+        return super().__getstate__() | {"pending": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -109,7 +108,7 @@ class MemoryBank(TokenPool):
 
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
-        self._remember(self._moved_by(x) if self.training else None)
+        self.remember("current", self._moved_by(x) if self.training else None)
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
@@ -121,17 +120,6 @@ class MemoryBank(TokenPool):
             weights = functional.route(x, self.router, self.mask_for(x))
             weights = self.pending.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
-
-    def _remember(self, current: Tensor | None) -> None:
-        if torch.compiler.is_compiling():
-            # torch.compile refuses attributes that are set within activation checkpointing, as its
-            # backward does not set them anew. This one is None again when the forward is over. The
-            # function is private, and torch's only way to say so for one attribute.
-            torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
-                setattr, self, "current", current
-            )
-        else:
-            self.current = current
 
     def count(self, x: Tensor, y: Tensor) -> Tensor:
         """Under `fuse_on="step"`: note what the router says of a micro-batch, with its gradient.
@@ -185,10 +173,6 @@ class MemoryBank(TokenPool):
                 "reads: before it, or outside of its checkpoint. Checkpoint the whole FFN, or give "
                 "each linear a router of its own: wrap(model, shared_router=False)."
             )
-
-    def release(self) -> None:
-        """The group's forward is over."""
-        self._remember(None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
         self.pending.follow(None)  # torch does not move a DTensor that has weak references

@@ -41,7 +41,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     values: dict[str, Tensor] = {}
     distances = iter(_distances(groups))
     for weights, name in groups.items():
-        fusing = whole(weights()).float()
+        fusing = whole(weights.reported()).float()
         values |= {f"fusion_weights/{name}/{i}": weight for i, weight in enumerate(fusing)}
         values[f"entropy/{name}"] = entropy = _entropy(fusing)
         values[f"effective_experts/{name}"] = entropy.exp()

@@ -48,12 +48,12 @@ class GroupPlan:
 
     def carry_out(self) -> None:
         """Parametrize the linears with the stacks."""
-        names = list(self.group.linears)
-        for fqn, linear in self.group.linears.items():
+        for index, (fqn, linear) in enumerate(self.group.linears.items()):
             place = PlaceInGroup(
-                is_first=fqn == names[0],
+                index=index,
+                is_first=index == 0,
                 reads_input=fqn in self.group.inputs,
-                is_last=fqn == names[-1],
+                is_last=index == len(self.group.linears) - 1,
             )
             attach(linear, self.weights, self.stacks[fqn], place)
         self.weights.settle()

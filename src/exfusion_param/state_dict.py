@@ -50,7 +50,10 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         memory with the model, as in `state_dict()`. DTensors for a sharded model: each rank fuses
         its own part, and nothing but fusion weights is gathered.
     """
-    warn_of_empty_banks(groups_of(model))
+    groups = groups_of(model)
+    for weights in groups:
+        weights.require_fusable()
+    warn_of_empty_banks(groups)
     return OrderedDict(
         (key, fused_tensor(value.linear, value.name) if isinstance(value, _Fused) else value)
         for key, value in _dense_view(model).items()

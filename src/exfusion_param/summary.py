@@ -144,8 +144,11 @@ def _summary(model: nn.Module) -> Summary:
     inside = set(map(id, leaves))  # derived from the stacks, with a gradient of their own
     parameters = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    surplus: list[Tensor] = [*fusion]
+    surplus: list[Tensor] = []
     for weights in groups:  # all but one expert, or but the displacement of all
+        if not weights.config.ships_dense:
+            continue
+        surplus += weights.parameters()
         shared = [leaf for _, leaf in leaves_of(weights) if isinstance(leaf, SharedDisplacement)]
         surplus += [leaf.decay for leaf in shared]
         surplus += [stack if shared else stack[1:] for stack in weights.expert_stacks()]

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .discovery import FFNGroup
 from .expert_config import ExpertConfig
+from .fusion_weights import FusionWeights
 from .parametrization import dense_tensors, fused_names, fusion_of, fusion_weights_of, original
 from .projections import ADAPTED
 
@@ -71,10 +72,14 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
         )
 
 
-def check_fusable(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+def check_fusable(
+    model: nn.Module, linears: Mapping[str, nn.Module], groups: Iterable[FusionWeights]
+) -> None:
     """Raise a ValueError unless `fuse` can leave plain weights in all of the wrapped linears."""
     if not linears:
         raise ValueError(f"{type(model).__name__} has no wrapped linear, so nothing to fuse.")
+    for weights in groups:
+        weights.require_fusable()
     _refuse(
         linears,
         is_sharded,

@@ -114,6 +114,11 @@ class WrappedLayout:
                 "knows 1. Update exfusion_param."
             )
         for wrap in entry["wraps"]:
+            if wrap.get("method", "ExFusion") != "ExFusion":
+                raise CheckpointError(
+                    f"The checkpoint is one of {wrap['method']}, which has no dense form without "
+                    "its model. Load it into the wrapped model, and call meo.fuse(model, task=...)."
+                )
             config = ExFusionConfig.from_dict(wrap["config"])
             for group in wrap["groups"]:
                 linears = group["linears"]

@@ -1,0 +1,92 @@
+"""The loss that keeps gates from choosing the same experts for all samples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..parametrization import groups_of
+from ..ranks import ALONE, Ranks
+from .gate import Gate
+from .gating import squared_variation
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """`balance_weight (CV^2(importance) + CV^2(load))`, summed over all gates.
+
+        loss = task_loss + meo.balance_loss(model)
+
+    Of Shazeer et al. (arXiv 1701.06538, Eq. 6 to 11). The importance of an expert is the sum of its
+    gates over the samples, or segments, that the model's last forward in training has seen; its
+    load is how many of them it can expect. Of several ranks each says the same, for the samples of
+    all: a mean of the ranks' losses, as DDP and FSDP take it, is that of one rank with all samples.
+
+    Args:
+        model: a model wrapped by `meo.wrap`, between its forward and the backward.
+
+    Returns:
+        A scalar in float32 or float64; zero for a forward in eval or without gradients.
+
+    Raises:
+        ValueError: the model has no gates.
+        RuntimeError: no forward in training came before, or none with a graph.
+    """
+    gates = gates_of(model)
+    if torch.is_grad_enabled() and all(gate.training and not gate.said for gate in gates):
+        raise RuntimeError(
+            "balance_loss() comes after a forward in training and before the optimizer's step. "
+            "Activation checkpointing leaves a graph of the gates with use_reentrant=False alone."
+        )
+    by_size: dict[Any, list[Gate]] = defaultdict(list)
+    for gate in gates:
+        if gate.said:
+            by_size[gate.config.num_experts, gate.gate.device].append(gate)
+    total = torch.zeros((), device=gates[0].gate.device)
+    for alike in by_size.values():
+        values = _summed(torch.stack([_statistics(gate) for gate in alike]), alike[0].ranks)
+        factors = values.new_tensor([gate.config.balance_weight for gate in alike])
+        loss = (squared_variation(values).sum(dim=1) * factors).sum()
+        total = total + loss.to(total.device)
+    return total
+
+
+def gates_of(model: nn.Module) -> list[Gate]:
+    """The gates of a model, in its order.
+
+    Raises:
+        ValueError: it has none.
+    """
+    gates = [weights for weights in groups_of(model) if isinstance(weights, Gate)]
+    if not gates:
+        raise ValueError(f"{type(model).__name__} has no gates. Wrap it with meo.wrap(model).")
+    return gates
+
+
+def _statistics(gate: Gate) -> Tensor:
+    """Importance and load of the experts, shape (2, N)."""
+    importance = torch.stack([said.importance for said in gate.said]).sum(dim=0)
+    return torch.stack([importance, torch.stack([said.load for said in gate.said]).sum(dim=0)])
+
+
+def _summed(values: Tensor, ranks: Ranks) -> Tensor:
+    if ranks is ALONE:
+        return values
+    summed: Tensor = _SumOverRanks.apply(values, ranks)
+    return summed
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks, of which each has the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """The mean of the ranks' losses divides by their number; the sum makes up for it."""
+        return ctx.ranks.sum(gradient.clone()), None

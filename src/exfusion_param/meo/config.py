@@ -1,0 +1,137 @@
+"""The settings of Merging Experts into One."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from ..expert_config import ExpertConfig, check_type
+
+Level = Literal["task", "sequence", "token"]
+Gating = Literal["noisy_top_k", "softmax"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MEOConfig(ExpertConfig):
+    """What `meo.wrap` attaches to a model. Immutable, checked when it is made.
+
+    The defaults are those of He et al., 2023 (arXiv 2310.09832): 8 experts, of which 4 are merged.
+
+    Args:
+        level: what has a merged weight of its own. `"task"`: the whole batch, by the task that
+            `meo.set_task` names; `"sequence"`: each sample, by the mean of its tokens; `"token"`:
+            as `"sequence"`, and each token goes through a small residual block first.
+        num_experts: N, the experts of each linear, at least 2.
+        top_k: k, how many experts are merged, 1 to N.
+        gating: `"noisy_top_k"` (Shazeer et al., arXiv 1701.06538), or `"softmax"` over all experts
+            on the normalised mean, which is SMEAR (Muqeeth et al., arXiv 2306.03745); it has no
+            noise, and top_k is N.
+        shared_gate: one gate for each FFN, on its input; otherwise one for each linear, on its own.
+        task_dim: size of a task's embedding, or how many tasks there are. `"task"` only.
+        causal: never let a token see later ones, by gates from the segment before (Lory, arXiv
+            2405.03133); None does so where the attention beside an FFN is causal.
+        segment_length: tokens of a segment.
+        batch_dim: dimension of a linear's input that runs over samples; None takes the first, or in
+            torch's own Transformer layers the one that they say.
+        balance_weight: what `meo.balance_loss` multiplies its sum by.
+        expert_init: as for ExFusion. Gates sum to one, so that upcycled experts without noise leave
+            the function exactly as it was; they separate as samples choose among them.
+        upcycle_noise: standard deviation of the noise, as a share of the weight's own.
+        drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
+        layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
+            from the end; None wraps all.
+        seed: makes the experts and token blocks reproducible; None draws on torch's global
+            generator.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has a value outside its range, or two do not go together.
+    """
+
+    level: Level = "sequence"
+    num_experts: int = 8
+    top_k: int | None = None
+    gating: Gating = "noisy_top_k"
+    shared_gate: bool = False
+    task_dim: int | None = None
+    causal: bool | None = None
+    segment_length: int = 256
+    batch_dim: int | None = None
+    balance_weight: float = 0.01
+    upcycle_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("level", get_args(Level))
+        self._check_choice("gating", get_args(Gating))
+        self._check_top_k()
+        self._check_task()
+        check_type("segment_length", self.segment_length, int)
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length must be >= 1, got {self.segment_length}.")
+        if self.batch_dim is not None:
+            check_type("batch_dim", self.batch_dim, int)
+            if self.batch_dim not in (0, 1):
+                raise ValueError(f"batch_dim must be 0, 1 or None, got {self.batch_dim}.")
+        check_type("balance_weight", self.balance_weight, int, float)
+        if not 0 <= self.balance_weight < float("inf"):
+            raise ValueError(f"balance_weight must be >= 0 and finite, got {self.balance_weight}.")
+        for name, kinds in (("shared_gate", (bool,)), ("causal", (bool, type(None)))):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+
+    def _check_top_k(self) -> None:
+        if self.gating == "softmax":
+            if self.top_k not in (None, self.num_experts):
+                raise ValueError(
+                    f'gating="softmax" merges all {self.num_experts} experts, got top_k='
+                    f'{self.top_k}. Leave top_k out, or use gating="noisy_top_k".'
+                )
+            return
+        if self.top_k is None:
+            return
+        check_type("top_k", self.top_k, int)
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k must be from 1 to num_experts = {self.num_experts}, got {self.top_k}."
+            )
+
+    def _check_task(self) -> None:
+        if (self.level == "task") != (self.task_dim is not None):
+            raise ValueError(
+                'level="task" needs task_dim, the number of tasks or the size of their embeddings; '
+                f"no other level has one. Got level={self.level!r}, task_dim={self.task_dim!r}."
+            )
+        if self.task_dim is not None:
+            check_type("task_dim", self.task_dim, int)
+            if self.task_dim < 1:
+                raise ValueError(f"task_dim must be >= 1, got {self.task_dim}.")
+        if self.level == "task" and self.causal:
+            raise ValueError('level="task" sees no tokens, so causal=True means nothing for it.')
+
+    @property
+    def kept(self) -> int:
+        """k: how many experts are merged; half of them unless top_k says otherwise."""
+        if self.gating == "softmax":
+            return self.num_experts
+        return self.top_k or max(1, self.num_experts // 2)
+
+    @property
+    def label(self) -> str:
+        """The method and its level."""
+        return f"MEO {self.level}, top {self.kept}"
+
+    @property
+    def shares_fusion_weights(self) -> bool:
+        """Whether the linears of an FFN have one gate."""
+        return self.shared_gate
+
+    @property
+    def ships_dense(self) -> bool:
+        """Whether a trained model can be fused to a dense one, for each task."""
+        return self.level == "task"
+
+    @property
+    def follows_inputs(self) -> bool:
+        """Whether gates depend on the inputs of the linears."""
+        return self.level != "task"

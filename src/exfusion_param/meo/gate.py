@@ -1,0 +1,170 @@
+"""The gate of one linear, or of one FFN: fusion weights that choose among experts.
+
+As all fusion weights it belongs to the parametrization of its first linear. At the task level it
+gives one vector, and the linears fuse with it as under ExFusion. At the sequence and token levels
+each sample has gates of its own, and the linear's `forward` merges for them (gated_forward.py).
+
+Storage: `gate`, the W_g of the gating, and `noise`, its W_noise, both (N, D) and zero at the start;
+`blocks`, one for each linear, at the token level.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..autocast import without_autocast
+from ..fusion_weights import Linears, uniform_weights
+from ..linear_class import MakeForward, PlaceInGroup
+from ..token_pool import TokenPool
+from .config import MEOConfig
+from .gated_forward import GatedBySample, GatedByTask
+from .gating import Gates, noisy_top_k, softmax_gates
+from .per_sample import per_sample_weight
+from .token_block import TokenBlock
+
+
+class Gate(TokenPool):
+    """Chooses k of N experts.
+
+    Args:
+        group: name of the FFN group, or of the linear.
+        first_linear: name of the first linear within the FFN.
+        config: the settings.
+        linears: the linears that this gate is for.
+        in_features: D of the gate, and of each linear's token block.
+        is_causal: whether tokens must not see later ones.
+        batch_dim: dimension of the input that runs over samples.
+        device: where the gate lives.
+        dtype: float32 or float64.
+        generator: draws the token blocks.
+    """
+
+    config: MEOConfig
+    task: Tensor | None
+
+    def __init__(
+        self,
+        group: str,
+        first_linear: str,
+        config: MEOConfig,
+        linears: Linears,
+        *,
+        in_features: tuple[int, ...],
+        is_causal: bool,
+        batch_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(group, first_linear, config, linears)
+        self.is_causal = is_causal
+        self.batch_dim = batch_dim
+        self.said: tuple[Gates, ...] = ()  # in the running forward of the model
+        self.mean_gates: Tensor | None = None  # of the last forward in training
+        shape = (config.num_experts, config.task_dim or in_features[0])
+        self.gate = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if config.gating == "noisy_top_k":
+            self.noise = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if config.level == "token":
+            self.blocks = nn.ModuleList(TokenBlock(d, device, dtype) for d in in_features)
+        self.register_buffer("task", None, persistent=False)
+        self.reset_parameters(generator)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a deepcopy takes along: not the running forward."""
+        return super().__getstate__() | {"said": (), "mean_gates": None}
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Zero the gate and its noise, and draw the token blocks."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+        for block in self.children():
+            for each in block.children():
+                if isinstance(each, TokenBlock):
+                    each.reset_parameters(generator)
+
+    def forward(self) -> Tensor:
+        """The gates of the whole batch, shape (N,); outside of a forward without noise.
+
+        Raises:
+            RuntimeError: each sample has its own, or no task is set.
+        """
+        if self.config.level != "task":
+            raise RuntimeError(
+                f"{self.group!r} has gates for each sample, and none for all. Only a model that is "
+                'wrapped with level="task" is one dense model for each task.'
+            )
+        return self.choose_for_task().gates[0] if self.current is None else self.current
+
+    def reported(self) -> Tensor:
+        """The mean gates of the last step in training, shape (N,); 1/N before the first."""
+        if self.config.level == "task" and self.task is not None:
+            return self.choose_for_task().gates[0]
+        if self.mean_gates is not None:
+            return self.mean_gates
+        return self.start()
+
+    def start(self) -> Tensor:
+        """1/N, shape (N,)."""
+        gate = self.gate
+        return uniform_weights(self.config.num_experts, gate.device, gate.dtype)
+
+    def fuse(self, experts: Tensor) -> Tensor:
+        """The fused tensor at the task level; what stands for it at the others, shape (*S)."""
+        return super().fuse(experts) if self.config.level == "task" else per_sample_weight(experts)
+
+    def require_fusable(self) -> None:
+        """Raise a ValueError unless there is one dense model to fuse to."""
+        if self.config.level != "task":
+            raise ValueError(
+                f'level="{self.config.level}" has a weight for each sample, so that no dense model '
+                'computes the same. Train with level="task" to fuse, or ship the wrapped model.'
+            )
+        if self.task is None:
+            raise ValueError("No task is set. Call meo.fuse(model, task=...).")
+
+    def forward_of(self, place: PlaceInGroup) -> MakeForward:
+        """Fuses for the batch, or merges for each sample."""
+        return GatedByTask(place) if self.config.level == "task" else GatedBySample(place)
+
+    def choose_for_task(self, is_noisy: bool = False) -> Gates:
+        """The gates for the task that is set, as for one sample."""
+        if self.task is None:
+            raise RuntimeError('level="task" needs a task. Call meo.set_task(model, task) first.')
+        return self.choose(self.task.unsqueeze(0), is_noisy)
+
+    def choose(self, pooled: Tensor, is_noisy: bool) -> Gates:
+        """The gates for what was pooled of each sample, shape (B, D)."""
+        with without_autocast(pooled.device):
+            pooled = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+            if self.config.gating == "softmax":
+                normalised = F.layer_norm(pooled, pooled.shape[-1:])
+                return softmax_gates(normalised @ self.gate.to(pooled.dtype).mT)
+            logits = pooled @ self.gate.to(pooled.dtype).mT
+            deviation = F.softplus(pooled @ self.noise.to(pooled.dtype).mT) if is_noisy else None
+            return noisy_top_k(logits, self.config.kept, deviation)
+
+    def record(self, gates: Gates) -> None:
+        """Keep what the gate said in training, for `balance_loss` and `metrics`."""
+        # Activation checkpointing runs the forward again in the backward.
+        is_counted = self.training and torch.is_grad_enabled()
+        if is_counted and (
+            torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        ):
+            self.remember("said", (*self.said, gates))
+
+    def forget(self) -> None:
+        """A new forward of the model begins, or an optimizer has stepped."""
+        if self.said:
+            with torch.no_grad():
+                total = torch.stack([gates.importance for gates in self.said]).sum(dim=0)
+                self.mean_gates = total / total.sum()
+            self.said = ()
+
+    def optimizer_stepped(self, skipped: Tensor | None) -> None:
+        """Forget what was said: its graph is of no more use."""
+        self.forget()

@@ -1,0 +1,131 @@
+"""The `forward` of linears under a gate, see ..linear_class."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..linear_class import PlaceInGroup
+from ..projections import Projection
+from .merging import merged_linear
+from .pooling import Segments, mean_of_tokens, segments_of
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedByTask:
+    """The dense forward, on a weight and bias that are fused under the same gates.
+
+    Args:
+        place: of the linear in its group.
+    """
+
+    place: PlaceInGroup
+
+    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
+        """The forward for a dense class."""
+        dense_forward, place = dense.forward, self.place
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            gate = self.parametrizations.weight[0].fusion_weights
+            if place.is_first or gate.current is None:
+                chosen = gate.choose_for_task(is_noisy=gate.training)
+                gate.record(chosen)
+                gate.remember("current", chosen.gates[0])
+            try:
+                return dense_forward(self, *args, **kwargs)
+            finally:
+                if place.is_last:
+                    gate.release()
+
+        return forward
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedBySample:
+    """Merges the experts for each sample, or each segment of it.
+
+    Args:
+        place: of the linear in its group.
+    """
+
+    place: PlaceInGroup
+
+    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
+        """The forward for a dense class, which computes no more than its weight and bias."""
+        place, feature_dim = self.place, projection.feature_dim
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            gate = self.parametrizations.weight[0].fusion_weights
+            features_last = x.movedim(feature_dim, -1)
+            is_moved = gate.batch_dim > 0 and features_last.ndim > 2
+            samples_first = features_last.movedim(gate.batch_dim, 0) if is_moved else features_last
+            try:
+                y = _gated(self, gate, place, projection, samples_first)
+            finally:
+                if place.is_last:
+                    gate.release()
+            y = y.movedim(0, gate.batch_dim) if is_moved else y
+            return y.movedim(-1, feature_dim)
+
+        return forward
+
+
+def _gated(linear: Any, gate: Any, place: PlaceInGroup, projection: Projection, x: Tensor) -> Any:
+    """The output, shape (B, ..., out), for an input of shape (B, ..., D)."""
+    tokens, mask = _in_samples(gate, x)
+    segments = segments_of(tokens, gate.config.segment_length, mask) if gate.is_causal else None
+    gates = _gates(gate, place, tokens, mask, segments)
+    if gate.config.level == "token":
+        # Applied to segments or tokens alike: each token goes through it alone.
+        block = gate.blocks[place.index]
+        tokens = block(tokens)
+        if segments is not None:
+            segments = dataclasses.replace(segments, x=block(segments.x))
+    stacks = {name: fusions.original for name, fusions in linear.parametrizations.items()}
+    arguments: dict[str, Any] = {
+        "gates": gates,
+        "experts": stacks["weight"].flatten(2),  # of a convolution with a kernel of one
+        "bias": stacks.get("bias"),
+        "kept": gate.config.kept,
+        "is_transposed": projection.weight_out == 1,
+    }
+    if segments is None:
+        y = merged_linear(tokens, **arguments)
+    else:
+        parts = merged_linear(segments.x.flatten(0, 1), **arguments)
+        y = segments.joined(parts.unflatten(0, segments.x.shape[:2]))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _gates(
+    gate: Any, place: PlaceInGroup, tokens: Tensor, mask: Tensor | None, segments: Segments | None
+) -> Tensor:
+    """Gates of the samples or segments, shape (B, N): those of the FFN's input if it has one."""
+    if not place.is_first and gate.current is not None:
+        shared: Tensor = gate.current
+        return shared
+    pooled = mean_of_tokens(tokens, mask) if segments is None else segments.pooled.flatten(0, 1)
+    chosen = gate.choose(pooled, is_noisy=gate.training)
+    gate.record(chosen)
+    if not place.is_last:
+        gate.remember("current", chosen.gates)
+    gates: Tensor = chosen.gates
+    return gates
+
+
+def _in_samples(gate: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The tokens by sample, shape (B, T, D), with their mask, shape (B, T), if there is one.
+
+    A mask also says which tokens are of one sample where a model has put all in one dimension.
+    """
+    mask = gate.mask_for(x)
+    if mask is not None:
+        return x.reshape(*mask.shape, x.shape[-1]), mask
+    if x.ndim == 1:
+        return x.view(1, 1, -1), None
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), None

@@ -1,0 +1,61 @@
+"""What the modules around an FFN say of the tokens that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+_TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_CAUSAL = ("is_causal", "is_decoder")
+
+
+def is_causal(model: nn.Module, ffn: str) -> bool:
+    """Whether the FFN of a model must not see later tokens, as the attention beside it.
+
+    Attention modules of transformers say so in `is_causal` or `is_decoder`, others by their name or
+    that of the model. torch's `nn.TransformerDecoderLayer` is made for masks that hide later ones.
+
+    Args:
+        model: any module.
+        ffn: name of the FFN in it.
+    """
+    for holder in _holders(model, ffn):
+        if isinstance(holder, nn.TransformerDecoderLayer):
+            return True
+        said = [module for module in holder.modules() if _speaks(module)]
+        if said:
+            return any(_says_causal(module) for module in said)
+    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+
+
+def batch_dim(model: nn.Module, ffn: str) -> int:
+    """Dimension of the FFN's input that runs over samples: 0, but for torch's layers as they are.
+
+    Args:
+        model: any module.
+        ffn: name of the FFN in it.
+    """
+    for holder in _holders(model, ffn):
+        if isinstance(holder, _TORCH_LAYERS):
+            return 0 if holder.self_attn.batch_first else 1
+    return 0
+
+
+def _holders(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """A module of the model and all that hold it, from the inside."""
+    while name:
+        yield model.get_submodule(name)
+        name = name.rpartition(".")[0]
+    yield model
+
+
+def _speaks(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    is_attention = "attention" in name or "attn" in name
+    return is_attention and ("causal" in name or any(hasattr(module, flag) for flag in _CAUSAL))
+
+
+def _says_causal(module: nn.Module) -> bool:
+    is_named_so = "causal" in type(module).__name__.lower()
+    return is_named_so or any(getattr(module, flag, False) is True for flag in _CAUSAL)
