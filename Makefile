@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test nightly bench clean
+.PHONY: demo test nightly bench faults clean
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +25,9 @@ bench: .venv/installed  ## time, memory and precision against dense and peers; a
 	$(BIN)/python benchmarks/scaling.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/low_precision.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/meo.py
+
+faults: .venv/installed  ## kills, full disks, damaged and malformed files, a long run; about 30 minutes
+	$(BIN)/python -W ignore tools/faults.py
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs

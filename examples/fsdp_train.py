@@ -21,7 +21,6 @@ from support import fashion, ranks
 from support.sharded_export import check, export
 from support.sharded_init import init
 from support.sharded_log import SharedLog
-from support.sharded_state import TrainState
 from timm.models.vision_transformer import VisionTransformer
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
 import exfusion_param as exf
+from exfusion_param.checkpoint import Checkpoints
 
 
 @dataclasses.dataclass
@@ -97,8 +97,7 @@ def build_sharded(settings: Settings, device: torch.device) -> Any:
     model.set_grad_checkpointing(settings.checkpointing)
     shape = (settings.replicas, distributed.get_world_size() // settings.replicas)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    dtype = torch.bfloat16 if settings.bf16 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if settings.bf16 else None, torch.float32)
     exf.fully_shard(model, mesh=mesh if settings.replicas > 1 else mesh["shard"], mp_policy=policy)
     init(model.to_empty(device=device), seed=0)
     if settings.compile:
@@ -112,8 +111,10 @@ def train(model: Any, images: TensorDataset, settings: Settings, device: torch.d
     optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.05), lr=settings.lr)
     rise = settings.warmup
     scheduler = LambdaLR(optimizer, lambda step: min((step + 1) / rise, (rise / (step + 1)) ** 0.5))
-    state = TrainState(model, optimizer, scheduler, settings.out / "checkpoints")
-    log = SharedLog(settings.out, settings.batch_size, state.step, settings.steps)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    checkpoints = Checkpoints(settings.out / "checkpoints", parts, keep=1)
+    step = checkpoints.resume()
+    log = SharedLog(settings.out, settings.batch_size, step, settings.steps)
     for x, y in log.progress(ranks.my_batches(images, settings.batch_size, log.steps, device)):
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -121,13 +122,12 @@ def train(model: Any, images: TensorDataset, settings: Settings, device: torch.d
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        state.step += 1
-        is_last = state.step == settings.steps
-        if is_last or state.step % settings.log_every == 0:  # on all ranks together
+        step += 1
+        if step % settings.log_every == 0 or step == settings.steps:  # on all ranks together
             row = {"loss": ranks.mean(loss), "gradient_norm": norm.full_tensor().item()}
-            log.row(state.step, row | exf.metrics(model))
-        if is_last or state.step % settings.save_every == 0:
-            state.save()
+            log.row(step, row | exf.metrics(model))
+        if step % settings.save_every == 0 or step == settings.steps:
+            checkpoints.save(step)
     log.close()
 
 

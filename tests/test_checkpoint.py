@@ -20,7 +20,7 @@ from torch import nn
 
 import exfusion_param as exf
 from exfusion_param import checkpoint, cli
-from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, save_config
+from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, fusing, save_config
 
 VARIANTS = ["sw", "dw", "mb"]
 Save = Callable[[nn.Module, Path], Path]
@@ -107,7 +107,7 @@ def test_any_shape_and_dtype_in_parts_of_any_size(
     folder = tmp_path_factory.mktemp("run")
     model = exf.wrap(FFNs(dim, hidden, bias=bias).to(dtype), config.replace(bank_init="uniform"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "PART_BYTES", 64)
+        patch.setattr(fusing, "PART_BYTES", 64)
         path = fuse_checkpoint(save(model, folder), folder / "dense.safetensors")
     dense, expected = load_file(path), exf.fuse(model).state_dict()
     assert dense.keys() == expected.keys()

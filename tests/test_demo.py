@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
 ) -> None:
     out = tmp_path / "run"
     process = start(out)
-    while not (out / "checkpoint.pt").exists():
+    while not (out / "checkpoints" / "latest").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(by)

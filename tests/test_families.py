@@ -48,6 +48,7 @@ def test_timms_own_saver_takes_a_fused_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("label", FAMILIES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own code
+@pytest.mark.filterwarnings("ignore:The router of:UserWarning")  # with this lr and 2 experts
 def test_wrap_three_steps_fuse_and_a_strict_load_into_a_fresh_model(
     label: str, dtype: torch.dtype
 ) -> None:

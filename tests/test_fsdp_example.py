@@ -112,7 +112,9 @@ def test_a_stopped_run_continues_on_another_number_of_ranks(
     assert max(float((one[name] - early[name]).abs().max()) for name in one) > 1e-3
     first = read_history(tmp_path / "metrics.csv")
     checkpoints = tmp_path / "checkpoints"
-    half_written = checkpoints / f"step-{STEPS - 1}"  # by a run that was killed while saving
+    half_written = (
+        checkpoints / f"step-{STEPS - 1:08d}.partial"
+    )  # by a run that was killed while saving
     half_written.mkdir()
     (half_written / "__0_0.distcp").write_bytes(b"cut off")
 
@@ -121,7 +123,7 @@ def test_a_stopped_run_continues_on_another_number_of_ranks(
     assert both["step"] == [*range(1, STEPS + 1)]
     # A run that starts over would write these rows anew, with other times.
     assert both["images_per_second"][: STEPS // 2] == first["images_per_second"]
-    assert {path.name for path in checkpoints.iterdir()} == {"latest", f"step-{STEPS}"}
+    assert {path.name for path in checkpoints.iterdir()} == {"latest", f"step-{STEPS:08d}"}
 
 
 @contextlib.contextmanager

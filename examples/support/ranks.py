@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import TensorDataset
 
 
@@ -23,7 +25,10 @@ def job() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        distributed.init_process_group(backend)
+        # torchrun may keep its store when it restarts ranks, with the addresses of dead ones in it.
+        store, rank, count = next(rendezvous("env://"))
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     else:
         address = "tcp://localhost:0"
         distributed.init_process_group(backend, address, rank=0, world_size=1)

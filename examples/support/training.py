@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import exfusion_param as exf
-from support import checkpoint
+from exfusion_param.checkpoint import Checkpoints, StopRequest
 from support.data import Data, Images
+from support.settings import remember
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOG_EVERY = 10  # steps
@@ -57,15 +58,6 @@ class Run:
         logits, labels = self.logits(images)
         return 100 * (logits.argmax(1) == labels).float().mean().item()
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {key: part.state_dict() for key, part in vars(self).items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        for key, part in vars(self).items():
-            part.load_state_dict(state[key])
-
 
 class Comparison:
     """Several runs in training side by side, on the same batches.
@@ -73,7 +65,7 @@ class Comparison:
     Args:
         models: the models by the names of their runs; one is called "exfusion".
         data: the images.
-        out: the folder of the checkpoint.
+        out: the folder of the run.
         settings: plain values that must be the same for a run to continue; among them `epochs`,
             `batch_size`, `lr`, `weight_decay`, `save_every` and `seed`.
         optimizers: more settings of the optimizer of some runs.
@@ -96,22 +88,29 @@ class Comparison:
         }
         self.step = 0
         self.rows: list[dict[str, float]] = []  # of metrics.csv
-        self.path = out / "checkpoint.pt"
+        remember(out, settings)
+        parts = {
+            f"{name}-{key}": part
+            for name, run in self.runs.items()
+            for key, part in vars(run).items()
+        }
+        self.checkpoints = Checkpoints(out / "checkpoints", parts | {"history": self}, keep=2)
 
     def train(self) -> None:
         """Train until the last step, from the checkpoint on if there is one."""
-        self.resume()
-        stop = checkpoint.StopRequest()
+        self.step = self.checkpoints.resume()
+        stop = StopRequest()
         with tqdm(total=self.total_steps, initial=self.step, unit="step") as bar:
             for images, labels in self.batches():
                 row = self.train_step(images.to(DEVICE), labels.to(DEVICE))
                 bar.update()
                 bar.set_postfix_str(self.progress(row), refresh=False)
-                if stop.received or self.step % self.settings["save_every"] == 0:
-                    self.save()
-                if stop.received:
+                is_stopped = stop.received()
+                if is_stopped or self.step % self.settings["save_every"] == 0:
+                    self.checkpoints.save(self.step)
+                if is_stopped:
                     sys.exit(f"Stopped after step {self.step}. The same command continues.")
-        self.save()
+        self.checkpoints.save(self.step)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are left; an epoch's order depends on the seed and its number alone."""
@@ -151,16 +150,10 @@ class Comparison:
         measured = [row[key] for row in self.rows if (key := f"accuracy/{name}") in row]
         return measured[-1] if measured else float("nan")
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that `resume` needs."""
-        state: dict[str, Any] = {name: run.state() for name, run in self.runs.items()}
-        state |= {"step": self.step, "rows": self.rows, "settings": self.settings}
-        checkpoint.save(self.path, state)
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the runs."""
+        return {"rows": self.rows}
 
-    def resume(self) -> None:
-        """Continue where the last checkpoint was written, if there is one."""
-        state = checkpoint.load(self.path, self.settings, DEVICE)
-        if state is not None:
-            self.step, self.rows = state["step"], state["rows"]
-            for name, run in self.runs.items():
-                run.load(state[name])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.rows = state["rows"]

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .checkpoint_reader import ENTRY
 from .config import ExFusionConfig
 from .ddp import leave_out_of_ddp
 from .discovery import Filter
 from .fusion_weights import warn_of_empty_banks
+from .names import ENTRY
 from .parametrization import detach, groups_of, wrapped_linears
 from .validation import check_fusable
 from .variants import fusion_weights_for

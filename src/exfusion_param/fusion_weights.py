@@ -125,6 +125,13 @@ class FusionWeights(nn.Module):
                 skipped the step because a GradScaler found an overflow.
         """
 
+    def health(self) -> Tensor | None:
+        """Numbers of one dimension that have to be finite after the step; None if none changed."""
+        return None
+
+    def warn_of(self, health: Tensor) -> None:
+        """Warn of what `health` said, on the CPU."""
+
     def release(self) -> None:
         """The group's forward is over."""
 
@@ -224,6 +231,10 @@ class LearnedWeights(FusionWeights):
     def forward(self) -> Tensor:
         """The learned vector, shape (N,)."""
         return self.weights
+
+    def health(self) -> Tensor | None:
+        """The vector, or this rank's part of it."""
+        return local(self.weights)
 
     def statistics(self, products: Tensor) -> Tensor:
         """`dL/dw`, shape (N,), of which each of several replicas says a part."""

@@ -21,6 +21,12 @@ from .ranks import Ranks
 from .shards import assign, like, local, local_to_differentiate
 from .token_pool import TokenPool
 
+COLLAPSED = 0.99
+"""A router's weight from which on the other experts count for nothing."""
+
+DEAD = 0.01
+"""A fusion weight, times N, below which an expert counts for nothing."""
+
 
 class MemoryBank(TokenPool):
     """`mb`: the running mean `m` of a router's output on the FFN's input (Eq. 10, 11).
@@ -61,6 +67,8 @@ class MemoryBank(TokenPool):
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
         self.pending = PendingMean(self._anchor, self._find_ranks)
         self.is_bypassed = False
+        self._stepped: Tensor | None = None  # what `health` says of the step
+        self._warned: set[str] = set()
         self.reset_parameters(generator)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,10 +206,43 @@ class MemoryBank(TokenPool):
             self._warn_if_bypassed()
         if total is None:
             return
-        weights = mean_of(total)[: len(self.bank)]  # under "step" more statistics are behind them
-        moved = functional.update_bank(self.bank, weights.to(self.bank), self.config.momentum)
+        weights = mean_of(total)[: len(self.bank)].to(self.bank)  # under "step" more is behind them
+        moved = functional.update_bank(self.bank, weights, self.config.momentum)
         stays = total[-1] == 0 if skipped is None else skipped | (total[-1] == 0)
-        self.bank.copy_(torch.where(stays.to(self.bank.device), self.bank, moved))
+        stays = stays.to(self.bank.device)
+        self._stepped = torch.cat(
+            [torch.where(stays, self.bank, weights), local(self.router).sum()[None]]
+        )
+        stays = stays | ~self._stepped.isfinite().all()
+        self.bank.copy_(torch.where(stays, self.bank, moved))
+
+    def health(self) -> Tensor | None:
+        """What the router said at the step, whether it is finite, and the bank times N, 2 N + 1."""
+        stepped, self._stepped = self._stepped, None
+        if stepped is None:
+            return None
+        mass = self.bank.sum()
+        shares = torch.where(mass == 0, 1.0, self.bank * len(self.bank) / mass)
+        return torch.cat([stepped, shares])
+
+    def warn_of(self, health: Tensor) -> None:
+        """Warn once if the router chooses one expert alone, or an expert is never chosen."""
+        said, _, shares = health.split([len(self.bank), 1, len(self.bank)])
+        if said.max() > COLLAPSED and "collapsed" not in self._warned:
+            self._warned.add("collapsed")
+            warnings.warn(
+                f"The router of {self.group!r} has collapsed: expert {int(said.argmax())} has a "
+                f"weight of {said.max():.3f}, and the others next to none. A lower learning rate "
+                "for routers (param_groups(fusion_lr=...)) may help.",
+                stacklevel=2,
+            )
+        if shares.min() < DEAD and "dead" not in self._warned:
+            self._warned.add("dead")
+            warnings.warn(
+                f"Expert {int(shares.argmin())} of {self.group!r} is dead: its fusion weight is "
+                f"less than {DEAD} of an equal share.",
+                stacklevel=2,
+            )
 
     def _warn_if_bypassed(self) -> None:
         if self.is_bypassed or self.bank.is_meta:

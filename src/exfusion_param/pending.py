@@ -202,6 +202,12 @@ class PendingMean:
         is_reset = self._was_written & ~local(anchor.grad).any()
         return torch.where(is_reset, 0, self.total)
 
+    def resume(self, total: Tensor | None) -> None:
+        """Go on from a total of another process, whose gradients the parameters have again."""
+        self.take()
+        self.follow_anchor()
+        self.total = self._all_noted = total
+
     def take(self) -> Tensor | None:
         """The total, and forget all; None where no micro-batch was counted."""
         total, self.total, self._all_noted, self._was_written = self.total, None, None, None

@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from .guards import finish_looking, look_at
 from .ranks import ALONE, all_ranks
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def outdate(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    finish_looking()
     held = _held(optimizer)
     if not held.isdisjoint(_outdated.keys()):
         raise RuntimeError(
@@ -107,6 +109,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if id(leaf) in held and optimizer.state:
                 optimizer.state.setdefault(leaf, {})
         _warn_if_left_out(optimizer, weights, held)
+    look_at(groups)
 
 
 def _update_stacks(groups: Iterable[FusionWeights], optimizer: Optimizer) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..checkpoint import describe
-from ..checkpoint_reader import ENTRY
 from ..ddp import leave_out_of_ddp
 from ..metrics import metrics
+from ..names import ENTRY
 from ..parametrization import wrapped_linears
 
 

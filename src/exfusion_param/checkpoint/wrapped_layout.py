@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint_reader import CheckpointError, CheckpointReader
-from .config import ExFusionConfig
-from .dtypes import accumulation_dtype
-from .fusion_weights import uniform_weights
+from ..config import ExFusionConfig
+from ..dtypes import accumulation_dtype
+from ..fusion_weights import uniform_weights
+from .reader import CheckpointError, CheckpointReader
 from .safetensors_writer import TensorSpec
 
 _OWNED = {"sw": None, "dw": "weights", "mb": "bank"}

@@ -6,8 +6,11 @@ mapping stays there until it is closed. Nothing is unpickled but tensors and pla
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import pickle
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .names import clean_name
+from ..names import ENTRY, clean_name
+from .pieces import Piece, Pieces
 from .safetensors_writer import DTYPES, TensorSpec
 
 CONFIG = "config.json"
-ENTRY = "exfusion"
-"""The name of the package's own entry in config.json, or in a torch file beside its tensors."""
 
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
+JSON_BYTES = 10**8
+"""How large a JSON file may be; safetensors sets the same bound to its headers."""
+
 _NAMES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.pt")
+_SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints call it
 _NESTED = ("state_dict", "model_state_dict", "model", "module")  # in a trainer's torch file
 
 
@@ -37,7 +43,7 @@ class CheckpointReader:
 
     Args:
         path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` or an index of
-            shards (`model.safetensors.index.json`).
+            shards (`model.safetensors.index.json`), or the shards of a distributed checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read.
@@ -45,27 +51,32 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.folder = path if path.is_dir() else path.parent
-        self._place_of: dict[str, tuple[Path, str]] = {}
-        self.specs: dict[str, TensorSpec] = {}
         self.entry: Any = None
+        pieces: dict[str, list[Piece]] = defaultdict(list)
         for file in _files(path):
             with _opened(file) as tensors:
                 for name in tensors.names:
-                    self.specs[clean_name(name)] = tensors.spec(name)
-                    self._place_of[clean_name(name)] = file, name
+                    opened = functools.partial(_opened_tensor, file, name)
+                    piece = Piece(opened, tensors.offsets(name), tensors.spec(name))
+                    pieces[clean_name(name)].append(piece)
                 self.entry = self.entry or tensors.entry
+        self._tensors = {name: _put_together(name, parts) for name, parts in pieces.items()}
+        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
 
     def drop_prefix(self, prefix: str) -> None:
         """Take a prefix off all names, as DDP puts one before them."""
-        self.specs = {name.removeprefix(prefix): spec for name, spec in self.specs.items()}
-        self._place_of = {name.removeprefix(prefix): at for name, at in self._place_of.items()}
+        self._tensors = {name.removeprefix(prefix): at for name, at in self._tensors.items()}
+        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
         """The tensor, or something that can be sliced like it; what was read of it is freed."""
-        file, name = self._place_of[name]
-        with _opened(file) as tensors:
-            yield tensors.get(name)
+        tensor = self._tensors[name]
+        if isinstance(tensor, Pieces):
+            yield tensor
+        else:
+            with tensor.open() as content:
+                yield content
 
     def read(self, name: str) -> Tensor:
         """A copy of the whole tensor."""
@@ -80,7 +91,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is no JSON object.
     """
     path = folder / CONFIG
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
+
+
+def _put_together(name: str, pieces: list[Piece]) -> Piece | Pieces:
+    if len(pieces) == 1 and not any(pieces[0].offsets):
+        return pieces[0]
+    try:
+        return Pieces(pieces)
+    except ValueError as error:
+        raise CheckpointError(f"{name} is in {len(pieces)} files, and {error}.") from error
+
+
+@contextmanager
+def _opened_tensor(file: Path, name: str) -> Iterator[Any]:
+    with _opened(file) as tensors:
+        yield tensors.get(name)
 
 
 class _SafetensorsFile:
@@ -91,12 +117,21 @@ class _SafetensorsFile:
 
         self._file = safe_open(path, framework="pt")
         self.names = list(self._file.keys())
+        self._pieces = json.loads((self._file.metadata() or {}).get(_SHARDING, "{}"))
 
     def spec(self, name: str) -> TensorSpec:
         piece = self._file.get_slice(name)
         if piece.get_dtype() not in _DTYPE_OF:
             raise CheckpointError(f"{name} is {piece.get_dtype()}, which is not supported.")
         return TensorSpec(tuple(piece.get_shape()), _DTYPE_OF[piece.get_dtype()])
+
+    def offsets(self, name: str) -> tuple[int, ...]:
+        """Where the tensor begins in one that ranks have written in pieces."""
+        shape = self._file.get_slice(name).get_shape()
+        offsets = self._pieces[name]["saved_offsets"] if name in self._pieces else [0] * len(shape)
+        if len(offsets) != len(shape) or not all(type(o) is int and o >= 0 for o in offsets):
+            raise CheckpointError(f"{name} is said to begin at {offsets}.")
+        return tuple(offsets)
 
     def get(self, name: str) -> Any:
         piece = self._file.get_slice(name)
@@ -121,6 +156,10 @@ class _TorchFile:
 
     def spec(self, name: str) -> TensorSpec:
         return TensorSpec(tuple(self._tensors[name].shape), self._tensors[name].dtype)
+
+    def offsets(self, name: str) -> tuple[int, ...]:
+        """Zeros: torch's own files hold whole tensors."""
+        return (0,) * self._tensors[name].ndim
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -155,26 +194,35 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
     if indices := sorted(path.glob("*.index.json"), reverse=True):  # safetensors before torch's
         return _shards(indices[0])
+    if shards := sorted(path.glob("shard-*.safetensors")):  # of distributed checkpoints
+        return shards
     raise CheckpointError(
         f"{path} holds no checkpoint: none of {', '.join(_NAMES)} and no *.index.json."
     )
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} holds no weight_map.")
     names = list(weight_map.values())
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is no file beside it.")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is missing.")
+        if not os.path.isfile(index.parent / name):  # Path.is_file raises for very long names
+            raise CheckpointError(f"{index} names {name[:255]}, which is missing.")
     return [index.parent / name for name in dict.fromkeys(names)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: it is none, or too large to be one of a checkpoint.
+    """
     try:
+        if (size := path.stat().st_size) > JSON_BYTES:
+            raise ValueError(f"{size} bytes are too many")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error

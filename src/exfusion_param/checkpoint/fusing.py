@@ -1,8 +1,6 @@
-"""Wrapped checkpoints on disk: what they are, and how they become dense without their model.
+"""How a wrapped checkpoint on disk becomes a dense one, without its model or its code.
 
-The names in a wrapped checkpoint do not say which linears share fusion weights, so `save_config`
-writes that into the config.json beside it. `fuse_checkpoint` then needs neither the model nor its
-code. It holds a part of one stack at a time.
+It holds a part of one stack at a time.
 """
 
 from __future__ import annotations
@@ -11,109 +9,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import functional
-from .checkpoint_reader import (
-    CONFIG,
-    ENTRY,
-    CheckpointError,
-    CheckpointReader,
-    read_config,
-)
-from .dtypes import accumulation_dtype
-from .fusion_weights import FusionWeights
-from .names import clean_name
-from .parametrization import fused_names, fusion_weights_of, groups_of
+from .. import functional
+from ..dtypes import accumulation_dtype
+from ..names import ENTRY
+from .reader import CONFIG, CheckpointReader, read_config
 from .safetensors_writer import SafetensorsWriter
-from .shards import local
-from .state_dict import dense_keys
 from .wrapped_layout import FusedTensor, WrappedLayout
-
-__all__ = ["CheckpointError", "describe", "fuse_checkpoint", "save_config"]
 
 PART_BYTES = 2**22
 """How much of a stack is fused at a time, less than which would be slow."""
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What a wrapped model's tensors are, as plain values for JSON or a torch checkpoint.
-
-    Returns:
-        `version`; `wraps`, for each method and config the FFN groups with their linears and fused
-        tensors; `keys`, those of the dense state dict; `tied`, lists of keys that are one tensor.
-
-    Raises:
-        ValueError: nothing is wrapped.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    group_names = groups_of(model)
-    wraps: list[dict[str, Any]] = []
-    for weights, linears in _linears_of_groups(model).items():
-        config = weights.config.to_dict()
-        wrap = next((wrap for wrap in wraps if wrap["config"] == config), None)
-        if wrap is None:
-            method = weights.config.label.split()[0]
-            wraps.append(wrap := {"method": method, "config": config, "groups": []})
-        wrap["groups"].append({"name": group_names[weights], "linears": linears})
-    if not wraps:
-        raise ValueError(f"{type(model).__name__} has no wrapped linear to describe.")
-    keys = [clean_name(key) for key in dense_keys(model)]
-    return {"version": 1, "wraps": wraps, "keys": keys, "tied": _tied_names(model)}
-
-
-def _linears_of_groups(model: nn.Module) -> dict[FusionWeights, dict[str, list[str]]]:
-    """For each group its linears' names, all of them where a module has several, and tensors."""
-    groups: dict[FusionWeights, dict[str, list[str]]] = defaultdict(dict)
-    for fqn, linear in model.named_modules(remove_duplicate=False):
-        if names := fused_names(linear):
-            groups[fusion_weights_of(linear)][clean_name(fqn)] = names
-    return groups
-
-
-def _tied_names(model: nn.Module) -> list[list[str]]:
-    """Names of the same memory in the state dict, of which a file may hold one."""
-    owners: dict[Any, list[str]] = defaultdict(list)
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor) and local(value).numel() > 0 and not value.is_meta:
-            key = (local(value).data_ptr(), value.shape, value.dtype)
-            owners[key].append(clean_name(name))
-    return [names for names in owners.values() if len(names) > 1]
-
-
-def save_config(model: nn.Module, folder: str | Path) -> Path:
-    """Say in a folder's config.json how its wrapped checkpoint is to be fused.
-
-        save_file(model.state_dict(), "run/model.safetensors")  # or torch.save, or a trainer
-        save_config(model, "run")
-        # exfusion fuse run dense
-
-    Args:
-        model: the wrapped model whose state dict is in the folder.
-        folder: of the checkpoint; what its config.json holds already stays.
-
-    Returns:
-        The path of config.json.
-
-    Raises:
-        ValueError: nothing is wrapped, or the config.json is no JSON object.
-    """
-    entry = describe(model)
-    path = Path(folder, CONFIG)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config = read_config(path.parent) | {ENTRY: entry}
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, path)
-    return path
 
 
 @torch.no_grad()

@@ -1,0 +1,294 @@
+"""The checkpoints of a run: what it saves while it trains, and continues from.
+
+A checkpoint holds, in a folder of its own (run_folder.py):
+
+    manifest.json            versions, the step, and size and SHA-256 of every file
+    model/, optimizer/, ...  tensors by torch's distributed checkpoints (tensor_files.py)
+    ranks/                   what each rank has for itself (rank_files.py)
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..names import unwrapped
+from ..parametrization import groups_of
+from .description import describe, write_description
+from .manifest import read_manifest, write_manifest
+from .optimizer_part import OptimizerPart, parameter_names
+from .parts import Module, Part, Stateful
+from .processes import Processes
+from .rank_files import RANKS, RankValues, read_rank
+from .reader import CheckpointError
+from .resizing import ResizedModule, ResizedOptimizer
+from .run_folder import RunFolder
+from .running_parts import Accumulated, RandomNumbers
+from .tensor_files import read_tensors, stored_tensors, write_tensors
+
+
+class Checkpoints:
+    """Saves a run, and resumes it bit by bit.
+
+        checkpoints = Checkpoints("run", {"model": model, "optimizer": optimizer})
+        for step in range(checkpoints.resume(), steps):
+            ...
+            if (step + 1) % 100 == 0:
+                checkpoints.save(step + 1)
+
+    Models, wrapped or not, under DDP or FSDP2, are saved by any number of ranks and loaded by any
+    other, and under either `fuse_on`. With them go the random numbers, and gradients and bank
+    statistics that wait for an optimizer's step. The ranks of torch.distributed call all methods
+    together; the folder is one that all of them see.
+
+    Args:
+        folder: of the run; one process group at a time writes to it.
+        parts: what is saved, by names of letters, digits, "_" and "-": models, optimizers, and all
+            else with `state_dict` and `load_state_dict`, such as schedulers, GradScalers and
+            torchdata's StatefulDataLoader. Make the optimizer after `wrap` and `fully_shard`.
+        keep: how many checkpoints stay; None keeps all.
+        asynchronous: copy to the CPU in `save`, and write while the run goes on.
+
+    Raises:
+        ValueError: a part or an argument is none of those.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        parts: Mapping[str, Any],
+        *,
+        keep: int | None = 3,
+        asynchronous: bool = False,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep must be at least 1, or None for all, got {keep}.")
+        self._named = dict(parts)
+        self._parts = _parts_of(parts, Module, OptimizerPart)
+        self._run = RunFolder(Path(folder))
+        self._keep = keep
+        self._processes = Processes()
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int) -> None:
+        """Save all parts as the checkpoint of a step, and remove the oldest ones.
+
+        An asynchronous one returns when all is copied to the CPU; it first waits for the one before
+        it. What a process that died has left half-written is removed.
+
+        Args:
+            step: how many steps are done.
+
+        Raises:
+            CheckpointError: on every rank, if this one, or an asynchronous one before it, could not
+                be written, as for a full disk, or a part's state holds what a file cannot. Those
+                before it are whole, and the run can go on.
+        """
+        self.wait()
+        captured = self._capture()
+        if self._writer is None:
+            self._write(step, captured)
+        else:
+            captured.copy_to_cpu()
+            self._writing = self._writer.submit(self._write, step, captured)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            CheckpointError: it could not be.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def resume(self, *, leave_out: Collection[str] = (), resize_experts: bool = False) -> int:
+        """Continue from the latest checkpoint that is whole.
+
+        Every file is compared with its checksum first. A damaged checkpoint is passed over with a
+        warning for the one before it.
+
+        Args:
+            leave_out: names of parts that stay as they are; "random_numbers" is one.
+            resize_experts: take a checkpoint with another number of experts. More are copies of the
+                dense weight, fewer are fused side by side; fused weights stay as they are, to
+                rounding. Optimizers keep averages of their states.
+
+        Returns:
+            How many steps are done: what was given to `save`, or 0 where there is no checkpoint.
+
+        Raises:
+            CheckpointError: on every rank, if all checkpoints are damaged, or the latest whole one
+                does not fit the parts. They are then as they were.
+        """
+        self.wait()
+        if unknown := set(leave_out) - {part.name for part in self._parts}:
+            raise ValueError(f"leave_out names {sorted(unknown)}, which are no parts.")
+        self._processes.on_first(self._run.tidy)
+        damages = []
+        for step in self._processes.on_first(self._run.in_order):
+            try:
+                manifest = read_manifest(self._run.of(step), self._processes)
+            except CheckpointError as error:
+                damages.append(str(error))
+                warnings.warn(f"Passed over a checkpoint: {error}", stacklevel=2)
+                continue
+            kinds = (ResizedModule, ResizedOptimizer) if resize_experts else (Module, OptimizerPart)
+            parts = [p for p in _parts_of(self._named, *kinds) if p.name not in leave_out]
+            self._load(self._run.of(step), manifest, parts)
+            return step
+        if damages:
+            raise CheckpointError(
+                f"All {len(damages)} checkpoints in {self._run.path} are damaged; the latest: "
+                f"{damages[0]} Remove them to start anew."
+            )
+        return 0
+
+    def _capture(self) -> _Captured:
+        captured: list[_Captured] = []
+        self._processes.together(lambda: captured.append(_Captured(self._parts)))
+        return captured[0]
+
+    def _write(self, step: int, captured: _Captured) -> None:
+        folder, ranks = self._run.partial(step), self._processes
+        try:
+            ranks.on_first(lambda: self._run.start(step))
+            for name, tensors in captured.tensors.items():
+                write_tensors(folder / name, tensors, ranks)
+            ranks.together(lambda: captured.values.write(folder, ranks.rank))
+            ranks.on_first(lambda: captured.describe(folder))
+            content = {
+                "step": step,
+                "ranks": ranks.count,
+                "parts": [part.name for part in self._parts],
+                "torch": str(torch.__version__),
+            }
+            write_manifest(folder, content, ranks)
+            ranks.on_first(lambda: self._run.commit(step))
+        except Exception as error:
+            if ranks.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {self._run.path}: "
+                f"{reason[-1]}"
+            ) from error
+        if self._keep is not None and ranks.rank == 0:
+            self._run.keep(self._keep)
+
+    def _load(self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]) -> None:
+        if missing := [part.name for part in parts if part.name not in manifest["parts"]]:
+            raise CheckpointError(
+                f"{folder} holds no {missing[0]!r}, only {manifest['parts']}. Resume without it: "
+                f"resume(leave_out={missing})."
+            )
+        plans: list[_Plan] = []
+        self._processes.together(lambda: plans.extend(self._checked_plans(folder, manifest, parts)))
+        for plan in plans:
+            read_tensors(folder / plan.part.name, plan.tensors, self._processes)
+        self._processes.together(lambda: _load_all(plans))
+
+    def _checked_plans(
+        self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]
+    ) -> list[_Plan]:
+        try:
+            return list(self._plans(folder, manifest, parts))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder} holds other values than a run saves: {error!r}"
+            ) from error
+
+    def _plans(
+        self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]
+    ) -> Iterator[_Plan]:
+        rank, saved = self._processes.rank, manifest["ranks"]
+        is_same = saved == self._processes.count
+        by_rank = [read_rank(folder, i) for i in ([rank] if is_same else range(saved))]
+        for part in parts:
+            own = [values[part.name] for values in by_rank]
+            values = own[0] if is_same else part.merged(own, rank)
+            yield _Plan(part, part.room_for(stored_tensors(folder / part.name), values), values)
+
+
+class _Plan(NamedTuple):
+    """What a part is to load.
+
+    Args:
+        part: itself.
+        tensors: room to read its tensors into.
+        values: its other values.
+    """
+
+    part: Part
+    tensors: dict[str, Tensor]
+    values: Any
+
+
+def _load_all(plans: Iterable[_Plan]) -> None:
+    for plan in plans:
+        try:
+            plan.part.load(plan.tensors, plan.values)
+        except Exception as error:
+            message = f"{plan.part.name} does not take what was saved of it: {error}"
+            raise CheckpointError(message) from error
+
+
+class _Captured:
+    """All parts at one moment."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self.tensors = {part.name: part.tensors() for part in parts}
+        self.values = RankValues({part.name: part.values() for part in parts})
+        self.descriptions = {
+            part.name: describe(part.module)
+            for part in parts
+            if isinstance(part, Module) and groups_of(part.module)
+        }
+
+    def describe(self, folder: Path) -> None:
+        """Say beside a wrapped model's tensors how they are fused."""
+        for name, description in self.descriptions.items():
+            write_description(description, folder / name)
+
+    def copy_to_cpu(self) -> None:
+        """Take copies, which the run does not change any more."""
+        for tensors in (*self.tensors.values(), self.values.tensors):
+            tensors.update({name: _cpu_copy(tensor) for name, tensor in tensors.items()})
+
+
+def _cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _parts_of(
+    named: Mapping[str, Any], module_kind: type[Module], optimizer_kind: type[OptimizerPart]
+) -> list[Part]:
+    """The parts by their kinds, and what a run has besides them."""
+    modules = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
+    names = parameter_names(modules)
+    parts: list[Part] = []
+    for name, part in named.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (RandomNumbers.name, RANKS):
+            raise ValueError(f"{name!r} is no name for a part: take letters, digits, '_' and '-'.")
+        if isinstance(part, nn.Module):
+            parts.append(module_kind(name, part))
+        elif isinstance(part, Optimizer):
+            parts.append(optimizer_kind(name, part, names))
+        elif hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
+            parts.append(Stateful(name, part))
+        else:
+            raise ValueError(
+                f"{name!r} is a {type(part).__name__}, which has no state_dict and load_state_dict."
+            )
+    accumulated = [Accumulated(name, unwrapped(module)) for name, module in modules.items()]
+    return [*parts, *accumulated, RandomNumbers()]

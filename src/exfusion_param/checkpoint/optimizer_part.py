@@ -1,0 +1,209 @@
+"""The state of an optimizer, by the names of the parameters that it holds.
+
+States of a parameter's shape are sharded as the parameter is, and load on any number of ranks, as
+torch's `get_optimizer_state_dict` has it, but with no step on zeros to make states first, and with
+states that a first step would not make (lists, what only some parameters have).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..names import clean_name
+from ..shards import is_sharded, local, with_memory_of
+from .parts import common, like, refuse_other_shape
+from .quantized import is_quantized
+from .reader import CheckpointError
+from .safetensors_writer import TensorSpec
+
+_LEAF = ".0.fused"
+"""How names of the leaves of `fuse_on="step"` end, which have no state."""
+
+
+class _Held(NamedTuple):
+    """A parameter that the optimizer holds.
+
+    Args:
+        key: by which the optimizer's state dict names it.
+        name: in the model.
+        parameter: itself.
+    """
+
+    key: Any
+    name: str
+    parameter: nn.Parameter
+
+
+class OptimizerPart:
+    """An optimizer's states and settings.
+
+    Args:
+        name: of the part.
+        optimizer: any `torch.optim.Optimizer`.
+        names: of the parameters of all modules that are saved, by their ids.
+
+    Raises:
+        ValueError: the optimizer holds other parameters.
+    """
+
+    def __init__(self, name: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+        self.name = name
+        self._optimizer = optimizer
+        self._names = names
+        for _ in self._held(optimizer.state_dict()):
+            pass
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The states that have their parameter's shape."""
+        return {
+            f"{held.name}/{key}": value
+            for held, states in self._states(self._optimizer.state_dict())
+            for key, value in states.items()
+            if _is_spread(value, held.parameter)
+        }
+
+    def values(self) -> Any:
+        """The settings of the groups, and all other states."""
+        state_dict = self._optimizer.state_dict()
+        rest = {
+            held.name: {
+                key: _part(value)
+                for key, value in states.items()
+                if not _is_spread(value, held.parameter)
+            }
+            for held, states in self._states(state_dict)
+        }
+        groups = [
+            {**group, "params": [held.name for held in members]}
+            for group, members in zip(
+                state_dict["param_groups"], self._members(state_dict), strict=True
+            )
+        ]
+        more = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
+        return {"rest": rest, "groups": groups, "more": more}
+
+    def merged(self, values: Sequence[Any], rank: int) -> Any:
+        """The values that all ranks had."""
+        return common(self.name, values)
+
+    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+        """Tensors like the parameters that the states are of."""
+        self._refuse_other_groups(values["groups"])
+        parameters = {held.name: held.parameter for held in self._held_now()}
+        room = {}
+        for name, spec in stored.items():
+            parameter = parameters.get(name.rpartition("/")[0])
+            if parameter is None:
+                raise CheckpointError(f"{self.name}: {name} is the state of no parameter here.")
+            refuse_other_shape(f"{self.name}: {name}", parameter, spec)
+            room[name] = like(parameter, spec)
+        self._state_dict(room, values)
+        return room
+
+    def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
+        """Load the state dict."""
+        self._optimizer.load_state_dict(self._state_dict(tensors, values))
+
+    def _state_dict(self, tensors: Mapping[str, Tensor], values: Any) -> dict[str, Any]:
+        now = self._optimizer.state_dict()
+        by_parameter: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            parameter, _, key = name.rpartition("/")
+            by_parameter[parameter][key] = tensor
+        state = {}
+        for held in self._held(now):
+            if held.name in by_parameter or held.name in values["rest"]:
+                rest = values["rest"].get(held.name, {}).items()
+                own = {key: _whole(value, held.parameter) for key, value in rest}
+                state[held.key] = own | by_parameter[held.name]
+        groups = [
+            {**group, "params": own["params"]}
+            for group, own in zip(values["groups"], now["param_groups"], strict=True)
+        ]
+        return {**values["more"], "state": state, "param_groups": groups}
+
+    def _states(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[_Held, dict[str, Any]]]:
+        for held in self._held(state_dict):
+            if held.key in state_dict["state"]:
+                yield held, state_dict["state"][held.key]
+
+    def _held_now(self) -> Iterator[_Held]:
+        return self._held(self._optimizer.state_dict())
+
+    def _held(self, state_dict: Mapping[str, Any]) -> Iterator[_Held]:
+        return itertools.chain.from_iterable(self._members(state_dict))
+
+    def _members(self, state_dict: Mapping[str, Any]) -> Iterator[list[_Held]]:
+        """The parameters of each group."""
+        for group, saved in zip(
+            self._optimizer.param_groups, state_dict["param_groups"], strict=True
+        ):
+            pairs = zip(saved["params"], group["params"], strict=True)
+            yield [_Held(key, self._name_of(parameter), parameter) for key, parameter in pairs]
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        if id(parameter) not in self._names:
+            raise ValueError(
+                f"{self.name} holds a parameter of shape {tuple(parameter.shape)} that is in none "
+                "of the modules. Name its module as a part too."
+            )
+        return self._names[id(parameter)]
+
+    def _refuse_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        saved = [_without_leaves(group["params"]) for group in groups]
+        members = self._members(self._optimizer.state_dict())
+        here = [_without_leaves(held.name for held in group) for group in members]
+        if saved == here:
+            return
+        nothing: list[str] = []
+        pairs = itertools.zip_longest(saved, here, fillvalue=nothing)
+        for i, (theirs, ours) in enumerate(pairs):
+            differing = next((n for n in [*theirs, *ours] if (n in theirs) != (n in ours)), None)
+            if differing is not None:
+                where = "saved" if differing in theirs else "here"
+                raise CheckpointError(
+                    f"{self.name}: {differing} is in group {i} {where} alone. Make the optimizer "
+                    "as it was made then, or resume without it: "
+                    f"resume(leave_out=[{self.name!r}])."
+                )
+        raise CheckpointError(f"{self.name} holds its parameters in another order than then.")
+
+
+def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The names of all parameters of modules by their ids, with the modules' names before them."""
+    return {
+        id(parameter): f"{name}.{clean_name(fqn)}"
+        for name, module in reversed(list(modules.items()))
+        for fqn, parameter in module.named_parameters()
+    }
+
+
+def _without_leaves(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.endswith(_LEAF)]
+
+
+def _is_spread(value: Any, parameter: nn.Parameter) -> bool:
+    """Whether a state is spread over the ranks as its parameter is."""
+    return (
+        isinstance(value, Tensor)
+        and value.ndim > 0
+        and value.shape == parameter.shape
+        and not is_quantized(local(value))
+    )
+
+
+def _part(value: Any) -> Any:
+    """This rank's part of a state that each rank saves for itself."""
+    return {"part": local(value)} if is_sharded(value) else {"whole": value}
+
+
+def _whole(value: Mapping[str, Any], parameter: nn.Parameter) -> Any:
+    if "part" in value:
+        return with_memory_of(value["part"], parameter)
+    return value["whole"]

@@ -1,0 +1,268 @@
+"""Another number of experts for a checkpoint, with the fused weights as they were.
+
+More experts: the new ones are copies of the dense weight that the old ones fuse to, as upcycling
+has it. Fewer: experts side by side are fused, an expert in parts where numbers do not divide. With
+`W = sum_i w_i E_i` both are `E' = A E` and `w'` with `w' A = w`:
+
+- expand: `w'_i = w_i N/M` for the old experts, `s/M` for each new one, where `s = sum_i w_i`; the
+  row of `A` for a new expert is `w / s`.
+- reduce: new expert j takes the share `f_ji` of expert i by which `[j/M, (j+1)/M]` overlaps
+  `[i/N, (i+1)/N]`: `w'_j = sum_i f_ji w_i`, `A_ji = f_ji w_i / w'_j`.
+
+Routers, and what optimizers remember of experts, are averaged by the same shares. In training a
+router's softmax over another number of experts differs, so under `mb` only the fused weights are
+exactly what they were.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ExFusionConfig
+from ..dtypes import accumulation_dtype
+from ..fusion_weights import FusionWeights, LearnedWeights, uniform_weights
+from ..memory_bank import MemoryBank
+from ..parametrization import groups_of
+from ..shards import is_sharded, like, local, spread, whole, with_all_experts, with_memory_of
+from ..shared_displacement import SharedDisplacement
+from .optimizer_part import OptimizerPart
+from .parts import Module
+from .parts import like as room_like
+from .reader import CheckpointError
+from .safetensors_writer import TensorSpec
+
+
+class Resize(NamedTuple):
+    """How N experts become M.
+
+    Args:
+        weights: the new fusion weights `w'`, shape (M,).
+        experts: `A`, shape (M, N).
+        shares: by which all else is averaged, shape (M, N), of rows that sum to one.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    shares: Tensor
+
+
+def resize(weights: Tensor, count: int) -> Resize:
+    """How the experts of fusion weights become another number.
+
+    Args:
+        weights: `w`, shape (N,).
+        count: M.
+
+    Raises:
+        ValueError: fused experts would have no weight, as theirs cancel each other out.
+    """
+    weights = weights.double()
+    shares = _expanding(len(weights), count) if count > len(weights) else _reducing(weights, count)
+    if count > len(weights):
+        total = weights.sum()
+        if total.abs() < 1e-6 * weights.abs().sum():
+            raise ValueError("its fusion weights sum to zero")
+        mean = weights / total if weights.any() else shares[-1]
+        experts = shares.clone()
+        experts[len(weights) :] = mean
+        new = (total / count).expand(count - len(weights))
+        return Resize(torch.cat([weights * len(weights) / count, new]), experts, shares)
+    taken = shares * weights
+    fused = taken.sum(dim=1)
+    if (fused.abs() < 1e-6 * taken.abs().sum(dim=1)).any():
+        raise ValueError("fusion weights of experts to be fused sum to zero")
+    is_empty = (fused == 0).unsqueeze(1)
+    experts = torch.where(is_empty, shares / shares.sum(1, True), taken / fused.unsqueeze(1))
+    return Resize(fused, experts, shares / shares.sum(dim=1, keepdim=True))
+
+
+def _expanding(old: int, new: int) -> Tensor:
+    rows = torch.full((new - old, old), 1 / old, dtype=torch.float64)
+    return torch.cat([torch.eye(old, dtype=torch.float64), rows])
+
+
+def _reducing(weights: Tensor, new: int) -> Tensor:
+    """The share of each old expert, shape (N,), that each new one takes, shape (M, N)."""
+    old = len(weights)
+    starts = torch.arange(new, dtype=torch.float64).unsqueeze(1) * old / new
+    lower = torch.arange(old, dtype=torch.float64)
+    ends = torch.minimum(starts + old / new, lower + 1)
+    return (ends - torch.maximum(starts, lower)).clamp(min=0)
+
+
+def apply(matrix: Tensor, tensor: Tensor) -> Tensor:
+    """A matrix, shape (M, N), times this rank's part of a stack, shape (N, *S)."""
+    dtype = torch.promote_types(accumulation_dtype(tensor.dtype), torch.float32)
+    flat = tensor.reshape(len(tensor), -1).to(dtype)
+    return (matrix.to(flat) @ flat).reshape(-1, *tensor.shape[1:])
+
+
+class ResizedModule(Module):
+    """A wrapped model that loads another number of experts than it has."""
+
+    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+        """Tensors like the model's, with as many experts as are stored."""
+        resized = self._of_experts()
+        fitted = {
+            name: TensorSpec(tuple(resized[name].shape), spec.dtype)
+            if name in resized and spec.shape[1:] == tuple(resized[name].shape[1:])
+            else spec
+            for name, spec in stored.items()
+        }
+        room = super().room_for(fitted, values)
+        return room | {
+            name: with_experts(room[name], stored[name].shape[0])
+            for name in room
+            if stored[name].shape != tuple(room[name].shape)
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
+        """Resize what was read, and load it."""
+        resized = dict(tensors)
+        for weights, name in groups_of(self.module).items():
+            resized |= self._resized(weights, name, tensors)
+        super().load(resized, values)
+
+    def _resized(
+        self, weights: FusionWeights, group: str, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        names = self._names()
+        count = weights.config.num_experts
+        stacks = [names[id(stack)] for stack in weights.expert_stacks()]
+        old = len(tensors[stacks[0]])
+        if old == count:
+            return {}
+        if not isinstance(weights.config, ExFusionConfig):
+            raise CheckpointError(f"The experts of {group!r} are merged by gates, not resized.")
+        own = _own_weights(weights)
+        saved = (
+            uniform_weights(old, torch.device("cpu"), torch.float64)
+            if own is None
+            else whole(tensors[names[id(own)]]).cpu()
+        )
+        how = _resize_of(group, saved, count)
+        resized = {} if own is None else {names[id(own)]: like(own, _part_of(own, how.weights))}
+        if isinstance(weights, MemoryBank):
+            router = tensors[names[id(weights.router)]]
+            resized[names[id(weights.router)]] = resized_stack(how.shares, router, weights.router)
+        for holder, fusion in weights.fusions:
+            name = names[id(holder.original)]
+            resized[name] = resized_stack(how.experts, tensors[name], holder.original)
+            if isinstance(fusion, SharedDisplacement):
+                moved = names[id(fusion.displacement)]
+                decay = tensors[names[id(fusion.decay)]]
+                lost = _fused(saved, tensors[name]) - _fused(how.weights, resized[name])
+                part = local(tensors[moved]) + decay.to(lost) * lost / saved.sum()
+                resized[moved] = like(fusion.displacement, part)
+        return resized
+
+    def _names(self) -> dict[int, str]:
+        return {id(v): name for name, v in self.module.state_dict(keep_vars=True).items()}
+
+    def _of_experts(self) -> dict[str, Tensor]:
+        """All tensors with a dimension of experts, the first, by their names."""
+        names = self._names()
+        return {
+            names[id(tensor)]: tensor
+            for weights in groups_of(self.module)
+            for tensor in _tensors_of_experts(weights)
+        }
+
+
+class ResizedOptimizer(OptimizerPart):
+    """An optimizer of a wrapped model that loads another number of experts than it has."""
+
+    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+        """Tensors like the parameters, with as many experts as are stored."""
+        ours = {held.name: held.parameter for held in self._held_now()}
+        fitted, counts = {}, {}
+        for name, spec in stored.items():
+            parameter = ours.get(name.rpartition("/")[0])
+            if parameter is not None and self._differs_in_experts(parameter, spec):
+                counts[name] = spec.shape[0]
+                spec = TensorSpec(tuple(parameter.shape), spec.dtype)
+            fitted[name] = spec
+        room = super().room_for(fitted, values)
+        return room | {name: with_experts(room[name], count) for name, count in counts.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
+        """Average what was read, and load it."""
+        ours = {held.name: held.parameter for held in self._held_now()}
+        resized = dict(tensors)
+        for name, tensor in tensors.items():
+            parameter = ours[name.rpartition("/")[0]]
+            if (old := len(tensor)) != len(parameter):
+                shares = resize(torch.ones(old), len(parameter)).shares
+                like_it = room_like(parameter, TensorSpec(tuple(parameter.shape), tensor.dtype))
+                resized[name] = resized_stack(shares, tensor, like_it)
+        super().load(resized, values)
+
+    def _differs_in_experts(self, parameter: nn.Parameter, spec: TensorSpec) -> bool:
+        shape = tuple(parameter.shape)
+        return len(spec.shape) > 0 and spec.shape != shape and spec.shape[1:] == shape[1:]
+
+
+def with_experts(tensor: Tensor, count: int) -> Tensor:
+    """Room like a stack's, shape (N, *S), for another number of experts, shape (count, *S)."""
+    shape = (count, *tensor.shape[1:])
+    if not is_sharded(tensor):
+        return tensor.new_empty(shape)
+    sharded: Any = with_all_experts(tensor)
+    part = local(sharded)
+    module = sys.modules["torch.distributed.tensor"]
+    return module.DTensor.from_local(
+        part.new_empty((count, *part.shape[1:])),
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+
+
+def resized_stack(matrix: Tensor, stack: Tensor, target: Tensor) -> Tensor:
+    """A matrix, shape (M, N), times a stack, shape (N, *S), spread over the ranks as `target`."""
+    part = apply(matrix, local(with_all_experts(stack))).to(target.dtype)
+    if not is_sharded(target):
+        return part
+    sharded: Any = with_memory_of(part, with_all_experts(target))
+    goal: Any = target
+    result: Tensor = sharded.redistribute(placements=goal.placements)
+    return result
+
+
+def _resize_of(group: str, weights: Tensor, count: int) -> Resize:
+    try:
+        return resize(weights, count)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The {len(weights)} experts of {group!r} cannot become {count}: {error}."
+        ) from error
+
+
+def _own_weights(weights: FusionWeights) -> Tensor | None:
+    """The tensor that holds what a group is fused with; None for static weights."""
+    if isinstance(weights, MemoryBank):
+        return weights.bank
+    return weights.weights if isinstance(weights, LearnedWeights) else None
+
+
+def _tensors_of_experts(weights: FusionWeights) -> Iterator[Tensor]:
+    yield from weights.expert_stacks()
+    yield from weights.own_tensors()
+
+
+def _part_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, which every rank has."""
+    return local(spread(tensor.to(local(like)), like))
+
+
+def _fused(weights: Tensor, stack: Tensor) -> Tensor:
+    """This rank's part of the sum of a stack, shape (*S)."""
+    part = local(with_all_experts(stack)).double()
+    return apply(weights.unsqueeze(0), part).squeeze(0)

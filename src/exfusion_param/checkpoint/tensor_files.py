@@ -1,0 +1,118 @@
+"""Tensors on disk by torch's distributed checkpoints, in safetensors.
+
+DCP writes each rank's part of sharded tensors, and tensors that all ranks have once; it reads them
+on any number of ranks. The files say themselves what is in them (`HuggingFaceStorageWriter`), so
+that DCP's own `.metadata`, which is a pickle, is not needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ..shards import is_sharded, local
+from .processes import Processes
+from .reader import CheckpointError
+from .safetensors_writer import TensorSpec
+
+FILE_BYTES = 2**32
+"""How large a rank's files become, each of which is put together in memory."""
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
+    """Write tensors; all ranks call this with the same names."""
+    if not tensors:
+        return
+    _expect_single_process()
+    writer = HuggingFaceStorageWriter(
+        str(folder), _file_numbers(tensors, processes.count), save_distributed=True
+    )
+    with _clear_errors():
+        save(
+            _with_memory_of_their_own(tensors),
+            storage_writer=writer,
+            process_group=processes.group,
+            no_dist=processes.group is None,
+        )
+
+
+def stored_tensors(folder: Path) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of the tensors in a folder of `write_tensors`."""
+    if not folder.is_dir():
+        return {}
+    try:
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # safetensors has its own, down to the bare Exception
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    return {
+        name: TensorSpec(tuple(tensor.size), tensor.properties.dtype)  # type: ignore[union-attr]
+        for name, tensor in stored.items()
+    }
+
+
+def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes) -> None:
+    """Read tensors into others of the same shapes; all ranks call this with the same names."""
+    if not into:
+        return
+    _expect_single_process()
+    with _clear_errors():
+        load(
+            dict(into),
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            process_group=processes.group,
+            no_dist=processes.group is None,
+        )
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """DCP's error is no `Exception`, and its text is the tracebacks of all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(f"{cause} (rank {rank})") from error
+
+
+def _expect_single_process() -> None:
+    """DCP warns of what it is told to do; a thread cannot catch warnings for itself alone."""
+    message = "torch.distributed is disabled, unavailable or uninitialized"
+    warnings.filterwarnings("ignore", message=message, category=UserWarning)
+
+
+def _file_numbers(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
+    """For each tensor the number of its file, from 1 on, each of about `FILE_BYTES`."""
+    numbers, filled = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + filled // FILE_BYTES
+        filled += tensor.nbytes // (ranks if is_sharded(tensor) else 1)
+    return numbers
+
+
+def _with_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors takes contiguous tensors of which no two share a storage."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        part = local(tensor)
+        storage = part.untyped_storage().data_ptr()
+        is_view = part.untyped_storage().nbytes() != part.nbytes or storage in seen
+        seen.add(storage)
+        own[name] = tensor.detach() if part.is_contiguous() and not is_view else _copy(tensor)
+    return own
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,85 @@
+"""What is looked at after each optimizer step: whether fusion weights are numbers, and of use.
+
+Looking would stall a GPU, so what it computed is copied to the CPU beside its work, and looked at
+before the next step. On a CPU it is looked at at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .fusion_weights import FusionWeights
+
+
+class _Look(NamedTuple):
+    """What is on its way to the CPU.
+
+    Args:
+        groups: whose numbers these are.
+        numbers: of all groups, behind one another.
+        sizes: of each group's.
+        event: after which they have arrived.
+    """
+
+    groups: list[FusionWeights]
+    numbers: Tensor
+    sizes: list[int]
+    event: Any
+
+
+_under_way: list[_Look] = []
+
+
+def look_at(groups: Iterable[FusionWeights]) -> None:
+    """Look at groups that an optimizer has stepped.
+
+    Raises:
+        RuntimeError: fusion weights are not finite; on a GPU those of the step before as well.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # a graph that is replayed runs no Python
+    looks = [(weights, health) for weights in groups if (health := weights.health()) is not None]
+    for device in dict.fromkeys(health.device for _, health in looks):
+        here = [(weights, health) for weights, health in looks if health.device == device]
+        numbers = torch.cat([health for _, health in here])
+        event = None
+        if device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+        sizes = [len(health) for _, health in here]
+        _under_way.append(_Look([weights for weights, _ in here], numbers, sizes, event))
+    if all(look.event is None for look in _under_way):
+        finish_looking()
+
+
+def finish_looking() -> None:
+    """Look at what has arrived.
+
+    Raises:
+        RuntimeError: fusion weights are not finite.
+    """
+    looks = _under_way[:]
+    _under_way.clear()
+    for look in looks:
+        if look.event is not None:
+            look.event.synchronize()
+        if not look.numbers.isfinite().all():
+            _raise(look)
+        for weights, health in zip(look.groups, look.numbers.split(look.sizes), strict=True):
+            weights.warn_of(health)
+
+
+def _raise(look: _Look) -> None:
+    pairs = zip(look.groups, look.numbers.split(look.sizes), strict=True)
+    names = [weights.group for weights, health in pairs if not health.isfinite().all()]
+    raise RuntimeError(
+        f"The fusion weights of {len(names)} FFN groups ({names[0]!r} first) became NaN or inf at "
+        "this step; memory banks were not moved by it. A batch or its gradients were not finite, "
+        "and other parameters may be NaN now too. Resume from the last checkpoint."
+    )

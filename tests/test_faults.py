@@ -1,0 +1,58 @@
+"""Short forms of `make faults`: kills, stops, damaged and malformed files, a long run."""
+
+import faults
+import pytest
+from fault_files import corrupt_checkpoints, fuzz_files
+from fault_steps import fill_disks, poison
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from soak import soak
+
+SHORT = faults.Settings(kills=2, stops=1, limit=400, out=None)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_runs_end_as_undisturbed_ones_bit_by_bit(ranks: int) -> None:
+    row = faults.kills(ranks, SHORT)
+    assert (row.times, row.wrong) == (2, 0)
+
+
+def test_a_run_that_is_told_to_stop_loses_no_step() -> None:
+    row = faults.stops(1, SHORT)
+    assert (row.times, row.lost_steps, row.wrong) == (1, 0, 0)
+
+
+def test_damaged_checkpoints_are_passed_over() -> None:
+    times, survived, _, wrong = corrupt_checkpoints(20, seed=1)
+    assert (survived, wrong) == (times, 0)
+
+
+def test_full_disks_and_poisoned_steps_lose_nothing() -> None:
+    for times, survived, _, wrong in (fill_disks(5, seed=1), poison(5, seed=1)):
+        assert (survived, wrong) == (times, 0)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32))
+def test_malformed_files_are_refused(seed: int) -> None:
+    times, survived, _, wrong = fuzz_files(6, seed)
+    assert (survived, wrong) == (times, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_long_run_holds_no_more_than_a_short_one() -> None:
+    early, late = soak(2000)
+    assert late.handles <= early.handles
+    assert late.threads <= early.threads
+    assert late.files <= 3 * early.files  # as many checkpoints stay
+    assert late.tensors <= early.tensors + 10
+    assert late.mebibytes < early.mebibytes + 20
+
+
+def test_the_table_has_a_line_for_each_fault() -> None:
+    row = faults.Row("SIGKILL, 1 process", 2, 2, 1.5, 0)
+    assert faults.table([row]).splitlines() == [
+        "| fault | times | survived | lost steps | wrong |",
+        "| --- | --- | --- | --- | --- |",
+        "| SIGKILL, 1 process | 2 | 2 | 1.5 | 0 |",
+    ]
