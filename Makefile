@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test nightly bench faults clean
+.PHONY: demo test nightly bench faults evidence clean
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -28,6 +28,14 @@ bench: .venv/installed  ## time, memory and precision against dense and peers; a
 
 faults: .venv/installed  ## kills, full disks, damaged and malformed files, a long run; about 30 minutes
 	$(BIN)/python -W ignore tools/faults.py
+
+FASHION ?= examples/data/fashion-mnist
+TEXT ?= examples/data/shakespeare
+
+evidence: .venv/installed  ## the ablations, and ExFusion against its controls; hours on two cores
+	$(BIN)/python examples/ablations.py --at-once 2
+	$(BIN)/python examples/evidence.py --task images --data $(FASHION) --at-once 2
+	$(BIN)/python examples/evidence.py --task text --data $(TEXT) --at-once 2
 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs

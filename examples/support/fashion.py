@@ -33,15 +33,25 @@ def load(folder: Path = EMBEDDED, limit: int | None = None) -> tuple[TensorDatas
     Raises:
         FileNotFoundError: a file is not there.
     """
-    train, test = (_split(folder, prefix, limit) for prefix in ("train", "t10k"))
+    train, test = (_split(folder, is_train, limit) for is_train in (True, False))
     return train, test
 
 
-def _split(folder: Path, prefix: str, limit: int | None) -> TensorDataset:
-    images = _read(folder, f"{prefix}-images-idx3-ubyte", header=16).view(-1, 1, 28, 28)[:limit]
-    labels = _read(folder, f"{prefix}-labels-idx1-ubyte", header=8)[:limit]
+def load_bytes(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Training or test images as they are, shape (n, 1, 28, 28) in uint8, and their labels.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+    """
+    prefix = "train" if train else "t10k"
+    images = _read(folder, f"{prefix}-images-idx3-ubyte", header=16).view(-1, 1, 28, 28)
+    return images, _read(folder, f"{prefix}-labels-idx1-ubyte", header=8).long()
+
+
+def _split(folder: Path, train: bool, limit: int | None) -> TensorDataset:
+    images, labels = (tensor[:limit] for tensor in load_bytes(folder, train))
     pixels = (images.float() / 255 - 0.286) / 0.353  # mean and deviation of the training set
-    return TensorDataset(pixels, labels.long())
+    return TensorDataset(pixels, labels)
 
 
 def _read(folder: Path, name: str, header: int) -> Tensor:

@@ -1,0 +1,140 @@
+r"""A fused backbone in models for segmentation: Semantic FPN and UperNet, on ADE20K or on scenes.
+
+    python examples/imagenet.py --out runs/imagenet ...
+    python examples/segmentation.py --backbone runs/imagenet
+    torchrun --nproc-per-node 8 examples/segmentation.py --backbone runs/pvt --data /data/ADE20K \
+        --size 512 --steps 80000 --batch-size 16 --workers 4 --amp
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        examples/segmentation.py --backbone runs/deit --data /data/ADE20K --head upernet --size 512
+
+The backbone is the dense model that examples/imagenet.py ships; nothing here knows of experts.
+The same command continues a run that was stopped or killed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from support import labelled_images, ranks
+from support.downstream import Segmenter
+from support.methods import Method
+from support.pretraining import Batch, Pretraining, moved, start
+from support.pyramid import Pyramid
+from support.scenes import IGNORED
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
+
+
+@dataclasses.dataclass
+class Settings:
+    """Train a model for segmentation around a backbone.
+
+    Args:
+        backbone: what examples/imagenet.py left in its folder.
+        head: fpn is Semantic FPN.
+        data: ADE20K's folder with images/ and annotations/, or Fashion-MNIST's IDX files, whose
+            garments are pasted into scenes; the default is the embedded subset.
+        out: the folder for checkpoints, logs, results.json and the model.
+        size: pixels of the images to train on.
+        scenes: to train on.
+        steps: of the optimizer.
+        batch_size: images of a step, on all ranks together.
+        lr: highest learning rate of AdamW, which falls to zero.
+        weight_decay: of AdamW.
+        evaluate_every: steps between two measurements.
+        amp: forward in bfloat16.
+        workers: processes that load on each rank.
+        seed: of the head and the order of the images.
+        smoke: a few small scenes, to see that everything works.
+    """
+
+    backbone: Path
+    head: Literal["fpn", "upernet"] = "fpn"
+    data: Path | None = None
+    out: Path = Path("runs/segmentation")
+    size: int = 96
+    scenes: int = 2000
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float = 2e-4
+    weight_decay: float = 1e-4
+    evaluate_every: int = 500
+    amp: bool = False
+    workers: int = 0
+    seed: int = 0
+    smoke: bool = False
+
+
+SMOKE: dict[str, Any] = {"size": 64, "scenes": 10, "steps": 2, "batch_size": 2}
+
+
+def pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the pixels that have a class."""
+    images, classes = batch
+    return F.cross_entropy(model(images), classes, ignore_index=IGNORED)
+
+
+class MeanIoU:
+    """Mean intersection over union of the classes, in percent, over all ranks' images.
+
+    Args:
+        images: to test on, with the classes of their pixels.
+        classes: how many.
+        workers: processes that load.
+    """
+
+    def __init__(self, images: Any, classes: int, workers: int) -> None:
+        self.loader = DataLoader(ranks.mine(images), 4, num_workers=workers)
+        self.measure = MulticlassJaccardIndex(classes, ignore_index=IGNORED)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """`miou`."""
+        device = next(model.parameters()).device
+        measure = self.measure.to(device)
+        measure.reset()
+        for batch in self.loader:
+            images, classes = moved(batch, device)
+            measure.update(model(images).argmax(dim=1), classes)
+        return {"miou": 100 * measure.compute().item()}
+
+
+def main(settings: Settings, device: torch.device) -> None:
+    """Train and test."""
+    if settings.smoke:
+        settings = dataclasses.replace(settings, **SMOKE)
+    start(settings.out, settings, settings.seed)
+    images, tests, classes = labelled_images.for_segmentation(
+        settings.data, settings.size, settings.scenes
+    )
+    model = Segmenter(Pyramid.load(settings.backbone), settings.head, classes).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.lr, weight_decay=settings.weight_decay
+    )
+    scheduler = PolynomialLR(optimizer, settings.steps, power=0.9)
+    run = Pretraining(
+        out=settings.out,
+        method=Method(model),
+        optimizer=optimizer,
+        loader=ranks.loader(images, settings.batch_size, settings.workers, settings.seed),
+        loss=pixel_loss,
+        schedule=lambda step: scheduler.step() if step else None,
+        evaluate=MeanIoU(tests, classes, settings.workers),
+        steps=settings.steps,
+        evaluate_every=settings.evaluate_every,
+        save_every=settings.evaluate_every,
+        amp=settings.amp,
+        more={"scheduler": scheduler},
+    )
+    if run.train():
+        run.finish(settings)
+        ranks.say(f"mean IoU {run.history.rows[-1]['miou']:.2f} %")
+
+
+if __name__ == "__main__":
+    with ranks.job() as device:
+        main(tyro.cli(Settings), device)

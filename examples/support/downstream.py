@@ -1,0 +1,97 @@
+"""Models for pixels and boxes around a backbone: heads of well-kept libraries, unchanged."""
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+from segmentation_models_pytorch.base import SegmentationHead
+from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from support.pyramid import Pyramid
+
+WIDTH = 256  # of the pyramid's maps
+
+
+class Segmenter(nn.Module):
+    """Semantic FPN (arXiv 1901.02446) or UPerNet (1807.10221), by segmentation_models_pytorch.
+
+    Args:
+        pyramid: the backbone.
+        head: of the two.
+        classes: of a pixel.
+    """
+
+    def __init__(self, pyramid: Pyramid, head: Literal["fpn", "upernet"], classes: int) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.decoder: Any
+        if head == "fpn":
+            self.above: list[None] = []
+            self.decoder = FPNDecoder(pyramid.channels, encoder_depth=4)
+            width = self.decoder.out_channels
+        else:
+            self.above = [None, None]  # maps at strides 1 and 2, which it does not look at
+            self.decoder = UPerNetDecoder([0, 0, *pyramid.channels])
+            width = WIDTH
+        self.head = SegmentationHead(width, classes, kernel_size=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (batch, classes, height, width)."""
+        logits = self.head(self.decoder([*self.above, *self.pyramid(images)]))
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear")
+
+
+class Levels(nn.Module):
+    """A backbone with torchvision's feature pyramid, as its detectors take it.
+
+    Args:
+        pyramid: the backbone.
+        first: the number of the finest map that is used.
+        more: makes coarser ones.
+    """
+
+    def __init__(self, pyramid: Pyramid, first: int, more: Any) -> None:
+        super().__init__()
+        self.pyramid, self.first = pyramid, first
+        self.fpn = FeaturePyramidNetwork(pyramid.channels[first:], WIDTH, more)
+        self.out_channels = WIDTH
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps by their names, from fine to coarse."""
+        maps = self.pyramid(images)[self.first :]
+        return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+
+
+def detector(
+    pyramid: Pyramid, head: Literal["mask-rcnn", "retinanet"], classes: int, size: int
+) -> nn.Module:
+    """Mask R-CNN (arXiv 1703.06870) or RetinaNet (arXiv 1708.02002), by torchvision.
+
+    Args:
+        pyramid: the backbone.
+        head: of the two.
+        classes: of an object; 0 is the background.
+        size: pixels of the images' shorter side.
+    """
+    sizes = {"min_size": size, "max_size": size * 1333 // 800}
+    small = size / 800  # objects of smaller images are smaller
+    if head == "mask-rcnn":
+        anchors = AnchorGenerator(
+            tuple((max(4, int(side * small)),) for side in (32, 64, 128, 256, 512)),
+            ((0.5, 1.0, 2.0),) * 5,
+        )
+        levels = Levels(pyramid, 0, LastLevelMaxPool())
+        return MaskRCNN(levels, classes, rpn_anchor_generator=anchors, **sizes)
+    octaves = [
+        tuple(max(4, int(side * small * 2 ** (i / 3))) for i in range(3))
+        for side in (32, 64, 128, 256, 512)
+    ]
+    anchors = AnchorGenerator(tuple(octaves), ((0.5, 1.0, 2.0),) * 5)
+    levels = Levels(pyramid, 1, LastLevelP6P7(WIDTH, WIDTH))
+    return RetinaNet(levels, classes, anchor_generator=anchors, **sizes)
