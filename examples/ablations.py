@@ -17,7 +17,7 @@ import torch
 import tyro
 from support.ablation_tables import Table, tables
 from support.comparison import plot, tabulate
-from support.study import Job, Study
+from support.study import Study
 
 import exfusion_param as exf
 from exfusion_param import cli
@@ -61,12 +61,7 @@ class Settings:
 
 def run(name: str, table: Table, study: Study, settings: Settings) -> str:
     """Run the rows of a table; the table."""
-    jobs = {
-        row: [Job(arguments, seed) for seed in settings.seeds]
-        for row, arguments in table.rows.items()
-    }
-    found = study.run([job for row in jobs.values() for job in row])
-    results = {row: [found[job] for job in row_jobs] for row, row_jobs in jobs.items()}
+    results = study.compare(table.rows, settings.seeds)
     text = tabulate(
         settings.out / f"{name}.md", results, table.control, "test accuracy, %", table.paper
     )

@@ -11,6 +11,7 @@ The same command continues a run that was stopped or killed.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,7 @@ class Settings:
             too. The default are plays that come with the repository.
         held_out: a folder of text to measure the loss on; by default `data`. One of 20 documents is
             taken, which training leaves out.
+        fold: which of 20; runs that choose settings take another than those that test them.
         out: the folder for checkpoints, logs, results.json and the dense model.
         tokenizer: a tokenizer.json with T5's special tokens; by default one is trained on `data`.
         vocabulary: pieces that it is trained to have.
@@ -66,6 +68,7 @@ class Settings:
     model_kwargs: dict[str, int] = dataclasses.field(default_factory=dict)
     data: Path | None = None
     held_out: Path | None = None
+    fold: int = 0
     out: Path = Path("runs/t5")
     tokenizer: Path | None = None
     vocabulary: int = 32_000
@@ -120,8 +123,8 @@ def main(settings: Settings, device: torch.device) -> None:
     random_seed(seed, ranks.place()[0])  # what each rank draws for itself
     name, steps, share = settings.optimizer, settings.steps, ranks.share(settings.batch_size)
     optimizer, schedule = make_optimizer(name, method.model, settings.lr, steps)
-    training = corpus.CorruptedSpans(files, tokenizer, lengths, seed)
-    testing = corpus.CorruptedSpans(unseen, tokenizer, lengths, seed, held_out=True)
+    spans = partial(corpus.CorruptedSpans, lengths=lengths, seed=seed, fold=settings.fold)
+    training, testing = spans(files, tokenizer), spans(unseen, tokenizer, held_out=True)
     loader = ranks.stream(training, settings.batch_size, settings.workers)
     run = Pretraining(
         out=settings.out,

@@ -99,6 +99,20 @@ def test_training_and_held_out_documents_are_all_and_share_none(
     assert again != seen
 
 
+def test_another_fold_holds_out_others(texts: list[Path], tokenizer: Tokenizer) -> None:
+    def of(fold: int) -> set[str]:
+        data = corpus.CorruptedSpans(
+            texts, tokenizer, lengths_for(24), seed=3, held_out=True, fold=fold
+        )
+        return set(names(data._documents(0, after=0)))
+
+    assert of(0) == set(names(stream(texts, tokenizer, held_out=True)._documents(0, after=0)))
+    assert set().union(*map(of, range(20))) == {f"{n}{i}" for n in "abc" for i in range(60)}
+    assert not of(0) & of(1)
+    with pytest.raises(SystemExit, match="no fold 20: they go from 0 to 19"):
+        of(20)
+
+
 def test_ranks_read_parts_that_make_up_the_whole(
     texts: list[Path], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evidence
 import imagenet
 import pytest
 import t5_pretrain
 import torch
 from safetensors.torch import load_file
 from support import corpus, ranks
+from support.arms import Measure
 from support.comparison import differences, tabulate
 from support.study import Job, Result, Spread, Study
 
@@ -88,7 +90,7 @@ def test_evidence_names_the_control(tmp_path: Path) -> None:
     printed = run("evidence.py", "--out", tmp_path)
     assert "| control |" in printed
     assert "spread of displacements" in printed
-    assert (tmp_path / "images" / "results.svg").exists()
+    assert (tmp_path / "images" / "small" / "results.svg").exists()
 
 
 RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -168,6 +170,33 @@ def test_a_study_runs_what_is_missing_and_says_what_failed(tmp_path: Path) -> No
         study.run([*jobs, Job("--lr bad", 0), Job("--lr 3", 0)])
     assert (tmp_path / "runs" / "lr-3" / "seed-0" / "results.json").exists()
     assert "no such rate" in (tmp_path / "runs" / "lr-bad" / "seed-0" / "log.txt").read_text()
+
+
+def test_each_arm_gets_the_learning_rate_that_is_best_over_the_tuning_seeds(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "fake.py").write_text(FAKE)
+    study = Study(str(tmp_path / "fake.py"), "", tmp_path / "runs", "score")
+    for sign, best in ((1, "2"), (-1, "1")):
+        task = evidence.TASKS["images", "small"]._replace(
+            rates=("1", "2"), measure=Measure("score", sign, "score"), tuning=""
+        )
+        arms = {"ours": "--arm ours", "control": "--arm control"}
+        path = tmp_path / "rates.md"
+        assert evidence.choose_rates(task, study, arms, (0, 1), path) == dict.fromkeys(arms, best)
+    assert "| ours | 1.500 ± 0.707 | 2.500 ± 0.707 |" in path.read_text()
+    ended = sorted(tmp_path.rglob("results.json"), key=lambda path: path.stat().st_mtime_ns)
+    order = [path.parent.parent.name for path in ended]  # seed by seed
+    assert order == [f"arm-{arm}-lr-{lr}" for lr in (1, 2) for arm in ("ours", "control") * 2]
+
+
+def test_the_longer_control_takes_as_long_as_a_slower_arm() -> None:
+    ours, theirs = [Result(1.0, [], 1.0, ms, None, Path()) for ms in (3.0, 2.0)]
+    found = {"mb": [ours], "control": [theirs]}
+    task = evidence.TASKS["text", "small"]._replace(length=("--steps", 100_001))
+    assert evidence.longer_control(task, "--lr 1", found, "mb") == "--lr 1 --steps 150001"
+    found = {"mb": [theirs], "control": [ours]}  # no faster arm shortens it
+    assert evidence.longer_control(task, "", found, "mb") == " --steps 100001"
 
 
 def results(*values: float) -> list[Result]:

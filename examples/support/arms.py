@@ -32,52 +32,81 @@ CANDIDATES = {
 CONTROL = "control"
 
 
+class Measure(NamedTuple):
+    """What is compared.
+
+    Args:
+        name: a column of the results.
+        sign: 1 if more is better, -1 if less is.
+        title: with its unit.
+    """
+
+    name: str
+    sign: int
+    title: str
+
+
+ACCURACY = Measure("accuracy", 1, "test accuracy, %")
+LOSS = Measure("test_loss", -1, "test loss, nats for each token")
+
+
 class Task(NamedTuple):
     """A recipe at a scale.
 
     Args:
         recipe: a script in examples/.
+        measure: what is compared.
         common: arguments of every run.
         tuning: more of those that choose a learning rate.
         rates: learning rates to choose from.
-        measure: a column of the results.
-        sign: 1 if more is better, -1 if less is.
-        title: of the measure.
         length: the argument that says how long a run is, and its value.
     """
 
     recipe: str
+    measure: Measure
     common: str
     tuning: str
     rates: tuple[str, ...]
-    measure: str
-    sign: int
-    title: str
     length: tuple[str, float]
 
 
 TASKS = {
-    "images": Task(
+    ("images", "small"): Task(
         "imagenet.py",
+        ACCURACY,
         "--image-size 28 --no-augment --drop-path 0 --workers 0 --batch-size 128 "
-        "--warmup-epochs 0.25 --model-kwargs patch_size 7 embed_dim 64 depth 4 num_heads 4",
-        "--held-out --epochs 1",
+        "--warmup-epochs 0.1 --model-kwargs patch_size 7 embed_dim 64 depth 4 num_heads 4",
+        "--held-out --epochs 0.5",
         ("16e-3", "32e-3", "64e-3"),
-        "accuracy",
-        1,
-        "test accuracy, %",
-        ("--epochs", 2.0),
+        ("--epochs", 1.0),
     ),
-    "text": Task(
+    ("images", "gpu"): Task(
+        "imagenet.py",
+        ACCURACY,
+        "--image-size 28 --workers 4 --batch-size 512 --warmup-epochs 2 --amp "
+        "--model-kwargs patch_size 4",
+        "--held-out --epochs 10",
+        ("1e-3", "2e-3", "4e-3"),
+        ("--epochs", 60.0),
+    ),
+    ("text", "small"): Task(
         "t5_pretrain.py",
+        LOSS,
         "--inputs 64 --batch-size 32 --optimizer adamw --workers 0 "
-        "--evaluate-every 200 --save-every 600 --model-kwargs d_model 64 d_ff 128 num_layers 2 "
+        "--evaluate-every 100 --save-every 400 --model-kwargs d_model 64 d_ff 128 num_layers 2 "
         "num_heads 4 d_kv 16",
-        "--steps 200",
-        ("2e-3", "4e-3"),
-        "test_loss",
-        -1,
-        "test loss, nats for each token",
-        ("--steps", 600),
+        "--fold 1 --steps 150",
+        ("8e-3", "16e-3", "32e-3"),
+        ("--steps", 400),
+    ),
+    ("text", "gpu"): Task(
+        "t5_pretrain.py",
+        LOSS,
+        "--model small --inputs 128 --batch-size 128 --optimizer adamw --dropout 0.1 --amp "
+        "--evaluate-every 200",
+        "--fold 1 --steps 1000",
+        ("5e-4", "1e-3", "2e-3"),
+        ("--steps", 4000),
     ),
 }
+"""By what is learned and at which scale; on a GPU a DeiT-T and T5-small until they have learned."""

@@ -87,6 +87,10 @@ class CorruptedSpans(IterableDataset[tuple[Tensor, Tensor]]):
         lengths: of texts, inputs and targets.
         seed: of the order and the spans.
         held_out: read one of 20 documents, once and without shuffling; otherwise all others.
+        fold: which of 20, from 0.
+
+    Raises:
+        SystemExit: there is no such fold.
     """
 
     def __init__(
@@ -96,9 +100,12 @@ class CorruptedSpans(IterableDataset[tuple[Tensor, Tensor]]):
         lengths: Lengths,
         seed: int,
         held_out: bool = False,
+        fold: int = 0,
     ) -> None:
+        if fold not in range(HELD_OUT):
+            raise SystemExit(f"There is no fold {fold}: they go from 0 to {HELD_OUT - 1}.")
         self.files, self.tokenizer, self.lengths = files, tokenizer, lengths
-        self.seed, self.held_out = seed, held_out
+        self.seed, self.held_out, self.fold = seed, held_out, fold
         self.sentinels = torch.tensor([tokenizer.token_to_id(name) for name in SENTINELS])
         self.end: Any = tokenizer.token_to_id(END)
         self.state = dict(START)
@@ -155,7 +162,7 @@ class CorruptedSpans(IterableDataset[tuple[Tensor, Tensor]]):
         order = random.Random(hash((self.seed, epoch)))
         for path in self.files if self.held_out else order.sample(self.files, len(self.files)):
             numbered = enumerate(documents(path))
-            kept = (text for i, text in numbered if (i % HELD_OUT == 0) == self.held_out)
+            kept = (text for i, text in numbered if (i % HELD_OUT == self.fold) == self.held_out)
             if ".txt" in path.suffixes and not self.held_out:
                 texts = list(kept)
                 yield from order.sample(texts, len(texts))

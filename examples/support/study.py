@@ -101,6 +101,17 @@ class Study:
             raise SystemExit("\n".join(failures))
         return {job: self._read(job) for job in jobs}
 
+    def compare(self, arms: Mapping[str, str], seeds: Sequence[int]) -> dict[str, list[Result]]:
+        """Run all arms with every seed, one seed after another, so that their times compare.
+
+        Args:
+            arms: the arguments of each.
+            seeds: the order of each arm's results.
+        """
+        jobs = {arm: [Job(arguments, seed) for seed in seeds] for arm, arguments in arms.items()}
+        found = self.run([job for of_seed in zip(*jobs.values(), strict=True) for job in of_seed])
+        return {arm: [found[job] for job in of_arm] for arm, of_arm in jobs.items()}
+
     def _launch(self, job: Job, place: int) -> str:
         """Run one; what went wrong, if anything did."""
         folder = self.out / job.name

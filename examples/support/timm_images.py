@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import normalize, resize, to_pil_image
 
 from support import fashion
 
@@ -17,23 +18,23 @@ Sample = tuple[Tensor, int]
 Transform = Callable[[Image.Image], Tensor]
 
 HELD_OUT = 10  # one of so many images is
+TESTS = ("val", "test", "validation")
 
 NORMALIZE: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class FashionImages(Dataset[Sample]):
-    """Fashion-MNIST as colour images.
+    """Fashion-MNIST as colour images to train on, augmented one by one.
 
     Args:
         folder: of the IDX files.
-        train: the training images, or the test images.
         transform: of each image.
     """
 
     classes = fashion.CLASSES
 
-    def __init__(self, folder: Path, train: bool, transform: Transform) -> None:
-        self.pixels, self.labels = fashion.load_bytes(folder, train)
+    def __init__(self, folder: Path, transform: Transform) -> None:
+        self.pixels, self.labels = fashion.load_bytes(folder, train=True)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -42,6 +43,37 @@ class FashionImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image = to_pil_image(self.pixels[index]).convert("RGB")
         return self.transform(image), int(self.labels[index])
+
+
+class PlainFashionImages(Dataset[Sample]):
+    """Fashion-MNIST as colour images without augmentation, a batch at once and many times faster.
+
+    Args:
+        folder: of the IDX files.
+        train: the training images, or the test images.
+        size: pixels.
+    """
+
+    classes = fashion.CLASSES
+
+    def __init__(self, folder: Path, train: bool, size: int) -> None:
+        self.pixels, self.labels = fashion.load_bytes(folder, train)
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """Several, as torch's loaders ask for a batch."""
+        grey = resize(self.pixels[indices], [self.size, self.size], InterpolationMode.BICUBIC)
+        pixels = normalize(grey.expand(-1, 3, -1, -1).float() / 255, **NORMALIZE)
+        return list(zip(pixels, self.labels[indices].tolist(), strict=True))
+
+
+Images: TypeAlias = FashionImages | PlainFashionImages | ImageFolder
 
 
 def load(
@@ -61,24 +93,34 @@ def load(
         SystemExit: the folder is neither.
     """
     folder = folder or fashion.EMBEDDED
-    more: dict[str, Any] = NORMALIZE | (augmentation or {"no_aug": True})
-    augment = create_transform(size, is_training=True, **more)
-    crop = 1.0 if fashion.is_in(folder) else 0.9
-    plain = create_transform(size, interpolation="bicubic", crop_pct=crop, **NORMALIZE)
-    train = _split(folder, True, augment)
+    train = _training(folder, size, augmentation)
     if not held_out:
-        return train, _split(folder, False, plain), len(train.classes)
+        return train, _plain(folder, False, size), len(train.classes)
     numbers = range(len(train))
     seen = Subset(train, [i for i in numbers if i % HELD_OUT])
-    unseen = Subset(_split(folder, True, plain), numbers[::HELD_OUT])
+    unseen = Subset(_plain(folder, True, size), numbers[::HELD_OUT])
     return seen, unseen, len(train.classes)
 
 
-def _split(folder: Path, train: bool, transform: Transform) -> FashionImages | ImageFolder:
+def _training(folder: Path, size: int, augmentation: dict[str, Any] | None) -> Images:
+    if augmentation is None and fashion.is_in(folder):
+        return PlainFashionImages(folder, True, size)
+    more: dict[str, Any] = augmentation or {"no_aug": True}
+    augment = create_transform(size, is_training=True, **NORMALIZE, **more)
     if fashion.is_in(folder):
-        return FashionImages(folder, train, transform)
-    names = ("train",) if train else ("val", "test", "validation")
+        return FashionImages(folder, augment)
+    return ImageFolder(_part(folder, "train"), augment)
+
+
+def _plain(folder: Path, train: bool, size: int) -> Images:
+    if fashion.is_in(folder):
+        return PlainFashionImages(folder, train, size)
+    plain = create_transform(size, interpolation="bicubic", crop_pct=0.9, **NORMALIZE)
+    return ImageFolder(_part(folder, *(("train",) if train else TESTS)), plain)
+
+
+def _part(folder: Path, *names: str) -> Path:
     found = [folder / name for name in names if (folder / name).is_dir()]
     if not found:
         raise SystemExit(f"{folder} holds neither IDX files nor a folder {' or '.join(names)}.")
-    return ImageFolder(found[0], transform)
+    return found[0]
