@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test nightly bench faults evidence clean
+.PHONY: demo test nightly bench faults recipes evidence clean
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -31,6 +31,36 @@ faults: .venv/installed  ## kills, full disks, damaged and malformed files, a lo
 
 FASHION ?= examples/data/fashion-mnist
 TEXT ?= examples/data/shakespeare
+
+LONGER := runs/recipes
+TO_PYRAMID := --backbone $(LONGER)/imagenet --data $(FASHION)
+
+recipes: $(foreach run,imagenet t5 glue segmentation upernet detection retinanet,$(LONGER)/$(run)/results.json)  ## one longer run of each recipe; "-j2" takes about 20 minutes
+
+$(LONGER)/imagenet/results.json: .venv/installed
+	$(BIN)/python examples/imagenet.py --data $(FASHION) --image-size 28 --no-augment --drop-path 0 --workers 0 \
+		--epochs 2 --warmup-epochs 0.2 --batch-size 128 --lr 16e-3 \
+		--model-kwargs patch_size 4 embed_dim 64 depth 4 num_heads 4 --out $(@D)
+
+$(LONGER)/t5/results.json: .venv/installed
+	$(BIN)/python examples/t5_pretrain.py --data $(TEXT) --vocabulary 4096 --inputs 128 --batch-size 32 --steps 400 \
+		--evaluate-every 100 --save-every 200 --workers 0 \
+		--model-kwargs d_model 128 d_ff 256 num_layers 3 num_heads 4 --out $(@D)
+
+$(LONGER)/glue/results.json: .venv/installed
+	$(BIN)/python examples/glue_finetune.py --limit 2000 --epochs 1 --out $(@D)
+
+$(LONGER)/segmentation/results.json: $(LONGER)/imagenet/results.json
+	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --steps 400 --evaluate-every 200 --out $(@D)
+
+$(LONGER)/upernet/results.json: $(LONGER)/imagenet/results.json
+	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --head upernet --steps 100 --evaluate-every 100 --out $(@D)
+
+$(LONGER)/detection/results.json: $(LONGER)/imagenet/results.json
+	$(BIN)/python examples/detection.py $(TO_PYRAMID) --scenes 500 --steps 300 --evaluate-every 300 --out $(@D)
+
+$(LONGER)/retinanet/results.json: $(LONGER)/imagenet/results.json
+	$(BIN)/python examples/detection.py $(TO_PYRAMID) --head retinanet --scenes 500 --steps 300 --evaluate-every 300 --out $(@D)
 
 evidence: .venv/installed  ## the ablations, and ExFusion against its controls; hours on two cores
 	$(BIN)/python examples/ablations.py --at-once 2

@@ -100,7 +100,8 @@ def report(measure: Measure, results: dict[str, list[Result]], title: str, path:
 
     print(tabulate(named(".md"), results, CONTROL, measure.title, {}))
     plot(named(".svg"), results, CONTROL, title, measure.title)
-    plot_curves(named("_curves.svg"), results, measure.name, title)
+    if all(len(result.rows) > 1 for found in results.values() for result in found):
+        plot_curves(named("_curves.svg"), results, measure.name, title)
     apart = [
         {"arm": arm, "spread of displacements": str(Spread.of(spreads))}
         for arm, found in results.items()

@@ -40,9 +40,8 @@ class Settings:
         model_kwargs: whole numbers of its T5Config that are to be others.
         data: a folder of text, or of JSON lines with an entry "text" as C4's; .gz and .xz are read
             too. The default are plays that come with the repository.
-        held_out: a folder of text to measure the loss on; by default `data`. One of 20 documents is
-            taken, which training leaves out.
-        fold: which of 20; runs that choose settings take another than those that test them.
+        held_out: text to measure the loss on, one document in 20; by default `data`, less these.
+        fold: which of the 20; runs that choose settings take another than those that test them.
         out: the folder for checkpoints, logs, results.json and the dense model.
         tokenizer: a tokenizer.json with T5's special tokens; by default one is trained on `data`.
         vocabulary: pieces that it is trained to have.
@@ -88,10 +87,9 @@ class Settings:
     smoke: bool = False
 
 
-TINY = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8}
 SMOKE: dict[str, Any] = {
     "data": corpus.EMBEDDED / "macbeth.txt.xz",
-    "model_kwargs": TINY,
+    "model_kwargs": {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8},
     "vocabulary": 300,
     "inputs": 32,
     "batch_size": 8,
@@ -121,16 +119,15 @@ def main(settings: Settings, device: torch.device) -> None:
     method = prepare()
     method.model.to(device)
     random_seed(seed, ranks.place()[0])  # what each rank draws for itself
-    name, steps, share = settings.optimizer, settings.steps, ranks.share(settings.batch_size)
-    optimizer, schedule = make_optimizer(name, method.model, settings.lr, steps)
+    steps, share = settings.steps, ranks.share(settings.batch_size)
+    optimizer, schedule = make_optimizer(settings.optimizer, method.model, settings.lr, steps)
     spans = partial(corpus.CorruptedSpans, lengths=lengths, seed=seed, fold=settings.fold)
     training, testing = spans(files, tokenizer), spans(unseen, tokenizer, held_out=True)
-    loader = ranks.stream(training, settings.batch_size, settings.workers)
     run = Pretraining(
         out=settings.out,
         method=method,
         optimizer=optimizer,
-        loader=loader,
+        loader=ranks.stream(training, settings.batch_size, settings.workers),
         loss=span_loss,
         schedule=schedule,
         evaluate=ValidationLoss(testing, share, settings.evaluate_texts),
