@@ -35,6 +35,7 @@ class Settings:
         arms: some of them by name; by default all.
         seeds: to train with.
         tuning_seeds: of the runs that choose learning rates.
+        length: epochs or steps of the others; by default as the scale has it.
         extra: more arguments of the recipe.
         out: the folder for runs, tables and plots.
         name: of the table and the plot.
@@ -49,6 +50,7 @@ class Settings:
     arms: tuple[str, ...] = (*ARMS, *CANDIDATES)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (1000, 1001)
+    length: float | None = None
     extra: str = ""
     out: Path = Path("runs/evidence")
     name: str = "results"
@@ -87,9 +89,8 @@ def longer_control(task: Task, control: str, results: dict[str, list[Result]], a
     ours, theirs = (
         Spread.of([result.step_ms for result in results[name]]).mean for name in (arm, CONTROL)
     )
-    name, length = task.length
-    longer = type(length)(round(length * max(1.0, ours / theirs), 3))
-    return f"{control} {name} {longer}"
+    longer = task.lasting(task.length[1] * max(1.0, ours / theirs))
+    return f"{control} {longer.argument}"
 
 
 def report(measure: Measure, results: dict[str, list[Result]], title: str, path: Path) -> None:
@@ -118,6 +119,8 @@ def main(settings: Settings) -> None:
         task = task._replace(common="--smoke", tuning="", rates=task.rates[:1])
         one = {"arms": ("control", "mb"), "seeds": (0,), "tuning_seeds": (0,)}
         settings = dataclasses.replace(settings, **one)  # type: ignore[arg-type]
+    if settings.length is not None:
+        task = task.lasting(settings.length)
     out, seeds = settings.out / settings.task / settings.scale, settings.seeds
     data = f"--data {settings.data}" if settings.data else ""
     common = f"{task.common} {data} {settings.extra}"
@@ -128,7 +131,7 @@ def main(settings: Settings) -> None:
     arms = {arm: every[arm] for arm in (CONTROL, *settings.arms)}  # each once
     table = out / f"{settings.name}_rates.md"
     rates = choose_rates(task, study, arms, settings.tuning_seeds, table)
-    length = " ".join(map(str, task.length)) if not settings.smoke else ""
+    length = task.argument if not settings.smoke else ""
     tuned = {arm: f"{given} --lr {rates[arm]}" for arm, given in arms.items()}
     results = study.compare({arm: f"{given} {length}" for arm, given in tuned.items()}, seeds)
     if "mb" in results and not settings.smoke:

@@ -13,6 +13,7 @@ hypothesis.settings.register_profile("nightly", max_examples=1000, **COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 torch.set_num_threads(1)  # the tests run in as many processes as there are cores
+os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start, too
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

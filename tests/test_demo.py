@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=out.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # other tests run beside it
     )
 
 

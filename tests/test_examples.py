@@ -1,6 +1,5 @@
 """The examples run in their smoke form, leave what they promise, and are listed."""
 
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,6 @@ def run(name: str, *arguments: object) -> str:
         [sys.executable, str(EXAMPLES / name), "--smoke", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -44,7 +44,7 @@ class Node(NamedTuple):
 def start(*command: object, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         list(map(str, command)),
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

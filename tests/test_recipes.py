@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,7 +31,6 @@ def run(name: str, *arguments: object) -> str:
         [sys.executable, str(EXAMPLES / name), "--smoke", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -1,6 +1,6 @@
 """What the evidence compares, as arguments of a recipe."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 ARMS = {
     "dense": "--method dense",
@@ -68,6 +68,16 @@ class Task(NamedTuple):
     tuning: str
     rates: tuple[str, ...]
     length: tuple[str, float]
+
+    @property
+    def argument(self) -> str:
+        """The recipe's, that says how long a run is."""
+        return " ".join(map(str, self.length))
+
+    def lasting(self, length: float) -> Self:
+        """The same for another length, whole where this one's is."""
+        name, usual = self.length
+        return self._replace(length=(name, type(usual)(round(length, 3))))
 
 
 TASKS = {
