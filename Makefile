@@ -33,9 +33,9 @@ FASHION ?= examples/data/fashion-mnist
 TEXT ?= examples/data/shakespeare
 
 LONGER := runs/recipes
-TO_PYRAMID := --backbone $(LONGER)/imagenet --data $(FASHION)
+TO_PYRAMID := --backbone $(LONGER)/imagenet --data $(FASHION) --lr 2e-4 --workers 0
 
-recipes: $(foreach run,imagenet t5 glue segmentation upernet detection retinanet,$(LONGER)/$(run)/results.json)  ## one longer run of each recipe; "-j2" takes about 20 minutes
+recipes: $(foreach run,imagenet t5 glue segmentation upernet detection retinanet,$(LONGER)/$(run)/results.json)  ## one longer run of each recipe; "-j2" takes about 40 minutes
 
 $(LONGER)/imagenet/results.json: .venv/installed
 	$(BIN)/python examples/imagenet.py --data $(FASHION) --image-size 28 --no-augment --drop-path 0 --workers 0 \
@@ -51,16 +51,16 @@ $(LONGER)/glue/results.json: .venv/installed
 	$(BIN)/python examples/glue_finetune.py --limit 2000 --epochs 1 --out $(@D)
 
 $(LONGER)/segmentation/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --steps 400 --evaluate-every 200 --out $(@D)
+	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --size 96 --steps 400 --evaluate-every 200 --out $(@D)
 
 $(LONGER)/upernet/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --head upernet --steps 100 --evaluate-every 100 --out $(@D)
+	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --size 96 --head upernet --steps 100 --evaluate-every 100 --out $(@D)
 
 $(LONGER)/detection/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/detection.py $(TO_PYRAMID) --scenes 500 --steps 300 --evaluate-every 300 --out $(@D)
+	$(BIN)/python examples/detection.py $(TO_PYRAMID) --size 128 --scenes 500 --batch-size 2 --steps 200 --evaluate-every 200 --out $(@D)
 
 $(LONGER)/retinanet/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/detection.py $(TO_PYRAMID) --head retinanet --scenes 500 --steps 300 --evaluate-every 300 --out $(@D)
+	$(BIN)/python examples/detection.py $(TO_PYRAMID) --size 128 --head retinanet --scenes 500 --batch-size 4 --steps 200 --evaluate-every 200 --out $(@D)
 
 evidence: .venv/installed  ## the ablations, and ExFusion against its controls; hours on two cores
 	$(BIN)/python examples/ablations.py --at-once 2

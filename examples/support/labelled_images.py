@@ -25,7 +25,7 @@ class Ade20k(Dataset[tuple[Tensor, Tensor]]):
     Args:
         folder: of the two.
         split: training or validation.
-        size: pixels of the crops to train on, and of the shorter side to test on.
+        size: pixels of the crops to train on, and of the squares to test on.
     """
 
     def __init__(self, folder: Path, split: str, size: int) -> None:
