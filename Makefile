@@ -57,7 +57,7 @@ $(LONGER)/upernet/results.json: $(LONGER)/imagenet/results.json
 	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --size 96 --head upernet --steps 100 --evaluate-every 100 --out $(@D)
 
 $(LONGER)/detection/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/detection.py $(TO_PYRAMID) --size 128 --scenes 500 --batch-size 2 --steps 200 --evaluate-every 200 --out $(@D)
+	$(BIN)/python examples/detection.py $(TO_PYRAMID) --size 128 --scenes 500 --batch-size 2 --steps 120 --evaluate-every 60 --out $(@D)
 
 $(LONGER)/retinanet/results.json: $(LONGER)/imagenet/results.json
 	$(BIN)/python examples/detection.py $(TO_PYRAMID) --size 128 --head retinanet --scenes 500 --batch-size 4 --steps 200 --evaluate-every 200 --out $(@D)

@@ -41,7 +41,7 @@ class Settings:
         seeds: one run of each row for each.
         scale: small: a ViT of 4 blocks on images of 28 pixels, 3 epochs; paper: as in the paper.
         data: of the recipe.
-        extra: more arguments of the recipe, such as "--epochs 100".
+        extra: more arguments of the recipe, as in --extra="--epochs 100".
         out: the folder for runs, tables and plots.
         at_once: runs that go at once, which share the CPU's cores, or have a GPU each.
         launcher: put before the recipe; by default this Python.

@@ -36,7 +36,7 @@ class Settings:
         seeds: to train with.
         tuning_seeds: of the runs that choose learning rates.
         length: epochs or steps of the others; by default as the scale has it.
-        extra: more arguments of the recipe.
+        extra: more arguments of the recipe, as in --extra="--workers 4".
         out: the folder for runs, tables and plots.
         name: of the table and the plot.
         at_once: runs that go at once, which share the CPU's cores, or have a GPU each.
