@@ -35,7 +35,8 @@ class Settings:
         arms: some of them by name; by default all.
         seeds: to train with.
         tuning_seeds: of the runs that choose learning rates.
-        length: epochs or steps of the others; by default as the scale has it.
+        rates: learning rates to choose from; by default the scale's. One needs no such runs.
+        length: epochs or steps of the runs that are compared; by default as the scale has it.
         extra: more arguments of the recipe, as in --extra="--workers 4".
         out: the folder for runs, tables and plots.
         name: of the table and the plot.
@@ -50,6 +51,7 @@ class Settings:
     arms: tuple[str, ...] = (*ARMS, *CANDIDATES)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (1000, 1001)
+    rates: tuple[str, ...] = ()
     length: float | None = None
     extra: str = ""
     out: Path = Path("runs/evidence")
@@ -73,6 +75,8 @@ def choose_rates(
     task: Task, study: Study, arms: dict[str, str], seeds: tuple[int, ...], path: Path
 ) -> dict[str, str]:
     """The best learning rate of each arm, of as many runs each; a table of all is written."""
+    if len(task.rates) == 1:
+        return dict.fromkeys(arms, task.rates[0])
     found: dict[str, dict[str, Spread]] = {arm: {} for arm in arms}
     for rate in task.rates:
         tried = {arm: f"{given} --lr {rate} {task.tuning}" for arm, given in arms.items()}
@@ -121,6 +125,7 @@ def main(settings: Settings) -> None:
         settings = dataclasses.replace(settings, **one)  # type: ignore[arg-type]
     if settings.length is not None:
         task = task.lasting(settings.length)
+    task = task._replace(rates=settings.rates or task.rates)
     out, seeds = settings.out / settings.task / settings.scale, settings.seeds
     data = f"--data {settings.data}" if settings.data else ""
     common = f"{task.common} {data} {settings.extra}"

@@ -186,6 +186,8 @@ def test_each_arm_gets_the_learning_rate_that_is_best_over_the_tuning_seeds(
     ended = sorted(tmp_path.rglob("results.json"), key=lambda path: path.stat().st_mtime_ns)
     order = [path.parent.parent.name for path in ended]  # seed by seed
     assert order == [f"arm-{arm}-lr-{lr}" for lr in (1, 2) for arm in ("ours", "control") * 2]
+    given = task._replace(rates=("bad",))  # needs no runs to choose
+    assert evidence.choose_rates(given, study, arms, (0, 1), path) == dict.fromkeys(arms, "bad")
 
 
 def test_the_longer_control_takes_as_long_as_a_slower_arm() -> None:
