@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from compilers import COMPILER
 from models import FFNs, inputs, loss_of
 from ranks import on_ranks
 from torch import Tensor, nn
@@ -35,14 +36,17 @@ def labels_of(x: Tensor) -> Tensor:
 
 
 def losses(
-    variant: str, loop: Loop = "plain", dtype: torch.dtype = torch.float32, compiled: bool = False
+    variant: str,
+    loop: Loop = "plain",
+    dtype: torch.dtype = torch.float32,
+    compiler: str | None = None,
 ) -> Tensor:
     """Five losses; each batch holds its samples twice, so that its halves are equal."""
     torch.manual_seed(0)
     checkpointing = "non-reentrant" if loop == "checkpointing" else None
     model = exf.wrap(FFNs(dim=8, hidden=16, checkpointing=checkpointing), variant=variant, seed=0)
     optimizer = torch.optim.AdamW(exf.param_groups(model, 0.05), lr=0.03)
-    run = torch.compile(model, fullgraph=True) if compiled else model
+    run = torch.compile(model, fullgraph=True, backend=compiler) if compiler else model
     history = []
     for _ in range(5):
         half = inputs(8).float()
@@ -60,19 +64,33 @@ def losses(
     return torch.stack(history)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("loop", ["plain", "accumulation", "checkpointing"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_every_loop_has_the_losses_of_the_plain_one(
-    variant: str, loop: Loop, dtype: torch.dtype, compiled: bool
+def assert_trains_as_the_plain_one(
+    variant: str, loop: Loop, dtype: torch.dtype, compiler: str | None
 ) -> None:
     expected = losses(variant)
     assert expected[0] - expected[-1] > 0.05  # it trains
     tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(
-        losses(variant, loop, dtype, compiled), expected, rtol=tolerance, atol=0
+        losses(variant, loop, dtype, compiler), expected, rtol=tolerance, atol=0
     )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("loop", ["plain", "accumulation", "checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiler", [None, COMPILER])
+def test_every_loop_has_the_losses_of_the_plain_one(
+    variant: str, loop: Loop, dtype: torch.dtype, compiler: str | None
+) -> None:
+    assert_trains_as_the_plain_one(variant, loop, dtype, compiler)
+
+
+@pytest.mark.parametrize(
+    ("variant", "loop", "dtype"),
+    [("dw", "plain", torch.float32), ("mb", "checkpointing", torch.bfloat16)],
+)
+def test_inductor_has_them_too(variant: str, loop: Loop, dtype: torch.dtype) -> None:
+    assert_trains_as_the_plain_one(variant, loop, dtype, "inductor")
 
 
 def vit(variant: str, depth: int) -> nn.Module:
@@ -111,7 +129,7 @@ def test_training_and_eval_with_any_batch_size_compile_twice_each_and_equal_eage
     """Once for the first batch size, once for any other."""
     eager = vit(variant, depth=10 if per_block else 2)  # more than torch.compile compiles anew
     compiled = copy.deepcopy(eager)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(COMPILER)
     for module in compiled.blocks if per_block else [compiled]:
         module.compile(backend=counter, fullgraph=True)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (eager, compiled)]
@@ -126,7 +144,7 @@ def test_training_and_eval_with_any_batch_size_compile_twice_each_and_equal_eage
 def test_parameters_frozen_replaced_and_thawed_in_training_equal_eager(variant: str) -> None:
     eager = exf.wrap(FFNs().double(), variant=variant, seed=0, bank_init="uniform")
     compiled = copy.deepcopy(eager)
-    compiled.compile(fullgraph=True)
+    compiled.compile(fullgraph=True, backend=COMPILER)
     for model in (eager, compiled):
         learned = [p for name, p in model.named_parameters() if "fusion_weights" in name]
         for trains in (True, False, True):
@@ -175,7 +193,7 @@ def ddp_losses(rank: int, ranks: int, variant: str, compiled: bool) -> Tensor:
         warnings.filterwarnings("ignore", "Memory banks are not averaged")
         model = exf.wrap(FFNs(dim=8, hidden=16).double(), variant=variant, seed=0)
     run: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
-    run = torch.compile(run) if compiled else run
+    run = torch.compile(run, backend=COMPILER) if compiled else run
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     history = []
     for seed in range(4):
@@ -188,17 +206,19 @@ def ddp_losses(rank: int, ranks: int, variant: str, compiled: bool) -> Tensor:
     return torch.stack(history)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_compiled_ranks_under_ddp_are_one_eager_rank(variant: str) -> None:
-    torch.manual_seed(0)
-    expected = ddp_losses(0, 1, variant, False)
-    for found in on_ranks(2, seeded_ddp_losses, variant):
+def seeded_ddp_losses(rank: int, ranks: int, compiled: bool) -> Tensor:
+    """Of all variants."""
+    found = []
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        found.append(ddp_losses(rank, ranks, variant, compiled))
+    return torch.stack(found)
+
+
+def test_two_compiled_ranks_under_ddp_are_one_eager_rank() -> None:
+    expected = seeded_ddp_losses(0, 1, False)
+    for found in on_ranks(2, seeded_ddp_losses, 2, True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-
-
-def seeded_ddp_losses(rank: int, variant: str) -> Tensor:
-    torch.manual_seed(0)
-    return ddp_losses(rank, 2, variant, True)
 
 
 def test_attention_masks_of_transformers_compile_once_and_equal_eager() -> None:
@@ -208,7 +228,7 @@ def test_attention_masks_of_transformers_compile_once_and_equal_eager() -> None:
     )  # fmt: skip
     eager = exf.wrap(transformers.BertModel(config).double(), seed=0, bank_init="uniform")
     compiled = copy.deepcopy(eager)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(COMPILER)
     compiled.compile(backend=counter, fullgraph=True)
     for seed in range(3):
         torch.manual_seed(seed)

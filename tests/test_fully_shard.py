@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import COMPILER
 from models import FFNs, inputs, loss_of
 from ranks import on_ranks, on_threads
 from sharded import EXACT, assert_same, mesh_of, my_part, train, whole_state
@@ -195,12 +196,12 @@ def compile_and_train(rank: int, dense: nn.Module, config: Any, order: str) -> d
     model: Any = exf.wrap(copy.deepcopy(dense), config)
     if order == "blocks, then shard":
         for block in model.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=COMPILER)
     exf.fully_shard(model, mesh=mesh_of(2))
     if order == "shard, then blocks":
         for block in model.blocks:
-            block.compile(fullgraph=True)
-    run = torch.compile(model) if order == "whole" else model
+            block.compile(fullgraph=True, backend=COMPILER)
+    run = torch.compile(model, backend=COMPILER) if order == "whole" else model
     train(run, my_part(rank, BATCHES))
     return whole_state(model)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import COMPILER
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FFNs, inputs, loss_of
@@ -279,7 +280,7 @@ def test_compiled_equals_eager(variant: str, checkpointing: Any) -> None:
     _, eager = twins(variant)
     eager.checkpointing = checkpointing
     compiled = copy.deepcopy(eager)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(COMPILER)
     compiled.compile(backend=counter, fullgraph=True)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (eager, compiled)]
     for seed in range(4):

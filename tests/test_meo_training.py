@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
+from compilers import COMPILER
 from meo_models import dense, gate_of, with_random_gates, wrap, wrapped
 from models import FFNs, inputs, loss_of
 from ranks import on_ranks, on_threads
@@ -149,8 +150,7 @@ def test_compiled_equals_eager(level: Any, causal: bool, shared_gate: bool) -> N
         model = wrapped(8, 16, level=level, shared_gate=shared_gate, **fields).float()
         if level == "task":
             meo.set_task(model, 1)
-        compiles = {"fullgraph": True, "backend": "aot_eager"}  # inductor takes minutes for all
-        run = torch.compile(model, **compiles) if compiled else model
+        run = torch.compile(model, fullgraph=True, backend=COMPILER) if compiled else model
         losses = train(model, [inputs(8, 3, 10, seed=i).float() for i in range(3)], run)
         results.append((losses, run.eval()(inputs(8, 3, 10).float())))
     torch.compiler.reset()
@@ -161,7 +161,7 @@ def test_compiled_equals_eager(level: Any, causal: bool, shared_gate: bool) -> N
 def test_noise_compiles_in_one_graph() -> None:
     torch.compiler.reset()
     model = wrapped(8, 16).float().train()
-    run = torch.compile(model, fullgraph=True)
+    run = torch.compile(model, fullgraph=True, backend=COMPILER)
     losses = train(model, [inputs(8, 3, 10, seed=i).float() for i in range(3)], run)
     torch.compiler.reset()
     assert all(torch.tensor(losses).isfinite())
