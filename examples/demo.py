@@ -125,12 +125,12 @@ def main(settings: Settings) -> None:
     results = [
         report.Result(
             run=name,
-            accuracy=comparison.last_accuracy(name),
+            is_right=run.is_right(data.test),
             step_ms=median(row[f"step_ms/{name}"] for row in comparison.rows),
             training_parameters=training.get(name, summary.shipped_parameters),
             shipped_parameters=summary.shipped_parameters,
         )
-        for name in comparison.runs
+        for name, run in comparison.runs.items()
     ]
     check = ship(comparison, arguments, settings)
     path = report.write_report(settings.out, results, check, settings.to_dict())

@@ -202,3 +202,23 @@ def test_all_that_a_history_holds_is_written(
     assert {path.stem for path in paths} == {"fusion_weights", "router_load", *plotting.OVER_GROUPS}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+def test_the_grid_of_fusion_weights_has_one_legend_and_names_its_axes_once(
+    num_groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plt, "close", lambda: None)
+    groups = [f"blocks.{i}" for i in range(num_groups)]
+    weights = {f"fusion_weights/{group}/{i}": [0.2, 0.3] for group in groups for i in range(4)}
+    plotting.write_plots({"step": [1, 2]} | weights, tmp_path)
+    figure = plt.gcf()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"expert {i}" for i in range(4)]
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("step", "fusion weight")
+    assert [ax.get_title() for ax in figure.axes] == [f" {group}" for group in groups]
+    for ax in figure.axes:
+        assert ax.get_legend() is None
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("", "")
+    numbered = [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes]
+    assert numbered == [False] * (num_groups - 2) + [True] * min(num_groups, 2)

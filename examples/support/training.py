@@ -53,10 +53,14 @@ class Run:
         logits, labels = zip(*batches, strict=True)
         return torch.cat(logits), torch.cat(labels)
 
+    def is_right(self, images: Images) -> Tensor:
+        """Whether the model classifies each of the images rightly."""
+        logits, labels = self.logits(images)
+        return logits.argmax(1) == labels
+
     def accuracy(self, images: Images) -> float:
         """Share of the images that are classified rightly, in percent."""
-        logits, labels = self.logits(images)
-        return 100 * (logits.argmax(1) == labels).float().mean().item()
+        return 100 * self.is_right(images).float().mean().item()
 
 
 class Comparison:

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from .history import History
 
@@ -81,8 +82,7 @@ def fusion_weights(
     columns = _columns_of(history, "fusion_weights", group)
     _require(history, x)
     ax = ax or _new_axes()
-    for column in columns:
-        ax.plot(*_measured(history, x, column), label=f"expert {column.rpartition('/')[2]}")
+    _weight_lines(history, columns, x, ax)
     ax.set(xlabel=x, ylabel="fusion weight", title=_shown(group))
     ax.legend()
     return ax
@@ -158,18 +158,13 @@ def write_plots(history: History, folder: Path) -> list[Path]:
         ValueError: the history holds nothing to draw, or no column `step`.
     """
     paths = []
-    for measure in ("fusion_weights", "router_load"):
+    for measure, draw in (("fusion_weights", _weights_grid), ("router_load", _load_grid)):
         if groups := group_names(history, measure):
-            grid = _grid(len(groups), share=measure == "fusion_weights")
-            for group, ax in zip(groups, grid, strict=True):
-                if measure == "fusion_weights":
-                    fusion_weights(history, group, ax=ax).label_outer()
-                else:
-                    router_load(history, group, ax=ax)
+            draw(history, groups)
             paths.append(_save(folder / f"{measure}.png"))
     for measure in OVER_GROUPS:
         if any(name.startswith(f"{measure}/") for name in history):
-            over_groups(history, measure)
+            _move_legend_out(over_groups(history, measure))
             paths.append(_save(folder / f"{measure}.png"))
     if not paths:
         raise ValueError(f"No column of metrics(model) is in the history, but {_listed(history)}.")
@@ -181,6 +176,43 @@ def group_names(history: History, measure: str = "fusion_weights") -> list[str]:
     parts = 2 if measure == "router_load" else 1  # label and expert, or expert
     names = [name.split("/", 1)[1] for name in history if name.startswith(f"{measure}/")]
     return list(dict.fromkeys(name.rsplit("/", parts)[0] for name in names))
+
+
+def _weights_grid(history: History, groups: list[str]) -> None:
+    """The fusion weights of all groups, with one legend and the labels of the axes once."""
+    _require(history, "step")
+    grid = _grid(len(groups), size=(6.5, 2.1), share=True)
+    for group, ax in zip(groups, grid, strict=True):
+        _weight_lines(history, _columns_of(history, "fusion_weights", group), "step", ax)
+        ax.set_title(_shown(group), fontsize="medium")
+    for ax in grid[-2:]:  # the last of each column, which need not be in the last row
+        ax.tick_params(labelbottom=True)
+    grid[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))  # of all, which share their axes
+    figure = plt.gcf()
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("fusion weight", fontsize="medium")
+    experts = {line.get_label(): line for ax in grid for line in ax.lines}
+    figure.legend(handles=list(experts.values()), loc="outside upper center", ncols=4)
+
+
+def _weight_lines(history: History, columns: list[str], x: str, ax: Axes) -> None:
+    for column in columns:
+        ax.plot(*_measured(history, x, column), label=f"expert {column.rpartition('/')[2]}")
+
+
+def _move_legend_out(ax: Axes) -> None:
+    """Put the legend beside the lines, where it takes no more than half of the figure."""
+    legend, figure = ax.get_legend(), plt.gcf()
+    assert legend is not None
+    legend.set_loc("upper left")
+    legend.set_bbox_to_anchor((1, 1))
+    width = legend.get_window_extent().width / figure.dpi
+    figure.set_figwidth(max(figure.get_figwidth(), 2 * width))
+
+
+def _load_grid(history: History, groups: list[str]) -> None:
+    for group, ax in zip(groups, _grid(len(groups), size=(9, 3), share=False), strict=True):
+        router_load(history, group, ax=ax)
 
 
 def _columns_of(history: History, measure: str, group: str) -> list[str]:
@@ -220,11 +252,12 @@ def _new_axes() -> Axes:
     return plt.figure(layout="constrained").subplots()
 
 
-def _grid(count: int, share: bool) -> list[Axes]:
+def _grid(count: int, size: tuple[float, float], share: bool) -> list[Axes]:
+    """Axes in two columns; the size is the width of the figure and the height of a row, inches."""
     rows = math.ceil(count / 2)
     _, grid = plt.subplots(
-        rows, min(count, 2), figsize=(9, 3 * rows), squeeze=False, sharex=share, sharey=share,
-        layout="constrained",
+        rows, min(count, 2), figsize=(size[0], 0.6 + size[1] * rows), squeeze=False, sharex=share,
+        sharey=share, layout="constrained",
     )  # fmt: skip
     for ax in grid.flat[count:]:
         ax.remove()
@@ -232,6 +265,6 @@ def _grid(count: int, share: bool) -> list[Axes]:
 
 
 def _save(path: Path) -> Path:
-    plt.savefig(path, dpi=120)
+    plt.savefig(path, dpi=200)
     plt.close()
     return path
