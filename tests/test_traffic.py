@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
-from ranks import on_threads
-from sharded import mesh_of
 from torch import distributed, nn
 
 import exfusion_param as exf
 from exfusion_param.parametrization import groups_of
 from exfusion_param.shards import local
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_threads
+from exfusion_testing.sharded import mesh_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 
