@@ -26,9 +26,9 @@ STEPS = {
 }
 
 
-def count_installed() -> int:
-    """How many packages the environment has."""
-    return len(list(VENV.glob("lib/python*/site-packages/*.dist-info")))
+def packages() -> set[Path]:
+    """What is installed in the environment, by name and version."""
+    return set(VENV.glob("lib/python*/site-packages/*.dist-info"))
 
 
 def progress(output: str, installed: int) -> str:
@@ -41,7 +41,7 @@ def progress(output: str, installed: int) -> str:
 
 def run(title: str, command: tuple[str, ...]) -> None:
     """Run a command; on a terminal, keep its line up to date."""
-    start, before = time.monotonic(), count_installed()
+    start, before = time.monotonic(), packages()
     is_terminal = sys.stdout.isatty()
     print(f"{title}: ", end="", flush=True)
     with tempfile.NamedTemporaryFile() as log:
@@ -49,13 +49,13 @@ def run(title: str, command: tuple[str, ...]) -> None:
         while True:
             is_over = process.poll() is not None
             output = Path(log.name).read_text(errors="replace")
-            state = progress(output, count_installed() - before)
+            state = progress(output, len(packages() - before))
             line = f"{state}{time.monotonic() - start:.0f} s"
             if is_over or is_terminal:
                 print(f"\r{title}: {line}\x1b[K" if is_terminal else line, end="", flush=True)
             if is_over:
                 break
-            time.sleep(0.5)
+            time.sleep(0.2)
     print()
     if process.returncode:
         print(output, end="")
