@@ -22,7 +22,7 @@ test: .venv/installed  ## lint, types and unit, each whatever the others say, an
 	test -z "$$failed"
 
 lint: .venv/installed  ## the linter and the check of the format
-	$(BIN)/ruff check; code=$$?; $(BIN)/ruff format --check && exit $$code
+	@$(BIN)/ruff check; code=$$?; $(BIN)/ruff format --check && exit $$code
 
 types: .venv/installed  ## the type checker
 	$(BIN)/mypy
