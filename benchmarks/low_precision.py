@@ -14,14 +14,14 @@ import matplotlib.pyplot as plt
 import timm
 import torch
 import tyro
-from support.data import load
-from support.training import Comparison
-from tables import markdown_table, write_results
 from torch import nn
 
 import exfusion_param as exf
 from exfusion_param import plotting
 from exfusion_param.history import read_history, write_history
+from support.data import load
+from support.training import Comparison
+from tables import markdown_table, write_results
 
 WRAPPED: dict[str, dict[str, Any]] = {
     "exfusion": {},

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from tables import markdown_table, write_results
 from tqdm import tqdm
-from training import DEVICE, Task, Trainer
 
 from exfusion_param.parametrization import groups_of
+from tables import markdown_table, write_results
+from training import DEVICE, Task, Trainer
 
 
 @dataclasses.dataclass

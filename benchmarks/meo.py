@@ -14,15 +14,15 @@ from statistics import median
 
 import torch
 import tyro
-from support.vanilla_moe import replace_linears
-from tables import markdown_table, write_results
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from training import DEVICE
 from transformers import BertConfig, BertForMaskedLM
 
 from exfusion_param import meo
 from exfusion_param.discovery import find_ffns
+from support.vanilla_moe import replace_linears
+from tables import markdown_table, write_results
+from training import DEVICE
 
 
 @dataclasses.dataclass

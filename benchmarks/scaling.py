@@ -9,10 +9,11 @@ import gc
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
+
 from step_time import Row as StepRow
 from step_time import measure
 from tables import markdown_table, write_csv, write_results
-from tqdm import tqdm
 from training import DEVICE, SOURCE, T5, TARGET, Task, Trainer
 
 TASKS = (

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import tyro
-from collectives import on_ranks
-from tables import environment, markdown_table, write_csv
 from torch import Tensor, nn
-from traffic import PATCH, Case, Classifier, Variant, sharded
 
+from collectives import on_ranks
 from exfusion_param.parametrization import groups_of
 from exfusion_param.shards import local
+from tables import environment, markdown_table, write_csv
+from traffic import PATCH, Case, Classifier, Variant, sharded
 
 
 @dataclasses.dataclass

@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
+from tqdm import tqdm
+
 from peers import PEERS
 from tables import markdown_table, write_csv, write_results
-from tqdm import tqdm
 from training import DEVICE, KINDS, Task, Trainer
 
 

@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 import tyro
-from collectives import Seen, counted, on_ranks, ring, total
-from tables import environment, markdown_table, write_csv
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
 import exfusion_param as exf
+from collectives import Seen, counted, on_ranks, ring, total
+from tables import environment, markdown_table, write_csv
 
 Mode = Literal["dense", "step", "forward"]
 Variant = Literal["sw", "dw", "mb"]

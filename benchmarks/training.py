@@ -8,13 +8,13 @@ from typing import Any
 
 import timm
 import torch
-from peers import PEERS, replace_ffns
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
 import exfusion_param as exf
 from exfusion_param.transformer_blocks import transformer_blocks
+from peers import PEERS, replace_ffns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -18,12 +18,12 @@ import timm
 import torch
 import tyro
 from safetensors.torch import save_file
-from tables import markdown_table, write_results
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import exfusion_param as exf
 from exfusion_param.parametrization import groups_of
+from tables import markdown_table, write_results
 
 
 @dataclasses.dataclass

@@ -15,12 +15,12 @@ from typing import Literal
 import timm
 import torch
 import tyro
-from support.ablation_tables import Table, tables
-from support.comparison import plot, tabulate
-from support.study import Study
 
 import exfusion_param as exf
 from exfusion_param import cli
+from support.ablation_tables import Table, tables
+from support.comparison import plot, tabulate
+from support.study import Study
 
 SMALL = (
     "--image-size 28 --no-augment --drop-path 0 --workers 0 --batch-size 128 --lr 32e-3 "

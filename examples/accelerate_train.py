@@ -13,8 +13,6 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from support import fashion
-from support.log import RunLog
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,6 +20,8 @@ from tqdm import tqdm
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import save_config
+from support import fashion
+from support.log import RunLog
 
 
 @dataclasses.dataclass

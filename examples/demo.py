@@ -21,13 +21,13 @@ import timm
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
-from support import report
-from support.data import load
-from support.training import DEVICE, Comparison
 from torch import nn
 
 import exfusion_param as exf
 from exfusion_param.history import write_history
+from support import report
+from support.data import load
+from support.training import DEVICE, Comparison
 
 DEFAULTS = exf.ExFusionConfig(seed=0)
 

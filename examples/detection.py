@@ -16,15 +16,16 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils.data import DataLoader
+from torchmetrics.detection import MeanAveragePrecision
+
 from support import labelled_images, ranks
 from support.downstream import detector
 from support.methods import Method
 from support.pretraining import Batch, Pretraining, moved, start
 from support.pyramid import Pyramid
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
-from torch.utils.data import DataLoader
-from torchmetrics.detection import MeanAveragePrecision
 
 
 @dataclasses.dataclass

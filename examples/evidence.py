@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
 from support import corpus
 from support.arms import ARMS, CANDIDATES, CONTROL, TASKS, Measure, Task
 from support.comparison import plot, plot_curves, tabulate

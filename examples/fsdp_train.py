@@ -17,10 +17,6 @@ from typing import Any
 
 import torch
 import tyro
-from support import fashion, ranks
-from support.sharded_export import check, export
-from support.sharded_init import init
-from support.sharded_log import SharedLog
 from timm.models.vision_transformer import VisionTransformer
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,6 +27,10 @@ from torch.utils.data import TensorDataset
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import Checkpoints
+from support import fashion, ranks
+from support.sharded_export import check, export
+from support.sharded_init import init
+from support.sharded_log import SharedLog
 
 
 @dataclasses.dataclass

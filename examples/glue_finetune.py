@@ -17,8 +17,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from support import glue
-from support.pretrained import minilm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,6 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import exfusion_param as exf
 from exfusion_param.integrations.transformers import ExFusionCallback, ExFusionTrainerMixin
+from support import glue
+from support.pretrained import minilm
 
 DEFAULTS = exf.ExFusionConfig(expert_init="upcycle", bank_init="uniform", seed=0)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import tyro
-from support import fashion
 from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 import exfusion_param as exf
 from exfusion_param.integrations.transformers import ExFusionCallback, ExFusionTrainerMixin
+from support import fashion
 
 
 @dataclasses.dataclass

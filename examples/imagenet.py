@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from support import methods, ranks, timm_images
-from support.classification import Accuracy, Mixing, build, check_dense
-from support.experts_apart import displacement_spread
-from support.pretraining import Pretraining, start
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3, random_seed
 
 import exfusion_param as exf
+from support import methods, ranks, timm_images
+from support.classification import Accuracy, Mixing, build, check_dense
+from support.experts_apart import displacement_spread
+from support.pretraining import Pretraining, start
 
 DEFAULTS = exf.ExFusionConfig(seed=0)
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}

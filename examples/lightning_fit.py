@@ -16,7 +16,6 @@ import tyro
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
-from support import fashion
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint
 from exfusion_param.integrations.lightning import ExFusionCallback
+from support import fashion
 
 
 @dataclasses.dataclass

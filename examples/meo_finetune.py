@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 import tyro
-from support import sentences
-from support.classifier import DEVICE, Classifier
-from support.pretrained import minilm
-from support.sentences import Sentences
-from support.table import write_table
-from support.vanilla_moe import replace_linears
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import exfusion_param as exf
 from exfusion_param import meo
 from exfusion_param.discovery import find_ffns
+from support import sentences
+from support.classifier import DEVICE, Classifier
+from support.pretrained import minilm
+from support.sentences import Sentences
+from support.table import write_table
+from support.vanilla_moe import replace_linears
 
 
 @dataclasses.dataclass

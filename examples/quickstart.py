@@ -7,13 +7,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from support import fashion
-from support.log import RunLog
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import exfusion_param as exf
+from support import fashion
+from support.log import RunLog
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

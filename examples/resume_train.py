@@ -14,8 +14,6 @@ from typing import Any
 import timm
 import torch
 import tyro
-from support import fashion, ranks
-from support.sharded_export import export
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -27,6 +25,8 @@ from tqdm import tqdm
 import exfusion_param as exf
 from exfusion_param.checkpoint import Checkpoints, StopRequest
 from exfusion_param.history import append_row
+from support import fashion, ranks
+from support.sharded_export import export
 
 
 @dataclasses.dataclass

@@ -16,17 +16,18 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
+
 from support import labelled_images, ranks
 from support.downstream import Segmenter
 from support.methods import Method
 from support.pretraining import Batch, Pretraining, moved, start
 from support.pyramid import Pyramid
 from support.scenes import IGNORED
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import PolynomialLR
-from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassJaccardIndex
 
 
 @dataclasses.dataclass

@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from timm.utils import random_seed
+
+import exfusion_param as exf
 from support import corpus, methods, ranks
 from support.experts_apart import displacement_spread
 from support.pretraining import Pretraining, start
 from support.spans import lengths_for
 from support.t5 import ValidationLoss, build, make_optimizer, span_loss, tokenizer_of
-from timm.utils import random_seed
-
-import exfusion_param as exf
 
 DEFAULTS = exf.ExFusionConfig(seed=0)
 

@@ -12,8 +12,6 @@ import timm
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
-from support import data
-from support.log import RunLog
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -23,6 +21,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import exfusion_param as exf
+from support import data
+from support.log import RunLog
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 import tyro
+from transformers import AutoModelForSequenceClassification
+
+import exfusion_param as exf
 from support import sentences
 from support.classifier import Classifier
 from support.log import RunLog
 from support.pretrained import minilm
 from support.sentences import Sentences
-from transformers import AutoModelForSequenceClassification
-
-import exfusion_param as exf
 
 
 @dataclasses.dataclass

@@ -8,13 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 VARIANTS = ["sw", "dw", "mb"]
 STEPS, MICRO_BATCHES, SIZE = 6, 2, 4

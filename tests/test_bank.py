@@ -4,7 +4,11 @@ import copy
 
 import pytest
 import torch
-from banks import (
+from torch import Tensor
+
+import exfusion_param as exf
+from exfusion_param import functional
+from exfusion_testing.banks import (
     MOMENTUM,
     X,
     adamw,
@@ -15,11 +19,7 @@ from banks import (
     make,
     moved,
 )
-from models import Checkpointing, loss_of
-from torch import Tensor
-
-import exfusion_param as exf
-from exfusion_param import functional
+from exfusion_testing.models import Checkpointing, loss_of
 
 CHECKPOINTING: list[Checkpointing | None] = [None, "reentrant", "non-reentrant"]
 

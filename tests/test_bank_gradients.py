@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from banks import X, adamw, assert_bank, assert_bank_follows, backward, bank_of, make, moved
-from models import FFNs, inputs, loss_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import exfusion_param as exf
+from exfusion_testing.banks import (
+    X,
+    adamw,
+    assert_bank,
+    assert_bank_follows,
+    backward,
+    bank_of,
+    make,
+    moved,
+)
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 
 def test_a_gradient_that_goes_elsewhere_does_not_count() -> None:

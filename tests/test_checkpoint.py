@@ -13,14 +13,14 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file, save_file, save_model
-from strategies import configs, sizes
 from torch import nn
 
 import exfusion_param as exf
 from exfusion_param import checkpoint, cli
 from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, fusing, save_config
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.strategies import configs, sizes
 
 VARIANTS = ["sw", "dw", "mb"]
 Save = Callable[[nn.Module, Path], Path]

@@ -14,9 +14,9 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from runs import Run, assert_equal
 
 from exfusion_param.checkpoint import CheckpointError
+from exfusion_testing.runs import Run, assert_equal
 
 LENGTH = 8
 

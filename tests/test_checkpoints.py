@@ -16,9 +16,6 @@ import schedulefree
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from runs import Run, assert_equal
-from sharded import EXACT
 from torch import nn
 
 import exfusion_param as exf
@@ -27,6 +24,9 @@ from exfusion_param.checkpoint import CheckpointError, Checkpoints, StopRequest,
 from exfusion_param.checkpoint.manifest import sealed
 from exfusion_param.checkpoint.plain_values import join, same, split
 from exfusion_param.checkpoint.resizing import resize
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.runs import Run, assert_equal
+from exfusion_testing.sharded import EXACT
 
 CONFIGS: list[dict[str, Any]] = [
     {"variant": variant, "fuse_on": fuse_on}

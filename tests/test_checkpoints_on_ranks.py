@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks
-from runs import Run, assert_equal
 from safetensors.torch import load_file
-from sharded import EXACT
 from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import CheckpointError, Checkpoints, StopRequest, fuse_checkpoint
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks
+from exfusion_testing.runs import Run, assert_equal
+from exfusion_testing.sharded import EXACT
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -9,15 +9,15 @@ import pytest
 import timm
 import torch
 import transformers
-from compilers import COMPILER
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
+from exfusion_testing.compilers import COMPILER
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks
 
 VARIANTS = ["sw", "dw", "mb"]
 Loop = Literal["plain", "accumulation", "checkpointing"]

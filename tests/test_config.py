@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from strategies import configs
 
 from exfusion_param import ExFusionConfig
+from exfusion_testing.strategies import configs
 
 
 @given(config=configs())

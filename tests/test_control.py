@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 N, LR, DECAY, EPS = 4, 0.01, 0.05, 1e-8
 

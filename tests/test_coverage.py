@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import coverage
 import pytest
 import torch
 import transformers
 from torch import nn
 
+import coverage
 import exfusion_param as exf
 from exfusion_param.discovery import find_ffns
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from models import FFNs
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs
 
 
 def groups(model: nn.Module, **kwargs) -> dict[str, list[str]]:

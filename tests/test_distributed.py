@@ -8,14 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks, on_threads
-from sharded import MODES, VARIANTS, assert_same, mesh_of, my_part, train, whole_state
-from strategies import configs, sizes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks, on_threads
+from exfusion_testing.sharded import (
+    MODES,
+    VARIANTS,
+    assert_same,
+    mesh_of,
+    my_part,
+    train,
+    whole_state,
+)
+from exfusion_testing.strategies import configs, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from families import BERT, FAMILIES
-from models import FFNs
 from torch import Tensor, nn
 
 import exfusion_param as exf
+from exfusion_testing.families import BERT, FAMILIES
+from exfusion_testing.models import FFNs
 
 KWARGS = {"variant": "sw", "expert_init": "drop_upcycle", "seed": 0}
 

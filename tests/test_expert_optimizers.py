@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from ranks import on_threads
-from sharded import mesh_of, my_part, whole_state
-from strategies import configs, sizes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import exfusion_param as exf
 from exfusion_param import expert_sums
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_threads
+from exfusion_testing.sharded import mesh_of, my_part, whole_state
+from exfusion_testing.strategies import configs, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

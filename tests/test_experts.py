@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import num_experts, seeds, sizes
 
 from exfusion_param import functional
 from exfusion_param.experts import independent_experts, named_generator, upcycled_experts
+from exfusion_testing.strategies import num_experts, seeds, sizes
 
 CPU = torch.device("cpu")
 

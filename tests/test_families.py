@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
 from timm.models import load_checkpoint
 from timm.utils import CheckpointSaver
 
 import exfusion_param as exf
 from exfusion_param import functional
+from exfusion_testing.families import FAMILIES
 
 
 def test_the_router_of_a_convolutional_ffn_reads_the_channels_of_every_pixel() -> None:

@@ -1,11 +1,12 @@
 """Short forms of `make faults`: kills, stops, damaged and malformed files, a long run."""
 
-import faults
 import pytest
-from fault_files import corrupt_checkpoints, fuzz_files
-from fault_steps import fill_disks, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import faults
+from fault_files import corrupt_checkpoints, fuzz_files
+from fault_steps import fill_disks, poison
 from soak import soak
 
 SHORT = faults.Settings(kills=2, stops=1, limit=400, out=None)

@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from compilers import COMPILER
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks, on_threads
-from sharded import EXACT, assert_same, mesh_of, my_part, train, whole_state
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,6 +17,10 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import exfusion_param as exf
 from exfusion_param.shards import local, whole
+from exfusion_testing.compilers import COMPILER
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks, on_threads
+from exfusion_testing.sharded import EXACT, assert_same, mesh_of, my_part, train, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

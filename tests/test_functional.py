@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import momenta, num_experts, seeds, sizes
 from torch import Tensor
 
 from exfusion_param import expert_sums, functional
+from exfusion_testing.strategies import momenta, num_experts, seeds, sizes
 
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 

@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from compilers import COMPILER
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file, save_file
-from strategies import configs, sizes
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -21,6 +18,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import exfusion_param as exf
 from exfusion_param import functional
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
+from exfusion_testing.compilers import COMPILER
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.strategies import configs, sizes
 
 EXACT = ["sw", "dw"]
 VARIANTS = ["sw", "dw", "mb"]

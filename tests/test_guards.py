@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks
 from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
 from exfusion_param import functional
 from exfusion_param.parametrization import groups_of
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks
 
 MODES = ["forward", "step"]
 NAN, INF = float("nan"), float("inf")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -18,6 +17,7 @@ import exfusion_param as exf
 from exfusion_param import cli
 from exfusion_param.history import read_history
 from exfusion_param.integrations.lightning import ExFusionCallback
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 VARIANTS = ["sw", "dw", "mb"]
 EPOCHS, STEPS, MICRO_BATCHES, SIZE = 2, 3, 2, 4  # steps of an epoch

@@ -6,13 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 VARIANTS = ["sw", "dw", "mb"]
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from ranks import on_threads
 from safetensors.torch import load_file, save_file
-from sharded import mesh_of, my_part, whole_state
 from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
 from exfusion_param.state_storage import round_stochastically
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_threads
+from exfusion_testing.sharded import mesh_of, my_part, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -8,16 +8,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from meo_models import gate_of, plain_gates, plain_linear, with_random_gates, wrapped
-from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file, save_file
-from strategies import seeds, sizes
 from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_param import meo
 from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, save_config
 from exfusion_param.names import clean_name
+from exfusion_testing.meo_models import (
+    gate_of,
+    plain_gates,
+    plain_linear,
+    with_random_gates,
+    wrapped,
+)
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.strategies import seeds, sizes
 
 
 @given(

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds, sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exfusion_param.meo import merging
 from exfusion_param.meo.merging import combined_outputs, merged_linear, merged_weights
+from exfusion_testing.strategies import seeds, sizes
 
 
 def case(

@@ -7,17 +7,17 @@ import pytest
 import timm
 import torch
 import transformers
-from compilers import COMPILER
-from meo_models import dense, gate_of, with_random_gates, wrap, wrapped
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks, on_threads
-from sharded import mesh_of, my_part, whole_state
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
 from exfusion_param import meo
 from exfusion_param.meo.gating import squared_variation
+from exfusion_testing.compilers import COMPILER
+from exfusion_testing.meo_models import dense, gate_of, with_random_gates, wrap, wrapped
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks, on_threads
+from exfusion_testing.sharded import mesh_of, my_part, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
-from models import FFNs, inputs, loss_of
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 
 def names_by_decay(model: nn.Module, **kwargs: Any) -> dict[float, set[str]]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
 
 import exfusion_param as exf
 from exfusion_param import plotting
@@ -19,6 +18,7 @@ from exfusion_param.history import (
     write_history,
 )
 from exfusion_param.routing import record_routing, router_load
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 CLASSES = ["shirt", "bag", "boot"]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from strategies import configs, seeds
 from torch import Tensor, nn
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.strategies import configs, seeds
 
 VARIANTS = ["sw", "dw", "mb"]
 CASTS: list[tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = [

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dinov2 import dinov2
 from torch import Tensor, nn
 
 import exfusion_param as exf
+from exfusion_testing.dinov2 import dinov2
 
 STARTS = [{"variant": "sw"}, {"variant": "dw"}, {"variant": "mb", "bank_init": "uniform"}]
 SENTENCES = ["A warm and funny film.", "I have rarely been so bored, and so long, in a cinema."]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import fashion, timm_images
 from timm.data import create_transform
+
+from support import fashion, timm_images
 
 
 @pytest.mark.parametrize("size", [28, 40])

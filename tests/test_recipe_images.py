@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import classification, labelled_images, scenes
-from support.downstream import Segmenter, detector
-from support.pyramid import Pyramid, backbone
 from torch import nn
 
 import exfusion_param as exf
+from support import classification, labelled_images, scenes
+from support.downstream import Segmenter, detector
+from support.pyramid import Pyramid, backbone
 
 BACKBONES = {
     "vit_tiny_patch16_224": {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2},

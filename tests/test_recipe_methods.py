@@ -5,12 +5,12 @@ import copy
 import pytest
 import timm
 import torch
-from support import diversity, methods, mixture
-from support.experts_apart import displacement_spread
 from torch import nn
 
 import exfusion_param as exf
 from exfusion_param.memory_bank import MemoryBank
+from support import diversity, methods, mixture
+from support.experts_apart import displacement_spread
 
 N = 3
 CONFIG = exf.ExFusionConfig(num_experts=N, seed=5)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import corpus, glue, ranks
-from support.spans import corrupt, lengths_for
 from tokenizers import Tokenizer
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+from support import corpus, glue, ranks
+from support.spans import corrupt, lengths_for
 
 END = 1
 SENTINELS = torch.arange(100, 200)

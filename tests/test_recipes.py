@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import evidence
-import imagenet
 import pytest
-import t5_pretrain
 import torch
 from safetensors.torch import load_file
+
+import evidence
+import exfusion_param as exf
+import imagenet
+import t5_pretrain
+from exfusion_param.checkpoint import StopRequest
 from support import corpus, ranks
 from support.arms import Measure
 from support.comparison import differences, tabulate
 from support.study import Job, Result, Spread, Study
-
-import exfusion_param as exf
-from exfusion_param.checkpoint import StopRequest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUIET = "ignore:'set_vital' is deprecated:UserWarning"

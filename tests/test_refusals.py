@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs
 
 
 def tied() -> nn.Module:

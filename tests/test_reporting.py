@@ -5,10 +5,10 @@ import math
 import pytest
 import timm
 import torch
-from models import FFNs, inputs, loss_of
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 
 def test_a_dry_run_says_what_wrap_does_and_changes_nothing() -> None:

@@ -6,10 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks, on_threads
 from safetensors.torch import load_file
-from sharded import EXACT, assert_same, mesh_of, my_part, whole_state
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -18,6 +15,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import exfusion_param as exf
 from exfusion_param.checkpoint import describe
 from exfusion_param.shards import is_sharded, whole
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks, on_threads
+from exfusion_testing.sharded import EXACT, assert_same, mesh_of, my_part, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -10,14 +10,14 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks
-from sharded import assert_same, mesh_of, my_part, whole_state
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import exfusion_param as exf
 from exfusion_param.integrations.lightning import ExFusionCallback
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks
+from exfusion_testing.sharded import assert_same, mesh_of, my_part, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

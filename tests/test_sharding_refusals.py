@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks, on_threads
-from sharded import mesh_of, my_part
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -17,6 +14,9 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks, on_threads
+from exfusion_testing.sharded import mesh_of, my_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -9,11 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs, loss_of
-from ranks import on_ranks, on_threads
 from safetensors.torch import load_file, save_file
-from sharded import mesh_of, my_part, whole_state
-from strategies import configs, sizes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -21,6 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
 from exfusion_param.parametrization import fused_names, fusion_of, original, wrapped_linears
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_ranks, on_threads
+from exfusion_testing.sharded import mesh_of, my_part, whole_state
+from exfusion_testing.strategies import configs, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from models import FFNs, inputs, loss_of
 from safetensors.torch import load_file, save_file
-from strategies import configs
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import exfusion_param as exf
 from exfusion_param import ExFusionConfig
 from exfusion_param.checkpoint import describe
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.strategies import configs
 
 VARIANTS = ["sw", "dw", "mb"]
 

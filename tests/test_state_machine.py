@@ -17,13 +17,13 @@ from hypothesis.stateful import (
     multiple,
     rule,
 )
-from models import FFNs, inputs, loss_of
-from strategies import configs, seeds
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import exfusion_param as exf
 from exfusion_param import ExFusionConfig
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.strategies import configs, seeds
 
 DENSE_KEYS = list(FFNs().state_dict())
 PROBE = inputs(seed=99).float()

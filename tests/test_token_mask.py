@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import BERT, T5
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FFNs, inputs
-from strategies import num_experts, seeds, sizes
 from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_param import functional
+from exfusion_testing.families import BERT, T5
+from exfusion_testing.models import FFNs, inputs
+from exfusion_testing.strategies import num_experts, seeds, sizes
 
 LENGTHS = [6, 3]
 IDS = torch.arange(2, 14).view(2, 6)

@@ -1,28 +1,23 @@
 """What sharded training sends and keeps, counted as the benchmarks count it."""
 
 import copy
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
-from ranks import on_threads
-from sharded import mesh_of
 from torch import distributed, nn
 
+import collectives
 import exfusion_param as exf
+import sharded_memory
+import traffic
 from exfusion_param.parametrization import groups_of
 from exfusion_param.shards import local
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.ranks import on_threads
+from exfusion_testing.sharded import mesh_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # also of the ranks' processes
-collectives = importlib.import_module("collectives")
-traffic = importlib.import_module("traffic")
-sharded_memory = importlib.import_module("sharded_memory")
 
 DIM, DEPTH, RANKS = 16, 2, 2
 CASES = [(variant, n) for variant in ("sw", "dw", "mb") for n in (2, 16)]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Checkpointing, FFNs, inputs, loss_of
-from reference import ReferenceFFN, reference_of
-from strategies import configs, sizes
 from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_param import ExFusionConfig
+from exfusion_testing.models import Checkpointing, FFNs, inputs, loss_of
+from exfusion_testing.reference import ReferenceFFN, reference_of
+from exfusion_testing.strategies import configs, sizes
 
 STEPS = 4
 

@@ -9,15 +9,15 @@ import schedulefree
 import timm
 import timm.optim
 import torch
-from banks import X, assert_bank, backward, bank_of, make, moved
-from models import FFNs, inputs, loss_of
-from reference import reference_of
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torchao.optim import AdamW8bit
 
 import exfusion_param as exf
+from exfusion_testing.banks import X, assert_bank, backward, bank_of, make, moved
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.reference import reference_of
 
 VARIANTS = ["sw", "dw", "mb"]
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from ranks import on_threads
-from sharded import assert_same, mesh_of, whole_state
 from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import exfusion_param as exf
 from exfusion_param.transformer_blocks import transformer_blocks
+from exfusion_testing.ranks import on_threads
+from exfusion_testing.sharded import assert_same, mesh_of, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 

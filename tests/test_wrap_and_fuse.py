@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 from hypothesis import given
-from models import FFNs, inputs
-from strategies import configs, sizes
 from torch import nn
 from torch.nn.utils import parametrize
 
 import exfusion_param as exf
 from exfusion_param import ExFusionConfig
+from exfusion_testing.models import FFNs, inputs
+from exfusion_testing.strategies import configs, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The memory bank of")
 

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from fault_files import run_in, same
 from torch import Tensor, nn
 
 from exfusion_param.checkpoint import CheckpointError
 from exfusion_param.parametrization import groups_of
+from fault_files import run_in, same
 
 STEPS = 4
 """Of each run, with a checkpoint after every one."""

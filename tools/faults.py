@@ -20,9 +20,10 @@ from pathlib import Path
 
 import psutil
 import tyro
+from safetensors.torch import load_file
+
 from fault_files import corrupt_checkpoints, fuzz_files
 from fault_steps import fill_disks, poison
-from safetensors.torch import load_file
 from soak import Usage, soak
 
 ROOT = Path(__file__).parents[1]

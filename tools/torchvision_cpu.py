@@ -2,7 +2,7 @@
 
 Package registries may serve a CPU-only torch together with torchvision's CUDA build. Its extension
 then fails to load, because `libc10_cuda.so` and `libtorch_cuda.so` are missing, and with it die
-timm and everything else that imports torchvision. This script, a step of `make .venv`, does nothing
+timm and everything else that imports torchvision. This script, a step of `set_up.py`, does nothing
 where the import works. Otherwise it builds the two missing libraries as stubs (no device is ever
 found, any other call aborts) and points torchvision's extension at them with `patchelf`.
 

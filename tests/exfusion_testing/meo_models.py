@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from models import FFNs
 from torch import Tensor, nn
 
 from exfusion_param import meo
 from exfusion_param.meo.gate import Gate
+from exfusion_testing.models import FFNs
 
 
 def dense(dim: int = 4, hidden: int = 6) -> FFNs:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from models import FFNs, inputs, loss_of
 from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_param import functional
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 MOMENTUM = 0.9
 

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import FFNs, inputs, loss_of
-from sharded import mesh_of
 from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import Checkpoints
 from exfusion_param.shards import whole
+from exfusion_testing.models import FFNs, inputs, loss_of
+from exfusion_testing.sharded import mesh_of
 
 
 class Run:

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 import torch
-from models import loss_of
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import exfusion_param as exf
 from exfusion_param.shards import whole
+from exfusion_testing.models import loss_of
 
 VARIANTS = ["sw", "dw", "mb"]
 MODES = ["forward", "step"]

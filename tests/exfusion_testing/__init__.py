@@ -1,0 +1,1 @@
+"""What several tests share: models, training runs, ranks, strategies for Hypothesis."""
