@@ -8,9 +8,11 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +28,7 @@ PRELOADED = [
     "timm",
     "torchdata.stateful_dataloader",
     "torchmetrics.functional.classification",
+    "transformers.modeling_utils",
     "transformers.models.bert.modeling_bert",
     "transformers.trainer",
     "tyro",
@@ -51,11 +54,12 @@ class Script:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self._folder)
         command = [str(path), *map(str, arguments)]
         variables = dict(os.environ) | dict(env or {})
         self._process = multiprocessing.get_context("forkserver").Process(
-            target=_run, args=(command, self._folder.name, str(cwd or Path.cwd()), variables)
+            target=_run, args=(command, self._folder, str(cwd or Path.cwd()), variables)
         )
         self._process.start()
         assert self._process.pid is not None
@@ -80,12 +84,12 @@ class Script:
     @property
     def output(self) -> str:
         """What it has written to stdout."""
-        return Path(self._folder.name, "stdout").read_text()
+        return Path(self._folder, "stdout").read_text()
 
     @property
     def error(self) -> str:
         """What it has written to stderr."""
-        return Path(self._folder.name, "stderr").read_text()
+        return Path(self._folder, "stderr").read_text()
 
     def finish(self) -> str:
         """What it writes to stdout until it has ended well."""
