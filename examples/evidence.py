@@ -135,9 +135,8 @@ def main(settings: Settings) -> None:
     runs, launcher = out / "runs", settings.launcher
     study = Study(task.recipe, common, runs, task.measure.name, settings.at_once, launcher)
     arms = {arm: every[arm] for arm in (CONTROL, *settings.arms)}  # each once
-    rates = choose_rates(
-        task, study, arms, settings.tuning_seeds, out / f"{settings.name}_rates.md"
-    )
+    table = out / f"{settings.name}_rates.md"
+    rates = choose_rates(task, study, arms, settings.tuning_seeds, table)
     length = task.argument if not settings.smoke else ""
     tuned = {arm: f"{given} --lr {rates[arm]}" for arm, given in arms.items()}
     results = study.compare({arm: f"{given} {length}" for arm, given in tuned.items()}, seeds)

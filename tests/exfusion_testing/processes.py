@@ -34,6 +34,8 @@ PRELOADED = [
     "tyro",
     "exfusion_param.checkpoint",
 ]
+FORKS = "forkserver"
+"""The start method."""
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
@@ -58,7 +60,7 @@ class Script:
         weakref.finalize(self, shutil.rmtree, self._folder)
         command = [str(path), *map(str, arguments)]
         variables = dict(os.environ) | dict(env or {})
-        self._process = multiprocessing.get_context("forkserver").Process(
+        self._process = multiprocessing.get_context(FORKS).Process(
             target=_run, args=(command, self._folder, str(cwd or Path.cwd()), variables)
         )
         self._process.start()

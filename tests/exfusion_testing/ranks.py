@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
     _uninstall_threaded_pg,
 )
 
-from exfusion_testing import processes  # noqa: F401; what its forks have imported already
+from exfusion_testing.processes import FORKS
 
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -25,7 +25,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             _run,
             (count, folder, dict(os.environ), function, args),
             nprocs=count,
-            start_method="forkserver",
+            start_method=FORKS,
         )
         paths = [Path(folder, f"result-{rank}") for rank in range(count)]
         return [torch.load(path, weights_only=True) for path in paths]
