@@ -10,6 +10,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import weakref
@@ -102,6 +103,18 @@ class Script:
 def run(path: Path, *arguments: object) -> str:
     """What a script prints."""
     return Script(path, *arguments).finish()
+
+
+def start_ranks(count: int, path: Path, *arguments: object) -> list[Script]:
+    """Ranks of one run, with the variables that torchrun would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [
+        Script(path, *arguments, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
 
 
 def _run(command: list[str], folder: str, cwd: str, variables: dict[str, str]) -> None:
