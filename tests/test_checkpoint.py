@@ -139,6 +139,7 @@ def test_siblings_wrapped_apart_keep_their_own_fusion_weights(tmp_path: Path) ->
         assert torch.equal(dense[name], value), name
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("described", ["model", "compiled"])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
 def test_names_from_compile_and_ddp_are_those_of_the_model(

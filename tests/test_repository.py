@@ -25,6 +25,7 @@ def make(*arguments: str) -> str:
     ).stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [(), ("help",)])
 def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
     makefile = (ROOT / "Makefile").read_text()
@@ -35,6 +36,7 @@ def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
     assert len({re.match(r"make \w+ +", line).end() for line in lines}) == 1
 
 
+@pytest.mark.processes
 def test_make_test_runs_every_part() -> None:
     planned = make("-n", "test", "TESTS=tests/test_config.py")
     for command in ("ruff check", "ruff format --check", "mypy", "pytest --numprocesses=2"):

@@ -139,6 +139,7 @@ def test_timms_factory_takes_the_groups_and_the_bank_moves(name: str) -> None:
     assert not any(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.compiled
 def test_torchaos_8_bit_adamw_trains_the_stacks_like_torchs() -> None:
     """It compiles its step: for minutes on some machines, and to the same numbers."""
     stance = "default" if COMPILER == "inductor" else "force_eager"
