@@ -1,6 +1,8 @@
 """Short forms of `make faults`: kills, stops, damaged and malformed files, a long run."""
 
 import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import faults
-from exfusion_testing.processes import Script, start_ranks
+from exfusion_testing.processes import FORKS, Script, start_ranks
 from fault_files import corrupt_checkpoints, fuzz_files
 from fault_steps import fill_disks, poison
 from soak import soak
@@ -68,9 +70,11 @@ def test_malformed_files_are_refused(seed: int) -> None:
     assert (survived, wrong) == (times, 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.processes
 def test_a_long_run_holds_no_more_than_a_short_one() -> None:
-    early, late = soak(800, save_every=80)
+    forks = multiprocessing.get_context(FORKS)
+    with ProcessPoolExecutor(1, mp_context=forks) as fresh:  # nothing of other tests counts
+        early, late = fresh.submit(soak, 800, save_every=80).result()
     assert late.handles <= early.handles
     assert late.threads <= early.threads
     assert late.files <= 3 * early.files  # as many checkpoints stay
