@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest --numprocesses=2
+PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file share is made once
 ARGS ?=
 TESTS :=
 

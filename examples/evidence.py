@@ -135,10 +135,9 @@ def main(settings: Settings) -> None:
     runs, launcher = out / "runs", settings.launcher
     study = Study(task.recipe, common, runs, task.measure.name, settings.at_once, launcher)
     arms = {arm: every[arm] for arm in (CONTROL, *settings.arms)}  # each once
-    table = out / f"{settings.name}_rates.md"
-    rates = choose_rates(task, study, arms, settings.tuning_seeds, table)
+    best = choose_rates(task, study, arms, settings.tuning_seeds, out / f"{settings.name}_rates.md")
     length = task.argument if not settings.smoke else ""
-    tuned = {arm: f"{given} --lr {rates[arm]}" for arm, given in arms.items()}
+    tuned = {arm: f"{given} --lr {best[arm]}" for arm, given in arms.items()}
     results = study.compare({arm: f"{given} {length}" for arm, given in tuned.items()}, seeds)
     if "mb" in results and not settings.smoke:
         longer = longer_control(task, tuned[CONTROL], results, "mb")

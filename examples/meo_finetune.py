@@ -110,15 +110,16 @@ def train(
 def main(settings: Settings) -> None:
     """Train every run for every seed, and print and write the table."""
     if settings.smoke:
-        small = {"seeds": (0, 1), "train_size": 8, "test_size": 8}
+        small = {"seeds": (0, 1), "train_size": 8, "test_size": 8, "num_experts": 3, "top_k": 2}
         settings = dataclasses.replace(settings, **small)  # type: ignore[arg-type]
     examples = sentences.load(settings.data)
     random.Random(0).shuffle(examples)
     test, rest = examples[: settings.test_size], examples[settings.test_size :]
     size = min(settings.train_size, len(rest))
-    spawn = multiprocessing.get_context("spawn")
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["exfusion_param.meo", "transformers.modeling_utils"])  # once
     results: dict[str, list[tuple[float, float, float]]] = {run: [] for run in settings.runs}
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as one_each:
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as one_each:
         for seed in settings.seeds:
             drawn = random.Random(seed).sample(rest, size)
             for run in settings.runs:

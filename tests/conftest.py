@@ -14,6 +14,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 torch.set_num_threads(1)  # the tests run in as many processes as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start, too
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else each worker starts processes for it
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -53,6 +53,7 @@ def _dense(run: Run) -> dict[str, Any]:
     return exf.fused_state_dict(run.model)
 
 
+@pytest.mark.processes
 def test_saved_by_two_ranks_it_continues_on_any_number(tmp_path: Path) -> None:
     states = on_ranks(2, train_and_save, tmp_path, True)
     assert_equal(on_ranks(2, resume_and_train, tmp_path), states[0])
@@ -66,6 +67,7 @@ def test_saved_by_two_ranks_it_continues_on_any_number(tmp_path: Path) -> None:
             torch.testing.assert_close(state[name], tensor, **EXACT)
 
 
+@pytest.mark.processes
 def test_saved_by_one_process_it_continues_on_two_ranks(tmp_path: Path) -> None:
     alone = Run(tmp_path, fuse_on="step")
     alone.model[1].p = 0.0  # type: ignore[index, assignment]
@@ -76,6 +78,7 @@ def test_saved_by_one_process_it_continues_on_two_ranks(tmp_path: Path) -> None:
             torch.testing.assert_close(state[name], tensor, **EXACT)
 
 
+@pytest.mark.processes
 def test_sharded_pieces_fuse_to_a_dense_model_and_resize(tmp_path: Path) -> None:
     on_ranks(2, train_and_save, tmp_path, False)
     alone = Run(tmp_path, fuse_on="step")
@@ -102,6 +105,7 @@ def accumulate(rank: int, folder: Path, resumes: bool) -> dict[str, Tensor]:
     return run.state()
 
 
+@pytest.mark.processes
 def test_votes_that_wait_for_a_step_are_shared_out_anew(tmp_path: Path) -> None:
     states = on_ranks(2, accumulate, tmp_path, False)
     for ranks in (1, 4):
@@ -153,6 +157,7 @@ def refuse(rank: int, folder: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.processes
 def test_each_rank_has_its_own_states_under_ddp(tmp_path: Path) -> None:
     on_ranks(2, under_ddp, tmp_path)
     results = on_ranks(2, under_ddp, tmp_path)
@@ -186,6 +191,7 @@ def fail_on_one(rank: int, folder: Path) -> list[str]:
     return messages
 
 
+@pytest.mark.processes
 def test_a_rank_with_a_full_disk_fails_all_and_hangs_none(tmp_path: Path) -> None:
     for messages in on_ranks(2, fail_on_one, tmp_path):
         assert len(messages) == 1
@@ -201,5 +207,6 @@ def stop_one(rank: int) -> list[bool]:
     return [*answers, stop.received()]
 
 
+@pytest.mark.processes
 def test_ranks_stop_at_the_same_step() -> None:
     assert on_ranks(2, stop_one) == [[False, True], [False, True]]

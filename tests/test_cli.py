@@ -113,6 +113,7 @@ def test_warnings_are_shown_as_before_after_a_command(
     assert warnings.showwarning is shown
 
 
+@pytest.mark.processes
 def test_the_installed_command_has_help_and_exit_codes() -> None:
     command = Path(sys.executable).parent / "exfusion"
     shown = subprocess.run([command, "inspect", "--help"], capture_output=True, text=True)

@@ -78,13 +78,14 @@ def assert_trains_as_the_plain_one(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("loop", ["plain", "accumulation", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiler", [None, COMPILER])
+@pytest.mark.parametrize("compiler", [None, pytest.param(COMPILER, marks=pytest.mark.compiled)])
 def test_every_loop_has_the_losses_of_the_plain_one(
     variant: str, loop: Loop, dtype: torch.dtype, compiler: str | None
 ) -> None:
     assert_trains_as_the_plain_one(variant, loop, dtype, compiler)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("variant", "loop", "dtype"),
     [("dw", "plain", torch.float32), ("mb", "checkpointing", torch.bfloat16)],
@@ -120,6 +121,7 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9, msg=name)
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("per_block", [True, False])
@@ -140,6 +142,7 @@ def test_training_and_eval_with_any_batch_size_compile_twice_each_and_equal_eage
         assert counter.frame_count == (2 if seed < 2 else 4)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("variant", ["dw", "mb"])
 def test_parameters_frozen_replaced_and_thawed_in_training_equal_eager(variant: str) -> None:
     eager = exf.wrap(FFNs().double(), variant=variant, seed=0, bank_init="uniform")
@@ -162,6 +165,7 @@ def test_parameters_frozen_replaced_and_thawed_in_training_equal_eager(variant: 
     assert_same_state(compiled, eager)
 
 
+@pytest.mark.compiled
 def test_compiled_autograd_takes_two_forwards_before_one_backward() -> None:
     model = exf.wrap(FFNs(), seed=0, bank_init="uniform")
     x = inputs().float()
@@ -171,6 +175,7 @@ def test_compiled_autograd_takes_two_forwards_before_one_backward() -> None:
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
+@pytest.mark.compiled
 def test_a_fused_model_compiles_anew() -> None:
     model = exf.wrap(FFNs(), seed=0, bank_init="uniform").eval()
     compiled = torch.compile(model, fullgraph=True)
@@ -215,12 +220,15 @@ def seeded_ddp_losses(rank: int, ranks: int, compiled: bool) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.compiled
+@pytest.mark.processes
 def test_two_compiled_ranks_under_ddp_are_one_eager_rank() -> None:
     expected = seeded_ddp_losses(0, 1, False)
     for found in on_ranks(2, seeded_ddp_losses, 2, True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.compiled
 def test_attention_masks_of_transformers_compile_once_and_equal_eager() -> None:
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,

@@ -56,6 +56,7 @@ def train(
     return torch.stack(losses), model.state_dict()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_training_equals_eager(variant: str, mode: str) -> None:
@@ -66,6 +67,7 @@ def test_compiled_training_equals_eager(variant: str, mode: str) -> None:
         assert state[name].sum().item() == pytest.approx(1 - 0.95**6, abs=1e-5)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -99,6 +101,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("fuse_on", ["step", "forward"])

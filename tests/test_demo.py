@@ -3,8 +3,6 @@
 import csv
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +11,14 @@ import pytest
 import timm
 from safetensors.torch import load_file
 
+from exfusion_testing.processes import Script
+
+pytestmark = [pytest.mark.examples, pytest.mark.processes]
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(DEMO), "--smoke", "--out", str(out), *arguments]
-    return subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=out.parent,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    return output
+def start(out: Path, *arguments: str) -> Script:
+    return Script(DEMO, "--smoke", "--out", out, *arguments, cwd=out.parent)
 
 
 def metrics(out: Path, without: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -42,7 +30,7 @@ def metrics(out: Path, without: Sequence[str] = ()) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "run"
-    return out, finish(start(out))
+    return out, start(out).finish()
 
 
 def test_it_leaves_a_model_that_timm_loads_and_a_report(uninterrupted: tuple[Path, str]) -> None:
@@ -71,12 +59,11 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(by)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode != 0
+    assert process.wait() != 0
     assert not (out / "model.safetensors").exists()
     if by != signal.SIGKILL:
-        assert "The same command continues." in error
-    finish(start(out))
+        assert "The same command continues." in process.error
+    start(out).finish()
     expected, _ = uninterrupted
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (expected / name).read_bytes()
@@ -86,7 +73,6 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
 def test_other_settings_for_the_same_folder_are_refused(uninterrupted: tuple[Path, str]) -> None:
     out, _ = uninterrupted
     process = start(out, "--variant", "dw", "--num-experts", "3")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "holds a run with other settings (exfusion). Take another --out" in error
-    assert "Traceback" not in error
+    assert process.wait() == 1
+    assert "holds a run with other settings (exfusion). Take another --out" in process.error
+    assert "Traceback" not in process.error

@@ -94,6 +94,7 @@ def with_each(
     return [run(rank, dense, config, *rest) for config in configs]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("run", [ddp, fsdp2])
 def test_processes_equal_one(run: Any) -> None:
     torch.manual_seed(0)
@@ -125,6 +126,7 @@ def count_reduced(rank: int, dense: nn.Module, config: exf.ExFusionConfig) -> in
     return sum(counts)
 
 
+@pytest.mark.processes
 def test_ddp_reduces_as_many_gradients_as_for_the_dense_model() -> None:
     dense = FFNs().double()
     config = exf.ExFusionConfig(fuse_on="step", num_experts=16, seed=1)

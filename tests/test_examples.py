@@ -1,13 +1,18 @@
 """The examples run in their smoke form, leave what they promise, and are listed."""
 
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from exfusion_param import cli
 from exfusion_param.history import read_history
+from exfusion_testing import processes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -19,53 +24,75 @@ PRINTED = {
     "lightning_fit.py": r"average ([\d.]+) %, fused and loaded \1 %",
     "accelerate_train.py": r"test accuracy of the fused model [\d.]+ %",
 }
+CONTINUED = ["hf_trainer.py", "lightning_fit.py", "accelerate_train.py"]
+
+pytestmark = [pytest.mark.examples, pytest.mark.processes]
+
+
+class First(NamedTuple):
+    """The first epoch of an example: what it printed, and its folder."""
+
+    printed: str
+    folder: Path
 
 
 def run(name: str, *arguments: object) -> str:
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--smoke", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return processes.run(EXAMPLES / name, "--smoke", *arguments)
 
 
-def exfusion(*arguments: object) -> None:
-    command = Path(sys.executable).parent / "exfusion"
-    subprocess.run([command, *map(str, arguments)], check=True)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], First]:
+    """The first epoch of an example, which is trained once."""
+    runs: dict[str, First] = {}
+
+    def of(name: str) -> First:
+        if name not in runs:
+            out = tmp_path_factory.mktemp(name)
+            epochs = ("--epochs", 1) if name in CONTINUED else ()
+            runs[name] = First(run(name, "--out", out, *epochs), out)
+        return runs[name]
+
+    return of
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_it_trains_ships_the_same_model_and_logs_for_the_plots(name: str, tmp_path: Path) -> None:
-    assert re.search(PRINTED[name], run(name, "--out", tmp_path))
-    (path,) = tmp_path.rglob("metrics.csv")
+def test_it_trains_ships_the_same_model_and_logs_for_the_plots(
+    name: str, first: Callable[[str], First], tmp_path: Path
+) -> None:
+    printed, folder = first(name)
+    assert re.search(PRINTED[name], printed)
+    (path,) = folder.rglob("metrics.csv")
     history = read_history(path)
     assert any(column.startswith("bank_mass/") for column in history)
     assert "loss" in history
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
-    exfusion("plot", path.parent)
-    assert (path.parent / "fusion_weights.png").exists()
+    assert list(folder.rglob("events.out.tfevents.*"))
+    shutil.copy(path, tmp_path)
+    cli.main(["plot", str(tmp_path)])
+    assert (tmp_path / "fusion_weights.png").exists()
 
 
-@pytest.mark.parametrize("name", ["hf_trainer.py", "lightning_fit.py", "accelerate_train.py"])
-def test_the_same_command_continues_a_run(name: str, tmp_path: Path) -> None:
-    def rows() -> dict[float, float]:
-        histories = [read_history(path) for path in tmp_path.rglob("metrics.csv")]
-        losses: dict[float, float] = {}
-        for history in histories:
-            for step, loss in zip(history["step"], history["loss"], strict=True):
-                if loss == loss:
-                    assert step not in losses  # no step runs twice
-                    losses[step] = loss
-        return losses
+def losses_by_step(folder: Path) -> dict[float, float]:
+    losses: dict[float, float] = {}
+    for path in folder.rglob("metrics.csv"):
+        history = read_history(path)
+        for step, loss in zip(history["step"], history["loss"], strict=True):
+            if loss == loss:
+                assert step not in losses  # no step runs twice
+                losses[step] = loss
+    return losses
 
-    run(name, "--out", tmp_path, "--epochs", 1)
-    first = rows()
-    assert re.search(PRINTED[name], run(name, "--out", tmp_path, "--epochs", 2))
-    both = rows()
-    assert {step: both[step] for step in first} == first
-    assert len(both) == 2 * len(first)
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_the_same_command_continues_a_run(
+    name: str, first: Callable[[str], First], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(first(name).folder, out)
+    before = losses_by_step(out)
+    assert re.search(PRINTED[name], run(name, "--out", out, "--epochs", 2))
+    after = losses_by_step(out)
+    assert {step: after[step] for step in before} == before
+    assert len(after) == 2 * len(before)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +100,16 @@ def test_the_same_command_continues_a_run(name: str, tmp_path: Path) -> None:
     [("hf_trainer.py", "checkpoint-2"), ("accelerate_train.py", "state")],
 )
 def test_what_its_docstring_fuses_on_the_command_line(
-    name: str, checkpoint: str, tmp_path: Path
+    name: str, checkpoint: str, first: Callable[[str], First], tmp_path: Path
 ) -> None:
-    run(name, "--out", tmp_path, "--epochs", 1)
-    exfusion("fuse", tmp_path / checkpoint, tmp_path / "from-checkpoint")
-    assert (tmp_path / "from-checkpoint" / "model.safetensors").exists()
+    cli.main(["fuse", str(first(name).folder / checkpoint), str(tmp_path / "dense")])
+    assert (tmp_path / "dense" / "model.safetensors").exists()
+
+
+def test_it_starts_as_its_docstring_says(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "quickstart.py", "--smoke", "--out", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(PRINTED["quickstart.py"], ended.stdout)
 
 
 def test_minilm_is_fine_tuned_dense_upcycled_and_merged(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from exfusion_param.history import read_history
+from exfusion_testing.processes import Script, start_ranks
+
+pytestmark = [pytest.mark.examples, pytest.mark.processes]
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "fsdp_train.py"
 SMALL = ["--smoke", "--dim", 32, "--depth", 2, "--heads", 2]
@@ -64,10 +67,10 @@ def finish(*processes: subprocess.Popen[str]) -> str:
 
 
 def train(out: Path, ranks: int, *arguments: object) -> dict[str, Tensor]:
-    """The model that a run on one node ships; a single rank goes without torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    launcher = torchrun if ranks > 1 else []
-    finish(start(sys.executable, *launcher, SCRIPT, *SMALL, "--out", out, *arguments))
+    """The model that a run on one node ships; torchrun starts those on several nodes."""
+    command = (SCRIPT, *SMALL, "--out", out, *arguments)
+    for script in [Script(*command)] if ranks == 1 else start_ranks(ranks, *command):
+        script.finish()
     return shipped(out)
 
 

@@ -206,6 +206,8 @@ def compile_and_train(rank: int, dense: nn.Module, config: Any, order: str) -> d
     return whole_state(model)
 
 
+@pytest.mark.compiled
+@pytest.mark.processes
 def test_compiled_processes_equal_one_eager_rank() -> None:
     dense, orders = dense_model(), ["shard, then blocks", "blocks, then shard", "whole"]
     configs = [settings_of("step"), settings_of("forward")]
@@ -271,6 +273,7 @@ def by_fsdp1(rank: int, dense: nn.Module, configs: list[Any]) -> Any:
     return states
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*FSDP.*:FutureWarning")
 def test_fsdp1_works_under_forward() -> None:
     dense = dense_model()
@@ -337,6 +340,7 @@ def drawn_anew(rank: int, dense: nn.Module, config: Any) -> dict[str, Tensor]:
     return whole_state(model)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("fuse_on", ["step", "forward"])
 def test_experts_that_are_drawn_anew_are_those_of_one_rank(fuse_on: str) -> None:
     dense, config = dense_model(), settings_of(fuse_on)

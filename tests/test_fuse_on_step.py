@@ -281,6 +281,7 @@ def test_a_step_that_grad_scaler_skips_changes_nothing(fused: bool) -> None:
         torch.testing.assert_close(value, forward.state_dict()[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("checkpointing", [None, "non-reentrant"])
 def test_compiled_equals_eager(variant: str, checkpointing: Any) -> None:
@@ -299,6 +300,7 @@ def test_compiled_equals_eager(variant: str, checkpointing: Any) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.compiled
 def test_a_change_that_a_compiled_forward_cannot_see_is_an_error_with_the_way_out() -> None:
     torch.compiler.reset()
     _, model = twins("sw")

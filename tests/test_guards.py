@@ -164,6 +164,7 @@ def with_a_nan_on_one(rank: int, fuse_on: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.processes
 def test_every_rank_hears_of_a_nan_on_one() -> None:
     for fuse_on in MODES:
         assert len(set(on_ranks(2, with_a_nan_on_one, fuse_on))) == 1

@@ -136,6 +136,7 @@ def test_reentrant_checkpointing_has_no_graph_of_the_gates_to_balance() -> None:
     loss.backward()  # trains without it
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("level", ["task", "sequence", "token"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shared_gate", [False, True])
@@ -158,6 +159,7 @@ def test_compiled_equals_eager(level: Any, causal: bool, shared_gate: bool) -> N
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.compiled
 def test_noise_compiles_in_one_graph() -> None:
     torch.compiler.reset()
     model = wrapped(8, 16).float().train()
@@ -226,6 +228,7 @@ def test_k_sharded_ranks_equal_one(shape: tuple[int, ...], fields: dict[str, Any
         torch.testing.assert_close(state, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.processes
 def test_two_ddp_ranks_equal_one() -> None:
     expected = one_rank(EVEN)
     for state in on_ranks(2, trained_on_ranks, dense(5, 8), "ddp", (2,), EVEN):
@@ -240,6 +243,7 @@ def noisy(rank: int) -> bool:
     return all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.processes
 def test_noise_trains_on_shards() -> None:
     assert all(on_ranks(2, noisy))
 

@@ -5,6 +5,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import exfusion_param
 
 WITH_TORCH_ALONE = """
@@ -51,10 +53,12 @@ def test_every_module_can_be_imported_and_every_public_name_is_documented() -> N
     assert all(getattr(exfusion_param, name).__doc__ for name in exfusion_param.__all__)
 
 
+@pytest.mark.processes
 def test_torch_is_all_that_the_package_needs() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", WITH_TORCH_ALONE], check=True)
 
 
+@pytest.mark.processes
 def test_importing_registers_no_hook_and_keeps_torchs_random_state() -> None:
     code = """
 import torch
@@ -68,6 +72,7 @@ assert not optimizer._global_optimizer_post_hooks
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+@pytest.mark.processes
 def test_the_command_without_its_library_says_what_to_install() -> None:
     code = "import sys; sys.modules['tyro'] = None; import exfusion_param.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -149,6 +149,7 @@ def test_the_load_of_a_label_is_the_routers_mean_over_its_tokens() -> None:
     assert not model.blocks[0].fc1._forward_pre_hooks
 
 
+@pytest.mark.compiled
 def test_routing_is_recorded_in_a_compiled_model_and_with_inputs_by_keyword() -> None:
     torch.compiler.reset()
     model, x = exf.wrap(FFNs()).eval(), inputs().float()

@@ -14,6 +14,8 @@ README = (ROOT / "README.md").read_text()
 AS_TORCHRUN_DOES = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
+@pytest.mark.compiled
+@pytest.mark.examples
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 def test_the_python_blocks_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

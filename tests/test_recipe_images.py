@@ -85,12 +85,16 @@ def test_a_fused_backbone_is_the_trained_one_in_every_head(name: str, head: Any)
     classification.logits_of(trained, torch.randn(4, 3, 32, 32)).square().sum().backward()
     optimizer.step()
 
-    def downstream(classifier: nn.Module) -> nn.Module:
+    def downstream(classifier: nn.Module) -> Any:
         torch.manual_seed(1)
         pyramid = Pyramid(classifier, name)
         if head in ("fpn", "upernet"):
             return Segmenter(pyramid, head, 5).eval()
-        return detector(pyramid, head, 5, 64).eval()
+        model = detector(pyramid, head, 5, 64).eval()
+        if head == "mask-rcnn":
+            model.rpn._post_nms_top_n["testing"] = 50  # of 1000 proposals
+            model.roi_heads.detections_per_img = 5  # of 100, each with a mask
+        return model
 
     dense = downstream(body(name))
     fused = body(name)

@@ -6,34 +6,47 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
+import ablations
 import evidence
 import exfusion_param as exf
 import imagenet
 import t5_pretrain
 from exfusion_param.checkpoint import StopRequest
+from exfusion_testing import processes
 from support import corpus, ranks
 from support.arms import Measure
 from support.comparison import differences, tabulate
 from support.study import Job, Result, Spread, Study
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = [pytest.mark.examples, pytest.mark.processes]
 QUIET = "ignore:'set_vital' is deprecated:UserWarning"
 
 
 def run(name: str, *arguments: object) -> str:
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--smoke", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return processes.run(EXAMPLES / name, "--smoke", *arguments)
+
+
+@pytest.fixture
+def _jobs_as_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study's runs start as forks; FAKE's as what a study starts them with."""
+
+    def start(command: list[str], stdout: TextIO, env: dict[str, str], **_: Any) -> Any:
+        python, path, *arguments = command
+        assert python == sys.executable
+        script = processes.Script(Path(path), *arguments, env=env)
+        code = script.wait()
+        stdout.write(script.output + script.error)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", start)
 
 
 def test_a_backbone_is_trained_and_goes_into_every_downstream_model(tmp_path: Path) -> None:
@@ -72,20 +85,28 @@ def test_a_task_of_glue_is_learned_and_shipped(tmp_path: Path) -> None:
     assert (tmp_path / "o" / "dense" / "model.safetensors").exists()
 
 
-def test_ablations_and_evidence_write_tables_and_run_nothing_twice(tmp_path: Path) -> None:
-    printed = run("ablations.py", "--out", tmp_path)
+@pytest.mark.usefixtures("_jobs_as_forks")
+def test_ablations_write_tables_and_run_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tyro.cli(ablations.Settings, args=["--smoke", "--out", str(tmp_path)])
+    ablations.main(settings)
+    printed = capsys.readouterr().out
     assert "9,216 shared, 46,080 one per linear" in printed
     assert (tmp_path / "IX.md").read_text() in printed
     assert (tmp_path / "IX.svg").exists()
     assert list(tmp_path.rglob("fusion_weights.png"))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
     assert len(written) == 3
-    assert run("ablations.py", "--out", tmp_path) == printed
+    ablations.main(settings)
+    assert capsys.readouterr().out == printed
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")} == written
 
 
-def test_evidence_names_the_control(tmp_path: Path) -> None:
-    printed = run("evidence.py", "--out", tmp_path)
+@pytest.mark.usefixtures("_jobs_as_forks")
+def test_evidence_names_the_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evidence.main(tyro.cli(evidence.Settings, args=["--smoke", "--out", str(tmp_path)]))
+    printed = capsys.readouterr().out
     assert "| control |" in printed
     assert "spread of displacements" in printed
     assert (tmp_path / "images" / "small" / "results.svg").exists()

@@ -32,6 +32,7 @@ def make(*arguments: object) -> tuple[int, str]:
     return result.returncode, result.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", [(), ("help",)])
 def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
     commands = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -41,6 +42,7 @@ def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
     assert len({len(prefix) for line in lines for prefix in re.findall(r"^make \w+ +", line)}) == 1
 
 
+@pytest.mark.processes
 def test_make_test_runs_every_part() -> None:
     code, planned = make("-n", "test", "TESTS=tests/test_config.py")
     assert code == 0

@@ -105,6 +105,7 @@ def from_meta(rank: int, folder: Path, mode: Any) -> dict[str, Tensor]:
     return whole_state(run.model)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_loads_into_a_model_from_the_meta_device(saved: Path, mode: Any) -> None:
     states = on_threads(2, from_meta, saved, mode)
@@ -121,6 +122,7 @@ def on_one_rank(config: exf.ExFusionConfig, batches: list[Tensor]) -> nn.Module:
     return model
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_saved_on_two_ranks_it_continues_on_others(saved: Path, ranks: int) -> None:
     results = on_ranks(ranks, load_and_train, saved, MODES)
@@ -128,6 +130,7 @@ def test_saved_on_two_ranks_it_continues_on_others(saved: Path, ranks: int) -> N
         assert_same(states, on_one_rank(config_of(mode), BATCHES).state_dict())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", MODES)
 def test_the_export_is_the_dense_model(saved: Path, mode: Any) -> None:
     state = load_file(saved / mode / "dense" / "model-00001-of-00001.safetensors")

@@ -74,6 +74,7 @@ def by_accelerate(rank: int, folder: Path, has_plugin: bool) -> dict[str, Tensor
     return whole_state(model)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("has_plugin", [False, True])
 def test_accelerate_equals_one_rank(tmp_path: Path, has_plugin: bool) -> None:
     assert_same(on_ranks(2, by_accelerate, tmp_path, has_plugin), on_one_rank(BATCHES))
@@ -128,6 +129,7 @@ def trainer_of(folder: Path, shards: bool, max_epochs: int) -> lightning.Trainer
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("shards", [False, True])
 def test_lightning_equals_one_rank_and_resumes(tmp_path: Path, shards: bool) -> None:
     states = on_ranks(2, by_lightning, tmp_path, shards, [1, 2])

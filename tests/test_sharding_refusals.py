@@ -170,6 +170,7 @@ def in_processes(rank: int) -> dict[str, str]:
     return said | {"fsdp1": step_error(flat, torch.optim.AdamW(flat.parameters()), rank)}
 
 
+@pytest.mark.processes
 def test_ddp_with_different_seeds_and_fsdp1_are_refused() -> None:
     for said in on_ranks(2, in_processes):
         assert "Rank 1 has not wrapped the model as rank 0 has: 'blocks.0'" in said["ddp"]

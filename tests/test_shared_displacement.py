@@ -282,6 +282,7 @@ def ddp(rank: int) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
+@pytest.mark.processes
 def test_two_ddp_ranks_equal_one() -> None:
     model = wrapped()
     states = on_ranks(2, ddp)

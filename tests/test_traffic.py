@@ -42,6 +42,7 @@ def of_kind(seen: list[tuple[str, int]], *kinds: str) -> list[int]:
     return [size for kind, size in seen if kind in kinds]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{v}-{n}" for v, n in CASES])
 def test_experts_never_travel(results: Any, index: int) -> None:
     variant, n = CASES[index]
@@ -56,11 +57,13 @@ def test_experts_never_travel(results: Any, index: int) -> None:
         assert sum(reduced) == collectives.ring(RANKS, 4 * floats * DEPTH)
 
 
+@pytest.mark.processes
 def test_a_collective_that_is_not_counted_is_noticed(results: Any) -> None:
     for _, message, _ in results:
         assert message == "The backend ran 1 collectives, and 0 were counted."
 
 
+@pytest.mark.processes
 def test_stacks_and_leaves_are_divided(results: Any) -> None:
     for *_, (dense, step) in results:
         assert step["ffn_weights"] == step["ffn_gradients"] == dense["ffn_weights"]

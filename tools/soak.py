@@ -51,8 +51,12 @@ def usage(folder: Path) -> Usage:
     )
 
 
-def soak(steps: int) -> list[Usage]:
+def soak(steps: int, save_every: int = 200) -> list[Usage]:
     """Train with accumulation, clipping, an average, metrics, routing records and checkpoints.
+
+    Args:
+        steps: of the optimizer.
+        save_every: steps between two checkpoints, and between two rows of metrics.
 
     Returns:
         What the process held after a tenth of the steps, and at the end.
@@ -77,7 +81,7 @@ def soak(steps: int) -> list[Usage]:
             optimizer.zero_grad()
             scheduler.step()
             average.update_parameters(model)
-            if step % 200 == 0:
+            if step % save_every == 0:
                 with record_routing(model) as shares, torch.no_grad():
                     model(x)
                 row = {"step": step} | exf.metrics(model)

@@ -1,5 +1,6 @@
 """Runs a test's function on several ranks: processes with gloo, or threads, which start at once."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +15,31 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
     _uninstall_threaded_pg,
 )
 
+from exfusion_testing.processes import FORKS
+
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(rank, *args)` returns on each rank; tensors and plain values alone."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run, (count, folder, function, args), nprocs=count)
+        torch.multiprocessing.start_processes(
+            _run,
+            (count, folder, dict(os.environ), function, args),
+            nprocs=count,
+            start_method=FORKS,
+        )
         paths = [Path(folder, f"result-{rank}") for rank in range(count)]
         return [torch.load(path, weights_only=True) for path in paths]
 
 
-def _run(rank: int, count: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+def _run(
+    rank: int,
+    count: int,
+    folder: str,
+    variables: dict[str, str],
+    function: Callable[..., Any],
+    args: Any,
+) -> None:
+    os.environ.update(variables)
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", count)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
