@@ -20,6 +20,7 @@ from torch import nn
 
 import exfusion_param as exf
 from exfusion_param.parametrization import groups_of
+from experts import expert_stacks
 from tables import markdown_table, write_results
 from training import DEVICE, synchronized_time
 
@@ -72,13 +73,8 @@ class Materialised:
     """Stacks as plain parameters, whose N-fold gradients are written for torch's fused AdamW."""
 
     def __init__(self, model: nn.Module) -> None:
-        weights = [w for w in groups_of(model) for _ in w.expert_stacks()]
-        self.weights = [w().detach() for w in weights]
-        self.stacks = [
-            nn.Parameter(stack.detach().clone())
-            for w in groups_of(model)
-            for stack in w.expert_stacks()
-        ]
+        self.weights = [w.current_weights() for w in groups_of(model) for _ in w.fused]
+        self.stacks = [nn.Parameter(stack.clone()) for stack in expert_stacks(model)]
         self.fused = [torch.randn_like(stack[0]) for stack in self.stacks]
         self.gradients = [1e-3 * torch.randn_like(stack[0]) for stack in self.stacks]
         self.optimizer = torch.optim.AdamW(self.stacks, fused=True)
@@ -100,30 +96,24 @@ class Wrapped:
 
     def __init__(self, model: nn.Module, make: Callable[[Any], torch.optim.Optimizer]) -> None:
         self.model = model  # whose step the hooks look after for as long as it lives
-        self.leaves = [leaf for weights in groups_of(model) for leaf in weights.leaves()]
-        self.gradients = [1e-3 * torch.randn_like(leaf) for leaf in self.leaves]
+        self.fused = [f.parameter for weights in groups_of(model) for f in weights.fused]
+        self.gradients = [1e-3 * torch.randn_like(parameter) for parameter in self.fused]
         own = [p for weights in groups_of(model) for p in weights.parameters()]
-        experts = [p for weights in groups_of(model) for p in weights.expert_parameters()]
-        self.optimizer = make([p for p in dict.fromkeys([*own, *experts]) if p.requires_grad])
+        self.optimizer = make([*own, *self.fused])
 
     def step(self) -> None:
         """What the model's optimizer does, between backward and forward."""
-        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
-            leaf.grad = gradient.detach()  # another object, the same numbers
+        for parameter, gradient in zip(self.fused, self.gradients, strict=True):
+            parameter.grad = gradient.detach()  # another object, the same numbers
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 Make = Callable[[Any], torch.optim.Optimizer]
-KINDS: dict[str, tuple[int, dict[str, Any], Make]] = {
-    "AdamW": (44, {}, functools.partial(torch.optim.AdamW, fused=True)),
-    "ExpertAdamW": (28, {}, exf.ExpertAdamW),
-    "bfloat16 states": (20, {}, functools.partial(exf.ExpertAdamW, state_dtype=torch.bfloat16)),
-    "shared displacement": (
-        4,
-        {"displacement": "shared"},
-        functools.partial(torch.optim.AdamW, fused=True),
-    ),
+KINDS: dict[str, tuple[int, Make]] = {
+    "AdamW": (44, functools.partial(torch.optim.AdamW, fused=True)),
+    "ExpertAdamW": (28, exf.ExpertAdamW),
+    "bfloat16 states": (20, functools.partial(exf.ExpertAdamW, state_dtype=torch.bfloat16)),
 }
 
 
@@ -136,12 +126,12 @@ def measure(settings: Settings, num_experts: int) -> list[Row]:
         "bank_init": "uniform",
     }
 
-    def wrapped(**more: Any) -> nn.Module:
+    def wrapped() -> nn.Module:
         model = timm.create_model(settings.model).to(DEVICE)
-        return exf.wrap(model, fuse_on="step", seed=0, **fields, **more)
+        return exf.wrap(model, fuse_on="step", seed=0, **fields)
 
     steps: dict[str, Any] = {"materialised": Materialised(wrapped())}
-    steps |= {name: Wrapped(wrapped(**more), make) for name, (_, more, make) in KINDS.items()}
+    steps |= {name: Wrapped(wrapped(), make) for name, (_, make) in KINDS.items()}
     numbers = sum(stack.numel() for stack in steps["materialised"].stacks)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(settings.rounds + 2):

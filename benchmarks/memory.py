@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from exfusion_param.parametrization import groups_of
+from experts import expert_stacks
 from tables import markdown_table, write_results
 from training import DEVICE, Task, Trainer
 
@@ -38,7 +38,7 @@ class Settings:
 
     model: str = "deit_tiny_patch16_224"
     batch_size: int = 32
-    kinds: tuple[str, ...] = ("step mb", "step mb, AdamW", "forward mb", "shared mb")
+    kinds: tuple[str, ...] = ("step mb", "step mb, AdamW", "forward mb")
     num_experts: tuple[int, ...] = (4, 16, 64)
     bf16: bool = False
     name: str = "memory"
@@ -70,7 +70,7 @@ def measure_here(settings: Settings, kind: str, num_experts: int) -> tuple[int, 
     ours, loss = Trainer(task, kind, num_experts), task.new_loss()
     for _ in range(3):
         ours.step(loss)
-    stacks = [stack for weights in groups_of(ours.model) for stack in weights.expert_stacks()]
+    stacks = expert_stacks(ours.model)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from collectives import on_ranks
 from exfusion_param.parametrization import groups_of
 from exfusion_param.shards import local
+from experts import expert_stacks
 from tables import environment, markdown_table, write_csv
 from traffic import PATCH, Case, Classifier, Variant, sharded
 
@@ -52,8 +53,9 @@ class Row:
         num_experts: N, and 1 for the dense model.
         ranks: how many there are.
         stacks: expert stacks.
-        ffn_states: AdamW's states of the stacks, or of the dense FFNs.
+        ffn_states: AdamW's states of the experts, or of the dense FFNs.
         ffn_weights: of the FFNs, fused or dense.
+        ffn_copies: of the fused weights, by which writes from outside are found.
         ffn_gradients: theirs, after a backward.
         rest: all other parameters and buffers, their states and their gradients.
         total: of all columns.
@@ -66,6 +68,7 @@ class Row:
     stacks: int
     ffn_states: int
     ffn_weights: int
+    ffn_copies: int
     ffn_gradients: int
     rest: int
     total: int
@@ -82,34 +85,33 @@ def states_of(optimizer: torch.optim.Optimizer, parameters: Iterable[Any]) -> li
     return [value for p in parameters for value in optimizer.state.get(p, {}).values()]
 
 
-def parts_of(model: Classifier) -> tuple[list[nn.Parameter], list[nn.Parameter], list[Tensor]]:
-    """The stacks; the weights of the FFNs, fused or dense; all other parameters and buffers."""
-    groups = groups_of(model)
-    stacks = [stack for weights in groups for stack in weights.expert_stacks()]
-    leaves = [leaf for weights in groups for leaf in weights.leaves()]
-    if not groups:
-        named = model.named_parameters()
-        leaves = [p for name, p in named if ".linear1." in name or ".linear2." in name]
-    known = {id(parameter) for parameter in (*stacks, *leaves)}
+def parts_of(model: Classifier) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The weights and biases of the FFNs, fused or dense; all other parameters and buffers."""
+    named = model.named_parameters()
+    ffns = [p for name, p in named if ".linear1." in name or ".linear2." in name]
+    known = set(map(id, ffns))
     others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in known]
-    return stacks, leaves, others
+    return ffns, others
 
 
 def measure(model: Classifier) -> dict[str, int]:
     """The bytes of a rank after two steps and a backward."""
     optimizer = torch.optim.AdamW(model.parameters())
-    stacks, leaves, others = parts_of(model)
+    ffns, others = parts_of(model)
     x = torch.randn(2, 8, PATCH)
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
     after = [t.grad for t in others]
+    stacks = expert_stacks(model)
+    fused = [fused for weights in groups_of(model) for fused in weights.fused]
     return {
         "stacks": held(stacks),
-        "ffn_states": held(states_of(optimizer, stacks or leaves)),
-        "ffn_weights": held(leaves),
-        "ffn_gradients": held(leaf.grad for leaf in leaves),
+        "ffn_states": held(states_of(optimizer, ffns)) - held(stacks),
+        "ffn_weights": held(ffns),
+        "ffn_copies": held(each._written for each in fused),
+        "ffn_gradients": held(parameter.grad for parameter in ffns),
         "rest": held([*others, *after, *states_of(optimizer, others)]),
     }
 
@@ -135,10 +137,10 @@ def rows_of(settings: Settings) -> list[Row]:
 
 
 def check(rows: Sequence[Row]) -> None:
-    """Raise unless stacks, leaves and gradients divide by the number of ranks exactly."""
+    """Raise unless stacks, weights and gradients divide by the number of ranks exactly."""
     for row in rows:
         one = next(r for r in rows if (r.mode, r.num_experts) == (row.mode, row.num_experts))
-        for column in ("stacks", "ffn_weights", "ffn_gradients"):
+        for column in ("stacks", "ffn_weights", "ffn_copies", "ffn_gradients"):
             if getattr(row, column) * row.ranks != getattr(one, column) * one.ranks:
                 raise RuntimeError(f"{column} do not divide by {row.ranks}: {row}.")
 
@@ -153,8 +155,8 @@ def reading(rows: Sequence[Row]) -> str:
         "- Stacks, fused weights and their gradients divide exactly by the number of ranks, and "
         "so do AdamW's states but for a step counter of each tensor.\n"
         f"- The whole on {last[0].ranks} ranks as a share of that on {rows[0].ranks}: {totals}. "
-        "Routers, memory banks and their states are on every rank, which is what keeps the share "
-        f"above 1/{last[0].ranks}.\n"
+        "Memory banks and step counters are on every rank, which is what keeps the share above "
+        f"1/{last[0].ranks}.\n"
     )
 
 
@@ -164,9 +166,10 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
         "# Bytes that a rank holds under FSDP2\n\n"
         f"Transformer of {settings.depth} blocks, width {settings.dim}, float32, AdamW, variant "
         f'`{settings.variant}` under `fuse_on="step"`. Columns in bytes, of the rank that holds '
-        "most: expert stacks; AdamW's states of the stacks, or of the dense FFNs; the FFNs' "
-        "weights, fused or dense; their gradients after a backward; all other parameters and "
-        "buffers with their states and gradients. Not counted: activations, blocks that FSDP2 "
+        "most: expert stacks; AdamW's states of the experts, or of the dense FFNs; the FFNs' "
+        "weights, fused or dense; the copies of them by which writes from outside are found; "
+        "their gradients after a backward; all other parameters and buffers with their states and "
+        "gradients. Not counted: activations, blocks that FSDP2 "
         "gathers for the moment, and the gradient of one stack at a time within the step.\n\n"
         f"{environment()}. Command: `OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py`.\n\n"
         f"{reading(rows)}\n{markdown_table(rows)}\n"

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import exfusion_param as exf
 from collectives import Seen, counted, on_ranks, ring, total
+from exfusion_param import functional
 from tables import environment, markdown_table, write_csv
 
 Mode = Literal["dense", "step", "forward"]
@@ -194,13 +195,26 @@ def spread(values: Iterable[float], form: str) -> str:
     return f"{low:{form}} to {high:{form}}"
 
 
-def check(row: Row, settings: Settings) -> None:
-    """Raise unless a row under `fuse_on="step"` is what `reading` says of it."""
-    floats = row.num_experts * (settings.dim + 1) + 1 if row.variant == "mb" else 0
-    predicted = ring(row.ranks, 4 * floats * settings.depth)
-    rest = row.ratio_to_dense - row.router_statistics_to_dense
-    if row.router_statistics != predicted or row.all_reduces > 1 or abs(rest - 1) > 0.01:
-        raise RuntimeError(f"Not the dense model's traffic and {predicted} bytes: {row}.")
+def statistics_of(num_experts: int, features: int) -> int:
+    """The numbers of router statistics that an FFN group has (functional.py)."""
+    pairs = num_experts * (num_experts + 1) // 2
+    inputs = pairs if functional.is_exact(num_experts, features) else num_experts
+    return num_experts + inputs * features + 1
+
+
+def check(row: Row, dense: Row, settings: Settings) -> None:
+    """Raise unless a row under `fuse_on="step"` is what `reading` says of it.
+
+    Routers and learned fusion weights are parameters that FSDP2 gathers twice and scatters once. At
+    the optimizer's step each variant has its all-reduces, those of `dw` for its sharded vectors.
+    """
+    ranks, count = row.ranks, row.num_experts
+    reduced = {"sw": 0, "dw": 3 * count, "mb": count + statistics_of(count, settings.dim)}
+    own = {"sw": 0, "dw": 1, "mb": settings.dim}[row.variant] * -(-count // ranks) * ranks
+    foretold = dense.total + 3 * 4 * own * settings.depth * (ranks - 1) // ranks
+    foretold += ring(ranks, 4 * reduced[row.variant] * settings.depth)
+    if row.total != foretold or row.all_reduces != {"sw": 0, "dw": 3, "mb": 1}[row.variant]:
+        raise RuntimeError(f"Not the {foretold} bytes that were foretold: {row}.")
 
 
 def reading(rows: Sequence[Row], settings: Settings) -> str:
@@ -211,14 +225,17 @@ def reading(rows: Sequence[Row], settings: Settings) -> str:
     without = [row.ratio_to_dense - row.router_statistics_to_dense for row in bank]
     forward = [row.ratio_to_dense for row in rows if row.mode == "forward"]
     n, dim = max(settings.num_experts), 768
-    share = 2 * (n + n * dim + 1) / (3 * (12 * dim**2 + 13 * dim))
+    share = 2 * statistics_of(n, dim) / (3 * (12 * dim**2 + 13 * dim))
     return (
         f'- `fuse_on="step"` sends {spread(plain, ".4f")} times the dense bytes under `sw` and '
-        f"`dw`, in the same all-gathers and reduce-scatters.\n"
-        f"- Under `mb` it sends {spread(without, '.4f')} times the dense bytes, and the router "
-        f"statistics, {spread((row.router_statistics_to_dense for row in bank), '.2%')} of the "
+        "`dw`, in as many all-gathers and reduce-scatters.\n"
+        f"- Under `mb` it sends {spread(without, '.4f')} times the dense bytes, routers included, "
+        "and the router statistics, "
+        f"{spread((row.router_statistics_to_dense for row in bank), '.2%')} of the "
         "dense bytes, which share one all-reduce with the N floats of dL/dw per FFN.\n"
-        f"- Those statistics are N + N D + 1 floats per FFN, with D = {settings.dim} here. Against "
+        "- Those statistics are N + N (N + 1) / 2 D + 1 floats per FFN while N^2 D is at most "
+        f"{functional.EXACT_ROUTER_STATISTICS:,}, and N + N D + 1 above it; D = {settings.dim} "
+        "here. Against "
         f"the 12 D^2 + 13 D parameters of a block, sent three times, they become small as D grows: "
         f"{share:.2%} for N = {n} and D = {dim} (computed, not measured).\n"
         f'- `fuse_on="forward"` sends {spread(forward, ".2f")} times the dense bytes, as the '
@@ -244,9 +261,10 @@ def report(rows: Sequence[Row], settings: Settings) -> str:
 def main(settings: Settings) -> None:
     """Count, and write the tables."""
     rows = [row for ranks in settings.ranks for row in rows_of(ranks, settings)]
+    dense = {row.ranks: row for row in rows if row.mode == "dense"}
     for row in rows:
         if row.mode == "step":
-            check(row, settings)
+            check(row, dense[row.ranks], settings)
     write_csv(settings.folder / "traffic.csv", rows)
     (settings.folder / "traffic.md").write_text(report(rows, settings))
     print(report(rows, settings))

@@ -22,7 +22,6 @@ KINDS: dict[str, dict[str, Any]] = {
     f"{fuse_on} {variant}": {"fuse_on": fuse_on, "variant": variant}
     for fuse_on, variant in itertools.product(("step", "forward"), ("sw", "dw", "mb"))
 }
-KINDS["shared mb"] = {"fuse_on": "step", "variant": "mb", "displacement": "shared"}
 KINDS["step mb, AdamW"] = {"fuse_on": "step", "variant": "mb"}
 """What `wrap` is given. All "step" kinds but the last train with ExpertAdamW, others with AdamW."""
 
@@ -94,10 +93,10 @@ class Trainer:
         for block in transformer_blocks(self.model) if task.compile else ():
             block.compile()
         groups = exf.param_groups(self.model, 0.05)
-        has_stacks_to_move = kind.startswith("step") and not kind.endswith("AdamW")
+        has_fast_path = kind.startswith("step") and not kind.endswith("AdamW")
         self.optimizer = (
             exf.ExpertAdamW(groups, lr=1e-4)
-            if has_stacks_to_move
+            if has_fast_path
             else torch.optim.AdamW(groups, lr=1e-4, fused=True)
         )
 

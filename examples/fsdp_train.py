@@ -92,7 +92,7 @@ def build(settings: Settings) -> Any:
 def build_sharded(settings: Settings, device: torch.device) -> Any:
     """The wrapped model, of which each rank makes its own part alone."""
     with torch.device("meta"):
-        model = exf.wrap(build(settings), num_experts=settings.num_experts, fuse_on="step")
+        model = exf.wrap(build(settings), num_experts=settings.num_experts, fuse_on="step", seed=0)
     ranks.say(exf.summarize(model))
     model.set_grad_checkpointing(settings.checkpointing)
     shape = (settings.replicas, distributed.get_world_size() // settings.replicas)

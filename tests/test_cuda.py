@@ -138,13 +138,3 @@ def train_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         loss_of(model, inputs(64, batch=32, seed=step).float().cuda()).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_shared_displacement_trains_as_on_the_cpu(variant: Any) -> None:
-    torch.manual_seed(0)
-    fields: dict[str, Any] = {"variant": variant, "fuse_on": "step", "displacement": "shared"}
-    model = exf.wrap(FFNs(64, 128), **fields, seed=0, bank_init="uniform")
-    gpu = copy.deepcopy(model).cuda()
-    expected = losses_of(model, "cpu")
-    torch.testing.assert_close(losses_of(gpu).cpu(), expected, rtol=1e-3, atol=1e-4)

@@ -6,13 +6,13 @@ from math import sqrt
 
 import pytest
 import torch
-from models import FFNs, inputs, loss_of
-from support import report
-from support.accuracies import Difference, accuracy, standard_error
 from torch import Tensor
 
 import exfusion_param as exf
 from exfusion_param.history import write_history
+from exfusion_testing.models import FFNs, inputs, loss_of
+from support import report
+from support.accuracies import Difference, accuracy, standard_error
 
 
 def rights(*runs: tuple[int, bool]) -> Tensor:

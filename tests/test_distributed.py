@@ -127,8 +127,9 @@ def count_reduced(rank: int, dense: nn.Module, config: exf.ExFusionConfig) -> in
 
 
 @pytest.mark.processes
-def test_ddp_reduces_as_many_gradients_as_for_the_dense_model() -> None:
+def test_ddp_reduces_the_gradients_of_the_dense_model_and_of_its_routers() -> None:
     dense = FFNs().double()
     config = exf.ExFusionConfig(fuse_on="step", num_experts=16, seed=1)
-    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    routers = 2 * 16 * 4  # zeros, until the optimizer's step
+    parameters = sum(parameter.numel() for parameter in dense.parameters()) + routers
     assert on_ranks(2, count_reduced, dense, config) == [parameters, parameters]

@@ -1,4 +1,4 @@
-"""AdamW and SGD on stacks: torch's own on the same stacks, without their N-fold gradients."""
+"""AdamW and SGD on experts: torch's own on the same experts, without their N-fold gradients."""
 
 import copy
 import importlib
@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import exfusion_param as exf
-from exfusion_param import expert_sums
+from exfusion_param import expert_sums, functional
+from exfusion_param.parametrization import groups_of
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import mesh_of, my_part, whole_state
@@ -33,6 +34,11 @@ def wrapped(config: exf.ExFusionConfig | None = None, **fields: Any) -> Any:
     fields = {"num_experts": 5, "bank_init": "uniform", "seed": 1} | fields
     config = config or exf.ExFusionConfig(**fields)
     return exf.wrap(FFNs(5, 7).double(), config, fuse_on="step")
+
+
+def experts_of(optimizer: torch.optim.Optimizer, model: Any) -> Tensor:
+    experts: Tensor = optimizer.state[model.blocks[0].fc1.weight]["experts"]
+    return experts
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range = range(3)) -> None:
@@ -167,13 +173,14 @@ def test_a_step_makes_no_tensor_of_a_stacks_size(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wrapped(variant=variant, num_experts=64)
+    monkeypatch.setitem(expert_sums.SLICE, "cpu", 100)
     optimizer = exf.ExpertAdamW(model.parameters())
     train(model, optimizer)  # which makes the states
-    monkeypatch.setitem(expert_sums.SLICE, "cpu", 100)
+    monkeypatch.setattr(functional, "EXACT_ROUTER_STATISTICS", 0)
     loss_of(model, inputs(5)).backward()
     with LargestTensor() as largest:
         optimizer.step()
-    assert largest.numel < model.blocks[0].fc1.parametrizations.weight.original.numel() / 4
+    assert largest.numel < experts_of(optimizer, model).numel() / 4
 
 
 def test_a_step_that_a_grad_scaler_skips_changes_nothing() -> None:
@@ -189,8 +196,7 @@ def test_a_step_that_a_grad_scaler_skips_changes_nothing() -> None:
         optimizer.zero_grad()
         moved = not all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         assert moved == (scale == 1.0)
-    stack = model.blocks[0].fc1.parametrizations.weight.original
-    assert optimizer.state[stack]["step"] == 2
+    assert optimizer.state[model.blocks[0].fc1.weight]["step"] == 2
 
 
 MAKES: dict[str, Make] = {
@@ -228,18 +234,20 @@ def test_of_torchs_optimizers_one_stack_at_a_time_has_a_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = wrapped()
-    stacks = [p for name, p in model.named_parameters() if name.endswith("original")]
-    counts: list[int] = []
+    fused = [fused for weights in groups_of(model) for fused in weights.fused]
+    stacks: list[list[tuple[int, ...]]] = []
     module = importlib.import_module("torch.optim.adam")
     adam = module.adam
 
-    def counting(*args: Any, **kwargs: Any) -> None:
-        counts.append(sum(stack.grad is not None for stack in stacks))
-        adam(*args, **kwargs)
+    def recording(params: Any, grads: Any, *args: Any, **kwargs: Any) -> None:
+        shapes = [tuple(grad.shape) for grad in grads]
+        stacks.append([shape for shape in shapes if shape[0] == 5 and len(shape) == 3])
+        adam(params, grads, *args, **kwargs)
 
-    monkeypatch.setattr(module, "adam", counting)
+    monkeypatch.setattr(module, "adam", recording)
     train(model, torch.optim.AdamW(model.parameters()), range(1))
-    assert counts == [0] + [1] * len(stacks)
+    assert sum(map(len, stacks)) == len([f for f in fused if f.name == "weight"])
+    assert max(map(len, stacks)) == 1
 
 
 class Outer(torch.optim.Optimizer):
@@ -271,8 +279,8 @@ def test_states_from_before_a_cast_of_the_model_are_cast_with_it() -> None:
         optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=state_dtype)
         optimizer.load_state_dict(before.state_dict())
         step(model, optimizer, inputs(5).bfloat16())
-        stack = model.blocks[0].fc1.parametrizations.weight.original
-        assert optimizer.state[stack]["exp_avg"].dtype == (state_dtype or torch.bfloat16)
+        state = optimizer.state[model.blocks[0].fc1.weight]
+        assert state["experts.exp_avg"].dtype == (state_dtype or torch.bfloat16)
         assert optimizer.state[model.stem.weight]["exp_avg"].dtype == torch.bfloat16
 
 
@@ -282,9 +290,9 @@ def test_a_copied_optimizer_goes_on() -> None:
     train(model, optimizer)
     model, optimizer = copy.deepcopy((model, optimizer))
     train(model, optimizer)
-    stack = model.blocks[0].fc1.parametrizations.weight.original
-    assert optimizer.state[stack]["exp_avg"].dtype == torch.bfloat16
-    assert optimizer.state[stack]["step"] == 6
+    state = optimizer.state[model.blocks[0].fc1.weight]
+    assert state["experts.exp_avg"].dtype == torch.bfloat16
+    assert state["step"] == 6
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
@@ -309,8 +317,12 @@ def test_replicas_round_alike_and_resume(state_dtype: Any, tmp_path: Path) -> No
 def test_what_stacks_cannot_have_is_refused() -> None:
     model = wrapped()
     theirs = torch.optim.AdamW(model.parameters(), amsgrad=True)
-    with pytest.raises(ValueError, match="ExpertAdamW has no amsgrad for expert stacks"):
-        exf.ExpertAdamW(model.parameters()).load_state_dict(theirs.state_dict())
+    ours = exf.ExpertAdamW(model.parameters())
+    with pytest.raises(ValueError, match="ExpertAdamW has no amsgrad=True for experts"):
+        ours.load_state_dict(theirs.state_dict())
+    ours.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="ExpertAdamW has no amsgrad=True for experts"):
+        train(model, ours)
 
 
 def test_a_grad_scaler_works_with_states_of_an_optimizer_that_is_not_fused() -> None:

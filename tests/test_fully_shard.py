@@ -341,9 +341,8 @@ def drawn_anew(rank: int, dense: nn.Module, config: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("fuse_on", ["step", "forward"])
-def test_experts_that_are_drawn_anew_are_those_of_one_rank(fuse_on: str) -> None:
-    dense, config = dense_model(), settings_of(fuse_on)
+def test_experts_that_are_drawn_anew_are_those_of_one_rank() -> None:
+    dense, config = dense_model(), settings_of("forward")
     one: Any = exf.wrap(copy.deepcopy(dense), config)
     torch.manual_seed(3)
     one.blocks[0].fc1.reset_parameters()
@@ -353,30 +352,3 @@ def test_experts_that_are_drawn_anew_are_those_of_one_rank(fuse_on: str) -> None
     for state in states:
         for name, tensor in one.state_dict().items():
             torch.testing.assert_close(state[name], tensor, **EXACT, msg=name)
-
-
-def with_changed_experts(rank: int, dense: nn.Module, config: Any) -> tuple[Tensor, Tensor, str]:
-    model: Any = exf.fully_shard(exf.wrap(copy.deepcopy(dense), config), mesh=mesh_of(2))
-    x = my_part(rank, BATCHES)[0]
-    stack = model.blocks[1].fc2.parametrizations.weight.original
-    with torch.no_grad():
-        model(x)
-        stack.mul_(2)
-        after = model(x)
-        model.blocks[1].unshard()
-        stack.mul_(2)
-        try:
-            model.blocks[1](x)
-        except RuntimeError as error:
-            return after, x, str(error)
-    return after, x, "no error"
-
-
-def test_experts_that_are_changed_are_fused_anew_or_refused() -> None:
-    dense, config = dense_model(), settings_of("step")
-    one: Any = exf.wrap(copy.deepcopy(dense), config)
-    with torch.no_grad():
-        one.blocks[1].fc2.parametrizations.weight.original.mul_(2)
-    for after, x, error in on_threads(2, with_changed_experts, dense, config):
-        torch.testing.assert_close(after, one(x), **EXACT)
-        assert "'blocks.1' were changed in place, and their weight was gathered before" in error

@@ -58,7 +58,7 @@ def test_gradients_that_are_not_finite_are_found_in_the_group_that_has_them(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss_of(model, inputs()).backward()
     weights = list(groups_of(model))[1]
-    for parameter in [*weights.parameters(), *weights.leaves()]:
+    for parameter in [*weights.parameters(), *weights.trained()]:
         if parameter.grad is not None:
             parameter.grad.fill_(value)
     with pytest.raises(RuntimeError, match=r"1 FFN groups \('blocks.1' first\)"):

@@ -11,11 +11,11 @@ import collectives
 import exfusion_param as exf
 import sharded_memory
 import traffic
-from exfusion_param.parametrization import groups_of
 from exfusion_param.shards import local
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import mesh_of
+from experts import expert_stacks
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 
@@ -46,15 +46,18 @@ def of_kind(seen: list[tuple[str, int]], *kinds: str) -> list[int]:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{v}-{n}" for v, n in CASES])
 def test_experts_never_travel(results: Any, index: int) -> None:
     variant, n = CASES[index]
-    floats = {"sw": 0, "dw": n, "mb": n + (n + n * DIM + 1)}[variant]
+    reduced = {"sw": [], "dw": 3 * [n], "mb": [n + (n + n * (n + 1) // 2 * DIM + 1)]}[variant]
+    own = {"sw": 0, "dw": n, "mb": n * DIM}[variant]  # floats of a block's fusion weights
     for (dense, *cases), *_ in results:
         seen = cases[index]
         for phase in ("forward", "backward"):
-            assert seen[phase] == dense[phase]
+            assert len(seen[phase]) == len(dense[phase])
+            for ours, theirs in zip(seen[phase], dense[phase], strict=True):
+                is_block = theirs[1] == max(size for _, size in dense[phase])
+                assert ours == (theirs[0], theirs[1] + is_block * 4 * own * (RANKS - 1) // RANKS)
         assert dense["step"] == of_kind(seen["step"], "all-gather", "reduce-scatter") == []
-        reduced = of_kind(seen["step"], "all-reduce")
-        assert len(reduced) == (floats > 0)
-        assert sum(reduced) == collectives.ring(RANKS, 4 * floats * DEPTH)
+        expected = [collectives.ring(RANKS, 4 * floats * DEPTH) for floats in reduced]
+        assert of_kind(seen["step"], "all-reduce") == expected
 
 
 @pytest.mark.processes
@@ -64,9 +67,10 @@ def test_a_collective_that_is_not_counted_is_noticed(results: Any) -> None:
 
 
 @pytest.mark.processes
-def test_stacks_and_leaves_are_divided(results: Any) -> None:
+def test_stacks_and_weights_are_divided(results: Any) -> None:
     for *_, (dense, step) in results:
         assert step["ffn_weights"] == step["ffn_gradients"] == dense["ffn_weights"]
+        assert (step["ffn_copies"], dense["ffn_copies"]) == (dense["ffn_weights"], 0)
         assert step["stacks"] == 2 * dense["ffn_weights"]
         whole = sum(p.nbytes for block in ffns() for p in block.parameters())
         assert dense["ffn_weights"] == whole / RANKS
@@ -86,8 +90,10 @@ def parts_of_stacks(rank: int, dense: nn.Module) -> Any:
     optimizer = torch.optim.AdamW(model.parameters())
     loss_of(model, inputs()).backward()
     optimizer.step()
-    stacks = [stack for weights in groups_of(model) for stack in weights.expert_stacks()]
-    kept = [[s, optimizer.state[s]["exp_avg"], optimizer.state[s]["exp_avg_sq"]] for s in stacks]
+    stacks = expert_stacks(model)
+    states = [state for state in optimizer.state.values() if "experts" in state]
+    names = ("experts", "experts.exp_avg", "experts.exp_avg_sq")
+    kept = [[state[name] for name in names] for state in states]
     sizes = [[local(tensor).numel() for tensor in tensors] for tensors in kept]
     storages = [[local(t).untyped_storage().nbytes() // 8 for t in tensors] for tensors in kept]
     return [tuple(stack.shape) for stack in stacks], sizes, storages

@@ -12,7 +12,6 @@ ARMS = {
     "mb, uniform bank": "--bank-init uniform",
     "mb, uniform bank, fixed router": "--bank-init uniform --fusion-lr 0",
     'mb, "step"': "--fuse-on step",
-    "mb, shared displacement": "--fuse-on step --displacement shared",
     "MoE-4-1": "--method moe",
 }
 """The paper's variants, the ways this package holds experts, and what they are compared with."""

@@ -44,7 +44,7 @@ def subspace(
             is closer to its mid-point.
         whole_network: draw once for all FFNs, instead of for each.
     """
-    model = exf.wrap(dense, config, variant="dw", fuse_on="forward", displacement="own")
+    model = exf.wrap(dense, config, variant="dw", fuse_on="forward")
     for parameter in _fusion_weights(model):
         parameter.requires_grad = False
     count = config.num_experts
@@ -71,7 +71,7 @@ def around_bank(dense: nn.Module, config: exf.ExFusionConfig, concentration: flo
         concentration: of the Dirichlet distribution whose distance from its mid-point is added, as
             a share of the bank's mass.
     """
-    model = exf.wrap(dense, config, variant="mb", fuse_on="forward", displacement="own")
+    model = exf.wrap(dense, config, variant="mb", fuse_on="forward")
     count = config.num_experts
     dirichlet = torch.distributions.Dirichlet(torch.full((count,), concentration))
     offsets: dict[nn.Module, Tensor] = {}

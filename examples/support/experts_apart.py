@@ -1,8 +1,11 @@
 """How far apart experts have grown in training."""
 
-import torch
-from torch import nn
+from collections.abc import Iterator
 
+import torch
+from torch import Tensor, nn
+
+from exfusion_param.parametrization import groups_of, original
 from exfusion_param.shards import whole
 
 
@@ -20,16 +23,22 @@ def displacement_spread(model: nn.Module, start: nn.Module) -> float | None:
         start: the same model as it was before training.
 
     Returns:
-        The spread; None if the model has no stacks that move.
+        The spread; None if the model has no experts, or they have not moved.
     """
-    before = dict(start.named_parameters())
     apart = together = 0.0
-    for name, parameter in model.named_parameters():
-        if not name.endswith("weight.original") or not parameter.requires_grad:
-            continue
-        old, new = (whole(stack).cpu().double() for stack in (before[name], parameter))
+    for before, after in zip(_stacks(start), _stacks(model), strict=True):
+        old, new = (whole(stack).cpu().double() for stack in (before, after))
         distance, first = new - new.mean(dim=0), old - old.mean(dim=0)
         left = (distance * first).sum() / first.square().sum().clamp(min=1e-30)
         apart += (distance - left * first).square().sum().item() / len(new)
         together += (new.mean(dim=0) - old.mean(dim=0)).square().sum().item()
     return (apart / together) ** 0.5 if together else None
+
+
+def _stacks(model: nn.Module) -> Iterator[Tensor]:
+    """The experts of all weights, each of shape (N, *S), under either `fuse_on`."""
+    for weights in groups_of(model):
+        if weights.fused:
+            yield from (fused.experts() for fused in weights.fused if fused.name == "weight")
+        else:
+            yield from (original(linear, "weight") for linear in weights.linears)

@@ -98,7 +98,7 @@ def _candidate(name: Name, dense: nn.Module, config: exf.ExFusionConfig) -> Meth
         return Method(model, exf.fuse, exf.metrics, extra)
     if name == "around-bank":
         return Method(diversity.around_bank(dense, config, NEAR), exf.fuse, exf.metrics)
-    model = exf.wrap(dense, config)
+    model = exf.wrap(dense, config, fuse_on="forward")
     after = diversity.ExpertRates(model) if name == "expert-lr" else diversity.add_noise
     return Method(model, exf.fuse, exf.metrics, after_step=after)
 

@@ -44,9 +44,7 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 def with_experts(dense: nn.Module, config: exf.ExFusionConfig) -> nn.Module:
     """A copy of the model that holds the experts of this seed, with equal fusion weights."""
-    plain = config.replace(
-        variant="sw", fuse_on="forward", displacement="own", expert_dtype="model"
-    )
+    plain = config.replace(variant="sw", fuse_on="forward")
     return exf.wrap(copy.deepcopy(dense), plain)
 
 

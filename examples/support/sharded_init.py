@@ -3,26 +3,28 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils.parametrize import is_parametrized
+
+from exfusion_param.fusion_weights import FusionWeights
 
 
 @torch.no_grad()
 def init(model: nn.Module, seed: int) -> None:
-    """Draw experts, routers and all other parameters.
+    """Draw routers and all other parameters; the experts are drawn at the optimizer's first step.
 
     Every rank draws each tensor whole, one at a time, and keeps its part: the model that a run
     starts with is the same on any number of ranks. DTensor's own random operators do not promise
     that, and on CPUs give all ranks the same part.
     """
     torch.manual_seed(seed)
-    for name, module in model.named_modules():
-        if is_parametrized(module) or name.endswith("fusion_weights"):
-            module.reset_parameters()  # what `wrap` has made draws whole experts by itself
+    own: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, FusionWeights):
+            module.reset_parameters()
+            own.update(module.parameters())
     for name, parameter in model.named_parameters():
-        if "parametrizations" not in name:
+        if parameter not in own:
             value = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             parameter.copy_(_like(parameter, _first_value(name, value)))
-    model.train()  # fuses the new experts, also for a checkpoint that comes before any forward
 
 
 def _first_value(name: str, value: Tensor) -> Tensor:

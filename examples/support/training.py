@@ -94,7 +94,7 @@ class Comparison:
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         remember(out, settings)
         parts = {
-            f"{name}-{key}": part
+            f"{name.replace(' ', '_')}-{key}": part  # the names of folders
             for name, run in self.runs.items()
             for key, part in vars(run).items()
         }

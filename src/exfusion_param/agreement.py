@@ -3,17 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .fusion_weights import FusionWeights
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .shards import is_sharded
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_agreed: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
+
+
+def agree(groups: Iterable[FusionWeights]) -> None:
+    """Compare new groups with those of the other ranks, once, at their first step.
+
+    Under `fuse_on="step"` all ranks draw experts as the first of them does.
+
+    Raises:
+        ValueError: on every rank, if they differ in more than their draws.
+    """
+    new = [weights for weights in groups if weights not in _agreed]
+    by_forward = {w: w.group for w in new if not w.fused and w.sharing is None}
+    if by_forward and (ranks := next(iter(by_forward)).ranks) is not ALONE:
+        require_agreement(by_forward, ranks)
+    by_step = [weights for weights in new if weights.fused]
+    if by_step and (ranks := by_step[0].ranks) is not ALONE:
+        _share_draws(by_step, ranks)
+    _agreed.update(new)
+
+
+def _share_draws(groups: Iterable[FusionWeights], ranks: Ranks) -> None:
+    """Take the seeds of the first rank that has a group; where they differed, its bases as well."""
+    own = {
+        f"{weights.group}.{weights.first_linear}": {
+            "settings": dataclasses.asdict(weights.config) | {"seed": None},
+            "seeds": [fused.start.seed for fused in weights.fused],
+        }
+        for weights in groups
+    }
+    gathered = ranks.gather(own)
+    first: dict[str, dict[str, Any]] = {}
+    for rank, other in enumerate(gathered):
+        for name, description in other.items():
+            if first.setdefault(name, description)["settings"] != description["settings"]:
+                raise ValueError(
+                    f"Rank {rank} wrapped the model differently: {name!r} differs in its settings. "
+                    "Wrap the model with the same settings on all ranks."
+                )
+    for weights in groups:
+        name = f"{weights.group}.{weights.first_linear}"
+        seeds = first[name]["seeds"]
+        is_alike = all(other.get(name, first[name])["seeds"] == seeds for other in gathered)
+        for fused, seed in zip(weights.fused, seeds, strict=True):
+            fused.start = dataclasses.replace(fused.start, seed=seed)
+            if not is_alike and fused.base is not None and not is_sharded(fused.parameter):
+                ranks.broadcast(fused.base)
 
 
 def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None:
@@ -32,7 +80,7 @@ def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None
         for name in dict.fromkeys([*first, *other]):
             if first.get(name) != other.get(name):
                 raise ValueError(
-                    f"Rank {rank} has not wrapped the model as rank 0 has: {name!r} differs in "
+                    f"Rank {rank} wrapped the model differently from rank 0: {name!r} differs in "
                     f"{_difference(first.get(name), other.get(name))}. Build and wrap the model "
                     "alike on all ranks, with the same seed: torch.manual_seed(...) before both."
                 )

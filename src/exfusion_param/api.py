@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .config import ExFusionConfig
-from .ddp import leave_out_of_ddp
 from .discovery import Filter
-from .fusion_weights import warn_of_empty_banks
+from .fusion_weights import FusionWeights, warn_of_empty_banks
 from .names import ENTRY
 from .parametrization import detach, groups_of, wrapped_linears
+from .step.attach import detach_fused
+from .step.fused_parameter import FusedParameter
 from .validation import check_fusable
 from .variants import fusion_weights_for
 from .wrapping import wrap_linears
@@ -77,15 +79,36 @@ def fuse(model: Model) -> Model:
         weights.release()
     check_fusable(model, linears, groups)
     warn_of_empty_banks(groups)
-    for weights in groups:
-        weights.retire()
+    _warn_of_experts_that_never_moved(groups)
     for linear in linears.values():
         detach(linear)
+    for weights in groups:
+        detach_fused(model, weights)
+        weights.retire()
     config = getattr(model, "config", None)
-    leave_out_of_ddp(model)
     if isinstance(getattr(config, ENTRY, None), dict):  # read back from a config.json
         delattr(config, ENTRY)
     return model
+
+
+def _warn_of_experts_that_never_moved(groups: Iterable[FusionWeights]) -> None:
+    """Warn if weights under `fuse_on="step"` were trained by something else than an optimizer."""
+    still = [
+        weights.group
+        for weights in groups
+        if not weights.was_loaded and any(_is_trained_without_experts(f) for f in weights.fused)
+    ]
+    if still:
+        warnings.warn(
+            f"The weights of {len(still)} FFN groups ({still[0]!r} first) changed since wrap() "
+            'without a step of a torch.optim.Optimizer on them. Under fuse_on="step" their experts '
+            'need one to move; otherwise wrap with fuse_on="forward".',
+            stacklevel=3,
+        )
+
+
+def _is_trained_without_experts(fused: FusedParameter) -> bool:
+    return not fused.has_stepped() and fused.parameter.grad is not None and not fused.is_untouched()
 
 
 def _warn_of_bank(config: ExFusionConfig) -> None:

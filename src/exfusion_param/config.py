@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-from .expert_config import Displacement, ExpertConfig, ExpertDtype, FuseOn, check_type
+from .expert_config import ExpertConfig, FuseOn, check_type
 
 Variant = Literal["sw", "dw", "mb"]
 BankInit = Literal["zeros", "uniform"]
@@ -14,8 +14,6 @@ _CHOICES = {
     "variant": get_args(Variant),
     "bank_init": get_args(BankInit),
     "fuse_on": get_args(FuseOn),
-    "displacement": get_args(Displacement),
-    "expert_dtype": get_args(ExpertDtype),
 }
 
 
@@ -43,13 +41,8 @@ class ExFusionConfig(ExpertConfig):
         bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,
             needed for pretrained weights). `"mb"` only.
         fuse_on: when the weights are fused: `"forward"`, at each use, as in the paper; `"step"`,
-            once for each step of the optimizer, with the forward and backward of dense training.
-        displacement: `"own"`: each expert moves by itself; `"shared"`: all experts of a linear move
-            together from starting values that are frozen, at the cost of one dense weight
-            (shared_displacement.py). With `fuse_on="step"` only.
-        expert_dtype: what expert stacks are stored in: `"model"`, as the weights that they fuse to;
-            `"bfloat16"`, with float32 weights, and rounded stochastically by `ExpertAdamW` or
-            `ExpertSGD`. With `fuse_on="step"` and displacements of their own only.
+            once for each step of the optimizer: the model stays dense, with the experts in the
+            optimizer's state.
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
             from the end; None wraps all (Table X).
         seed: makes the experts and routers reproducible; None draws on torch's global generator.
@@ -64,18 +57,10 @@ class ExFusionConfig(ExpertConfig):
     shared_router: bool = True
     bank_init: BankInit = "zeros"
     fuse_on: FuseOn = "forward"
-    displacement: Displacement = "own"
-    expert_dtype: ExpertDtype = "model"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             self._check_choice(name, choices)
-        if self.displacement == "shared" and self.fuse_on != "step":
-            raise ValueError('displacement="shared" needs fuse_on="step".')
-        if self.expert_dtype != "model" and (self.fuse_on, self.displacement) != ("step", "own"):
-            raise ValueError(
-                f'expert_dtype="{self.expert_dtype}" needs fuse_on="step" and displacement="own".'
-            )
         super().__post_init__()
         check_type("momentum", self.momentum, int, float)
         if not 0 <= self.momentum < 1:

@@ -43,8 +43,12 @@ class DroppedUnits:
                 'Choose all of its linears, or use expert_init="upcycle".'
             )
         count = max(1, round(ratio * self.hidden))
-        orders = [torch.randperm(self.hidden, generator=generator) for _ in range(num_experts)]
+        orders = [self._order(generator) for _ in range(num_experts)]
         self.units = torch.stack(orders)[:, :count]  # (N, K)
+
+    def _order(self, generator: torch.Generator | None) -> Tensor:
+        """The units in random order, on the CPU also within `torch.device("meta")`."""
+        return torch.randperm(self.hidden, generator=generator, device="cpu")
 
     def of(self, fqn: str, name: str) -> Dropped | None:
         """The dropped entries of a linear's "weight" or "bias"; None for the output's bias."""

@@ -8,8 +8,6 @@ from typing import Any, Literal, Self, get_args
 
 ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 FuseOn = Literal["forward", "step"]
-Displacement = Literal["own", "shared"]
-ExpertDtype = Literal["model", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,16 +140,6 @@ class ExpertConfig:
     def fuse_on(self) -> FuseOn:
         """When the weights are fused."""
         return "forward"
-
-    @property
-    def displacement(self) -> Displacement:
-        """Whether each expert moves by itself."""
-        return "own"
-
-    @property
-    def expert_dtype(self) -> ExpertDtype:
-        """What expert stacks are stored in."""
-        return "model"
 
     @property
     def shares_fusion_weights(self) -> bool:

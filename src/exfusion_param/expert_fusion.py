@@ -55,11 +55,3 @@ class ExpertFusion(nn.Module):
     def experts(self, stack: Tensor) -> Tensor:
         """The experts as they are, shape (N, *S); of each of them this rank's part."""
         return local(with_all_experts(stack))
-
-    def sources(self, experts: Tensor) -> list[Tensor]:
-        """What the fused tensor is fused from besides the fusion weights."""
-        return [experts]
-
-    def moved(self, stack: nn.Parameter) -> nn.Parameter:
-        """What an optimizer moves: the stack."""
-        return stack

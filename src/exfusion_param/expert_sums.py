@@ -34,14 +34,15 @@ class RunningFusion:
         dtype = accumulation_dtype(fused.dtype)
         self._fused = fused
         self._weights = weights.to(fused.device, dtype)
-        self._sum = fused if fused.dtype == dtype else torch.empty_like(fused, dtype=dtype)
+        is_direct = fused.dtype == dtype and fused.is_contiguous()
+        self._sum = fused if is_direct else fused.new_empty(fused.shape, dtype=dtype)
 
     def add(self, experts: Tensor, part: slice) -> None:
         """Add the next experts, shape (n, *S), the part `part` of all."""
         flat, weights = _flat(experts, self._sum.dtype), self._weights[part]
         total = self._sum.view(-1)
         torch.addmv(total, flat.T, weights, beta=0 if part.start == 0 else 1, out=total)
-        if part.stop == len(self._weights) and self._sum is not self._fused:
+        if part.stop == self._weights.shape[0] and self._sum is not self._fused:
             self._fused.copy_(self._sum)
 
 
@@ -66,6 +67,8 @@ def products_with(experts: Tensor, gradient: Tensor) -> Tensor:
         gradient: `G`, shape (*S).
     """
     dtype = accumulation_dtype(torch.promote_types(experts.dtype, gradient.dtype))
+    if experts.dtype == dtype and experts.numel() <= slice_size(experts.device):
+        return experts.flatten(1) @ gradient.to(dtype).flatten()  # in one go
     flat = gradient.to(dtype).flatten()
     products = [_flat(experts[part], dtype) @ flat for part in slices(experts)]
     return products[0] if len(products) == 1 else torch.cat(products)
@@ -73,14 +76,15 @@ def products_with(experts: Tensor, gradient: Tensor) -> Tensor:
 
 def _flat(experts: Tensor, dtype: torch.dtype) -> Tensor:
     """Experts as the rows of a matrix."""
-    return experts.to(dtype).reshape(len(experts), math.prod(experts.shape[1:]))
+    return experts.to(dtype).reshape(experts.shape[0], math.prod(experts.shape[1:]))
 
 
 def slices(experts: Tensor) -> Iterator[slice]:
     """How a stack, shape (N, *S), is cut."""
-    count = max(1, slice_size(experts.device) // max(1, experts[0].numel()))
-    for start in range(0, len(experts), count):
-        yield slice(start, min(start + count, len(experts)))
+    total = experts.shape[0]
+    count = max(1, slice_size(experts.device) // max(1, math.prod(experts.shape[1:])))
+    for start in range(0, total, count):
+        yield slice(start, min(start + count, total))
 
 
 def slice_size(device: torch.device) -> int:

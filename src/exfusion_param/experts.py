@@ -117,3 +117,8 @@ def named_generator(seed: int, name: str, device: torch.device) -> torch.Generat
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     # 32 bits: torch's generator on the CPU ignores the others
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4]))
+
+
+def uniform_weights(num_experts: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1/N for each of N experts, shape (N,)."""
+    return torch.full((num_experts,), 1 / num_experts, device=device, dtype=dtype)

@@ -90,8 +90,17 @@ def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
         return shares.mean(dim=0) if mask is None else _token_weights(mask, shares) @ shares
 
 
+EXACT_ROUTER_STATISTICS = 1 << 18
+"""The largest N^2 D of a router whose gradient at the optimizer's step is exact."""
+
+
+def is_exact(num_experts: int, features: int) -> bool:
+    """Whether `router_gradient` is exact for a router of shape (N, D), or an approximation."""
+    return num_experts**2 * features <= EXACT_ROUTER_STATISTICS
+
+
 def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What a step keeps of the router's inputs instead of the inputs: `w` and `A = mean s_t x_t`.
+    """What a step keeps of the router's inputs in place of the inputs themselves.
 
     Args:
         x: input of the FFN, shape (..., D), at least one token.
@@ -99,35 +108,49 @@ def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> 
         mask: as for `route`.
 
     Returns:
-        `w`, shape (N,), and behind it `A`, shape (N, D), flattened: the means over tokens t of the
-        shares `s_t = softmax(G(x_t))` and of their outer products with x_t. Shape (N + N * D,).
+        `w`, the mean over tokens t of the shares `s_t = softmax(G(x_t))`, shape (N,), followed by
+        means of products with the inputs, flattened: `B_ij = mean s_ti s_tj x_t` for i <= j, shape
+        (N (N + 1) / 2, D), where `is_exact`; otherwise `A_i = mean s_ti x_t`, shape (N, D).
     """
     with without_autocast(x.device):
         shares = _shares(x, router)  # (tokens, N)
         tokens = x.reshape(-1, x.shape[-1]).to(shares.dtype)  # (tokens, D)
+        factors = shares
+        if is_exact(*router.shape):
+            i, j = torch.triu_indices(len(router), len(router), device=x.device)
+            factors = shares[:, i] * shares[:, j]  # (tokens, pairs)
         if mask is None:
-            return torch.cat([shares.sum(dim=0), (shares.mT @ tokens).flatten()]) / len(tokens)
-        weighted = shares * _token_weights(mask, shares).unsqueeze(1)
-        return torch.cat([weighted.sum(dim=0), (weighted.mT @ tokens).flatten()])
+            sums = torch.cat([shares.sum(dim=0), (factors.mT @ tokens).flatten()])
+            return sums / len(tokens)
+        weights = _token_weights(mask, shares).unsqueeze(1)
+        weighted = (factors * weights).mT @ tokens
+        return torch.cat([(shares * weights).sum(dim=0), weighted.flatten()])
 
 
-def router_gradient(statistics: Tensor, gradient: Tensor) -> Tensor:
-    """The router's gradient from pooled statistics, in place of all tokens.
+def router_gradient(statistics: Tensor, gradient: Tensor, features: int) -> Tensor:
+    """The router's gradient from statistics over all tokens of a step.
 
-    The gradient of `w = mean s_t` under `g = dL/dw` is `dL/dG_i = mean s_ti (g_i - <s_t, g>) x_t`.
-    With `<w, g>` in place of each token's own `<s_t, g>` it is `(g_i - <w, g>) A_i`. The two are
-    equal where all tokens are routed alike.
+    The gradient of `w = mean s_t` under `g = dL/dw` is `dL/dG_i = mean s_ti (g_i - <s_t, g>) x_t`,
+    which is `sum_j (g_i - g_j) B_ij`. For large routers, the statistics hold `A` only, and each
+    token's own `<s_t, g>` is replaced by `<w, g>`: `(g_i - <w, g>) A_i`, which is equal where all
+    tokens are routed alike.
 
     Args:
-        statistics: of `router_statistics`, shape (N + N * D,).
+        statistics: of `router_statistics`.
         gradient: `g`, shape (N,).
+        features: D.
 
     Returns:
         Shape (N, D).
     """
-    weights, inputs = statistics[: len(gradient)], statistics[len(gradient) :]
-    centered = gradient - weights @ gradient
-    return centered.unsqueeze(1) * inputs.view(len(gradient), -1)
+    count = len(gradient)
+    weights, inputs = statistics[:count], statistics[count:].view(-1, features)
+    if not is_exact(count, features):
+        return (gradient - weights @ gradient).unsqueeze(1) * inputs
+    i, j = torch.triu_indices(count, count, device=statistics.device)
+    moves = (gradient[i] - gradient[j]).unsqueeze(1) * inputs  # (pairs, D)
+    zeros = inputs.new_zeros(count, features)
+    return zeros.index_add(0, i, moves).index_add(0, j, moves, alpha=-1)
 
 
 def _shares(x: Tensor, router: Tensor) -> Tensor:

@@ -1,30 +1,51 @@
 """The fusion weights `w` of one FFN group, shape (N,): static and learned.
 
-One module serves all linears of the group. It belongs to the weight parametrization of the first,
-so that it appears once in `state_dict()` and goes with `remove_parametrizations`. Its tensors stay
-in float32 at least, also in a bfloat16 model: they move by less than bfloat16 resolves. The third
-variant, the memory bank, is in memory_bank.py.
+One module serves all linears of the group. Under `fuse_on="forward"` it belongs to the weight
+parametrization of the first, so that it appears once in `state_dict()` and goes with
+`remove_parametrizations`; under "step" to the FFN (step/attach.py). Its tensors stay in float32 at
+least, also in a bfloat16 model: they move by less than bfloat16 resolves. The third variant, the
+memory bank, is in memory_bank.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, step_hooks
+from . import functional
 from .dtypes import accumulation_dtype
 from .expert_config import ExpertConfig
+from .experts import named_generator, uniform_weights
 from .linear_class import MakeForward, PlaceInGroup
 from .ranks import Ranks, all_ranks
-from .shards import like, local, whole
+from .reached import reached
+from .shards import assign, local, ranks_of, whole
+
+if TYPE_CHECKING:
+    from .step.fused_parameter import FusedParameter
 
 Linears = tuple[nn.Module, ...]
+
+# In the order of wrapping, which is the same on all ranks.
+_watched: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
+
+
+def watched() -> list[FusionWeights]:
+    """All fusion weights that live, in the order of wrapping."""
+    return [weights for ref in _watched.keyrefs() if (weights := ref()) is not None]
+
+
+def _watch(weights: FusionWeights) -> None:
+    from .step.hooks import install  # which stand on this module
+
+    install()
+    _watched[weights] = None
 
 
 class FusionWeights(nn.Module):
@@ -40,6 +61,8 @@ class FusionWeights(nn.Module):
     linears: Linears
     fusions: list[tuple[Any, Any]]
     """For each stack the `ParametrizationList` that holds it, and the parametrization."""
+    fused: list[FusedParameter]
+    """Under `fuse_on="step"`: the weights and biases of the linears."""
 
     def __init__(
         self, group: str, first_linear: str, config: ExpertConfig, linears: Linears
@@ -50,14 +73,18 @@ class FusionWeights(nn.Module):
         self.config = config
         self.handles: list[RemovableHandle] = []  # of hooks that serve this group
         self.sharing: Ranks | None = None  # set by fully_shard
+        self.was_loaded = False  # with the model's state dict
+        self.starts_around_changed = False  # weights, which `wrap` has not made so
+        self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__["linears"] = linears
         self.__dict__["fusions"] = []
-        step_hooks.watch(self)
+        self.__dict__["fused"] = []
+        _watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
         super().__setstate__(state)
-        step_hooks.watch(self)
+        _watch(self)
 
     def forward(self) -> Tensor:
         """The fusion weights to fuse with now, shape (N,)."""
@@ -94,28 +121,50 @@ class FusionWeights(nn.Module):
         tensors = [*self._parameters.values(), *self._buffers.values()]
         return [tensor for tensor in tensors if tensor is not None]
 
+    def current_weights(self) -> Tensor:
+        """Under `fuse_on="step"`: the whole `w` to fuse with now, shape (N,), without a graph."""
+        return self().detach()
+
     @property
     def ranks(self) -> Ranks:
         """The ranks that train the model together: those of its mesh, or else all of the job."""
+        if (ranks := self._ranks_of_mesh()) is not None:
+            return ranks
         return self.sharing or all_ranks()
 
+    def _ranks_of_mesh(self) -> Ranks | None:
+        """Those of the first sharded parameter that the experts fuse into."""
+        every = [fused.parameter for fused in self.fused]
+        sharded = [parameter for parameter in every if type(parameter) is not nn.Parameter]
+        return ranks_of(sharded[0]) if sharded else None
+
+    def drop_unapplied(self) -> None:
+        """Under `fuse_on="step"`: forget what was noted for gradients that no step applies."""
+
     def statistics(self, products: Tensor) -> Tensor:
-        """Under `fuse_on="step"`: what this rank says of the step's gradient, to be summed.
+        """Under `fuse_on="step"`: this rank's share of the step's statistics, to be summed.
 
         Args:
-            products: `<E_i, G>` of this rank's part of the stacks, shape (N,).
+            products: `<E_i, G>` of this rank's share of the experts, shape (N,).
 
         Returns:
             One dimension; the same shape on all ranks.
         """
         return products.new_empty(0)
 
-    def take_gradient(self, sums: Tensor) -> None:
-        """Under `fuse_on="step"`: take what the step's gradient says of the fusion weights.
+    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Under `fuse_on="step"`: the gradients of the group's own parameters.
 
         Args:
-            sums: of all ranks' statistics.
+            sums: the statistics, summed over all ranks.
         """
+        return {}
+
+    def follow_forward(
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        """Under `fuse_on="step"`: a hook on the first linear's forward."""
+        return None
 
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """An optimizer of the group's parameters has stepped.
@@ -138,6 +187,7 @@ class FusionWeights(nn.Module):
     def retire(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
         self.release()
+        _watched.pop(self, None)
         for handle in self.handles:
             handle.remove()
 
@@ -145,42 +195,9 @@ class FusionWeights(nn.Module):
         """Whether all fusion weights are zero, as in a bank before its first move."""
         return False
 
-    def settle(self) -> None:
-        """Under `fuse_on="step"`: the step is over, so fuse the leaves anew."""
-        from .fused_leaf import leaves_of
-
-        for stack, leaf in leaves_of(self):
-            leaf.settle(stack)
-
-    def leaves(self) -> list[nn.Parameter]:
-        """What stands for the stacks in forward and backward, as optimizers hold it."""
-        from .fused_leaf import leaves_of
-
-        return [leaf.leaf for _, leaf in leaves_of(self)]
-
-    def hidden_gradients(self) -> list[Tensor]:
-        """During an optimizer's step the gradients of the leaves."""
-        from .fused_leaf import leaves_of
-
-        hidden = (leaf.hidden_gradient for _, leaf in leaves_of(self))
-        return [gradient for gradient in hidden if gradient is not None]
-
-    def moved_parameters(self) -> Iterator[nn.Parameter]:
-        """What optimizers move for the experts: the stacks, or what all experts of each share."""
-        for holder, fusion in self.fusions:
-            yield fusion.moved(holder.original)
-
-    def moved_at_step(self) -> Iterator[nn.Parameter]:
-        """Under `fuse_on="step"`: what autograd does not reach, stacks as well that never move."""
-        leaves = set(map(id, self.leaves()))
-        for parameter in itertools.chain(self.parameters(), self.expert_parameters()):
-            if id(parameter) not in leaves:
-                yield parameter
-
-    def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the group's linears: stacks, and leaves under `fuse_on="step"`."""
-        for holder, _ in self.fusions:
-            yield from holder.parameters()
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the experts learn through: their stacks, or what they fuse into."""
+        return [*[fused.parameter for fused in self.fused], *self.expert_stacks()]
 
     def expert_stacks(self) -> Iterator[nn.Parameter]:
         """The expert stacks that fuse with these weights."""
@@ -193,8 +210,21 @@ class FusionWeights(nn.Module):
             is_low = moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device) if is_low else moved
 
+        was_meta = any(tensor.is_meta for tensor in self.own_tensors())
         super()._apply(keep_precision, recurse)
+        if was_meta and self.fused and not any(tensor.is_meta for tensor in self.own_tensors()):
+            self._start_from_meta()
         return self
+
+    def _start_from_meta(self) -> None:
+        """Fill what has just got memory, as nothing else knows how."""
+        device = self.own_tensors()[0].device
+        seed = self.fused[0].start.seed
+        self.reset_parameters(named_generator(seed, f"{self.group}.router", device))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.was_loaded = True
 
 
 class StaticWeights(FusionWeights):
@@ -202,10 +232,10 @@ class StaticWeights(FusionWeights):
 
     def forward(self) -> Tensor:
         """1/N, shape (N,)."""
-        moved = local(next(self.moved_parameters()))
-        # Made anew each time: a constant buffer would come back from the meta device unset.
-        dtype = accumulation_dtype(moved.dtype)
-        return uniform_weights(self.config.num_experts, moved.device, dtype)
+        # Not a buffer: a constant one would come back from the meta device unset.
+        like: Any = self.fusions[0][0].original if self.fusions else self.linears[0].weight
+        dtype = accumulation_dtype(like.dtype)
+        return uniform_weights(self.config.num_experts, local(like).device, dtype)
 
 
 class LearnedWeights(FusionWeights):
@@ -223,10 +253,11 @@ class LearnedWeights(FusionWeights):
     ) -> None:
         super().__init__(group, first_linear, config, linears)
         self.weights = nn.Parameter(uniform_weights(config.num_experts, device, dtype))
+        self.gathered: Tensor | None = None  # while an optimizer steps on a sharded vector
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the weights to 1/N."""
-        nn.init.constant_(local(self.weights), 1 / self.config.num_experts)
+        assign(self.weights, self.weights.new_full(self.weights.shape, 1 / self.config.num_experts))
 
     def forward(self) -> Tensor:
         """The learned vector, shape (N,)."""
@@ -236,19 +267,23 @@ class LearnedWeights(FusionWeights):
         """The vector, or this rank's part of it."""
         return local(self.weights)
 
+    def follow_forward(
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        """Let autograd reach the vector, with a gradient of zeros until the optimizer's step."""
+        return reached(output, self.weights) if self.training else None
+
+    def current_weights(self) -> Tensor:
+        """The learned vector; a sharded one as it was gathered last."""
+        return self.weights.detach() if self.gathered is None else self.gathered
+
     def statistics(self, products: Tensor) -> Tensor:
-        """`dL/dw`, shape (N,), of which each of several replicas says a part."""
-        return products / self.ranks.replicas
+        """`dL/dw`, shape (N,)."""
+        return products
 
-    def take_gradient(self, sums: Tensor) -> None:
-        """It is the vector's own."""
-        if self.weights.requires_grad:
-            self.weights.grad = like(self.weights, sums)
-
-
-def uniform_weights(num_experts: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1/N for each of N experts, shape (N,)."""
-    return torch.full((num_experts,), 1 / num_experts, device=device, dtype=dtype)
+    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
+        """`dL/dw` is the vector's own."""
+        return {self.weights: sums}
 
 
 def warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:

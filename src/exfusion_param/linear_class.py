@@ -128,18 +128,15 @@ def _reset_experts(self: Any) -> None:
     scratch = dense.__new__(dense)
     scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
     stacks = {name: self.parametrizations[name].original for name in self._fused}
-    drawn = {}
-    for name, stack in stacks.items():
-        moved = self.parametrizations[name][0].moved(stack)
-        is_in_place = moved is stack and not is_sharded(stack)
-        new = (
-            moved.detach()
-            if is_in_place
-            else torch.empty(stack.shape, dtype=moved.dtype, device=moved.device)
-        )
-        drawn[name] = new
+    drawn = {
+        name: torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
+        if is_sharded(stack)
+        else stack.detach()
+        for name, stack in stacks.items()
+    }
     for expert in zip(*drawn.values(), strict=True):
         scratch._parameters.update(zip(drawn, map(nn.Parameter, expert), strict=True))
         scratch.reset_parameters()
     for name, stack in stacks.items():
-        self.parametrizations[name][0].start_from(stack, drawn[name])
+        if is_sharded(stack):
+            self.parametrizations[name][0].start_from(stack, drawn[name])

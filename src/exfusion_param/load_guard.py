@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .expert_fusion import ExpertFusion
 from .fusion_weights import FusionWeights
-from .parametrization import fused_names, fusion_of
-from .shared_displacement import SharedDisplacement
+from .parametrization import fused_names
 
 
 def guard_loading(
@@ -51,8 +49,6 @@ class _LoadGuard:
                 self._check(state_dict, f"{name}{tensor}", stack)
                 if stack not in state_dict:  # some are left out with strict=False
                     _refuse_renamed(module, state_dict, prefix, stack)
-                else:
-                    _refuse_other_displacement(state_dict, stack, fusion_of(linear, tensor))
 
     def _check(self, state_dict: Mapping[str, Any], dense: str, wrapped: str) -> None:
         stack = state_dict.get(wrapped)
@@ -67,19 +63,6 @@ class _LoadGuard:
                 f"{wrapped} holds {given} experts, the model {self.num_experts}. "
                 f"Wrap the model with num_experts={given}."
             )
-
-
-def _refuse_other_displacement(
-    state_dict: Mapping[str, Any], stack: str, fusion: ExpertFusion
-) -> None:
-    """Raise if experts were saved that move in another way than the model's."""
-    is_shared = stack.removesuffix("original") + "0.displacement" in state_dict
-    if is_shared != isinstance(fusion, SharedDisplacement):
-        saved, here = ("shared", "own") if is_shared else ("own", "shared")
-        raise ValueError(
-            f'{stack} was saved with displacement="{saved}", the model is wrapped with "{here}". '
-            f'Wrap the model with displacement="{saved}".'
-        )
 
 
 def _refuse_renamed(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +12,15 @@ from torch import Tensor, nn
 
 from . import functional
 from .config import ExFusionConfig
-from .fusion_weights import Linears, uniform_weights
+from .experts import uniform_weights
+from .fusion_weights import Linears
 from .linear_class import MakeForward, PlaceInGroup
-from .observed_forward import Counted, Observed
+from .observed_forward import Observed
 from .pending import PendingMean, mean_of
+from .projections import projection_of
 from .ranks import Ranks
-from .shards import assign, like, local, local_to_differentiate
+from .reached import is_transformed, reached
+from .shards import assign, local, local_to_differentiate
 from .token_pool import TokenPool
 
 COLLAPSED = 0.99
@@ -102,10 +104,8 @@ class MemoryBank(TokenPool):
         return self.current if self.training and self.current is not None else self.bank
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
-        """Observes each forward; under `fuse_on="step"` the first linear's input alone."""
-        if self.config.fuse_on == "forward":
-            return Observed(place)
-        return Counted() if place.is_first else None
+        """Observes each forward."""
+        return Observed(place)
 
     def start(self) -> Tensor:
         """The bank scaled to sum one, or 1/N while it is empty, shape (N,)."""
@@ -129,44 +129,68 @@ class MemoryBank(TokenPool):
             weights = self.pending.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
 
-    def count(self, x: Tensor, y: Tensor) -> Tensor:
-        """Under `fuse_on="step"`: note what the router says of a micro-batch, with its gradient.
-
-        Args:
-            x: the FFN's input, shape (..., D).
-            y: the first linear's output.
-
-        Returns:
-            `y`, the same numbers.
-        """
-        if not self.training or x.numel() == 0 or not torch.is_grad_enabled():
-            return y
-        with torch.no_grad():
-            said = functional.router_statistics(x, local(self.router), self.mask_for(x))
-            said = torch.cat([said, said.new_ones(1)])
+    def follow_forward(
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        """Under `fuse_on="step"`: note the router's output for a micro-batch, with its gradient."""
+        if not self.training or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        if torch.compiler.is_exporting():  # the program is the dense model's
+            return None
+        x = local(args[0] if args else next(iter(kwargs.values())))
         if torch.compiler.is_compiling():  # which traces no hook
-            probe = self.router if self.router.requires_grad else next(self._differentiated())
-            part = local_to_differentiate(probe).flatten()[:1]
-            return y + self.pending.token(said, part).to(y.dtype)
-        if y.requires_grad:
-            self.pending.follow_anchor()
-            y.register_hook(lambda gradient: self.pending.note(said))
-        return y
+            return self._followed_by_compiler(x.movedim(self._feature_dim, -1), output)
+        if is_transformed(output):
+            return None
+        if x.numel() == 0:  # no token, no vote
+            return reached(output, self.router)
+        noted = self._statistics_of(x.movedim(self._feature_dim, -1))
+        self.pending.follow_anchor()
+        return reached(output, self.router, lambda: self.pending.note(noted))
+
+    def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return reached(output, self.router)
+        probe = self.router if self.router.requires_grad else self.trained()[0]
+        part = local_to_differentiate(probe).flatten()[:1]
+        return output + self.pending.token(self._statistics_of(x), part).to(output.dtype)
+
+    @torch.no_grad()
+    def _statistics_of(self, x: Tensor) -> Tensor:
+        """The router's statistics of a micro-batch, and behind them 1, one dimension."""
+        statistics = functional.router_statistics(x, local(self.router), self.mask_for(x))
+        return torch.cat([statistics, statistics.new_ones(1)])
+
+    @property
+    def _feature_dim(self) -> int:
+        projection = projection_of(self.linears[0])
+        return -1 if projection is None else projection.feature_dim
 
     def statistics(self, products: Tensor) -> Tensor:
-        """`dL/dw` (N); the sums of the step's micro-batches, and how many (N + N D + 1)."""
+        """`dL/dw`, shape (N,); the sums of the step's micro-batches, and how many they are."""
+        self.pending.follow_anchor()  # FSDP2 may have had a gathered one in its place
         pending = self.pending.total
         if pending is None:
-            pending = products.new_zeros(1 + len(products) + self.router.numel())
-        return torch.cat([products / self.ranks.replicas, pending.to(products)])
+            count, features = self.router.shape
+            pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
+            pending = products.new_zeros(count + pairs * features + 1)
+        return torch.cat([products, pending.to(products)])
 
-    def take_gradient(self, sums: Tensor) -> None:
-        """Give the router its gradient from the means of the step's tokens."""
-        gradient, total = sums.split([len(self.bank), len(sums) - len(self.bank)])
+    def drop_unapplied(self) -> None:
+        """Forget micro-batches whose gradients have been thrown away."""
+        self.pending.follow_anchor()
+        self.pending.drop_unapplied()
+
+    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The router's gradient from the statistics of the step's tokens."""
+        router: nn.Parameter = self.router
+        count, features = router.shape
+        gradient, total = sums.split([count, sums.shape[0] - count])
         self.pending.total = total
-        if self.router.requires_grad:
-            pooled = functional.router_gradient(mean_of(total), gradient)
-            self.router.grad = like(self.router, (1 - self.config.momentum) * pooled)
+        if not router.requires_grad:
+            return {}
+        pooled = functional.router_gradient(mean_of(total), gradient, features)
+        return {router: (1 - self.config.momentum) * pooled}
 
     def require_observed(self) -> None:
         """Raise if a linear of the group trains without the one whose input is routed."""
@@ -206,23 +230,25 @@ class MemoryBank(TokenPool):
             self._warn_if_bypassed()
         if total is None:
             return
-        weights = mean_of(total)[: len(self.bank)].to(self.bank)  # under "step" more is behind them
-        moved = functional.update_bank(self.bank, weights, self.config.momentum)
+        bank: Tensor = self.bank
+        weights = mean_of(total)[: bank.shape[0]].to(bank)  # under "step" more is behind them
+        moved = functional.update_bank(bank, weights, self.config.momentum)
         stays = total[-1] == 0 if skipped is None else skipped | (total[-1] == 0)
-        stays = stays.to(self.bank.device)
+        stays = stays.to(bank.device)
         self._stepped = torch.cat(
-            [torch.where(stays, self.bank, weights), local(self.router).sum()[None]]
+            [torch.where(stays, bank, weights), local(self.router).sum()[None]]
         )
         stays = stays | ~self._stepped.isfinite().all()
-        self.bank.copy_(torch.where(stays, self.bank, moved))
+        bank.copy_(torch.where(stays, bank, moved))
 
     def health(self) -> Tensor | None:
         """What the router said at the step, whether it is finite, and the bank times N, 2 N + 1."""
         stepped, self._stepped = self._stepped, None
         if stepped is None:
             return None
-        mass = self.bank.sum()
-        shares = torch.where(mass == 0, 1.0, self.bank * len(self.bank) / mass)
+        bank: Tensor = self.bank
+        mass = bank.sum()
+        shares = torch.where(mass == 0, 1.0, bank * bank.shape[0] / mass)
         return torch.cat([stepped, shares])
 
     def warn_of(self, health: Tensor) -> None:
@@ -261,18 +287,17 @@ class MemoryBank(TokenPool):
         if self.config.fuse_on == "forward":
             gradients = [stack.grad for stack in self.expert_stacks()]
             return self.router.grad is None and any(grad is not None for grad in gradients)
-        return any(local(gradient).any() for gradient in self.hidden_gradients())
+        gradients = [fused.parameter.grad for fused in self.fused]
+        return any(local(gradient).any() for gradient in gradients if gradient is not None)
 
     def _find_ranks(self) -> Ranks:
         return self.ranks
 
     def _anchor(self) -> nn.Parameter | None:
         """A parameter of the group that gets a gradient, or None if all are frozen."""
-        candidates = itertools.chain([self.router], self._differentiated())
-        if self.config.fuse_on == "step":  # in which autograd does not reach the router
-            candidates = itertools.chain(self._differentiated())
+        for fused in self.fused:  # not the router, to which autograd gives zeros on "step"
+            parameter = fused.parameter
+            if parameter.requires_grad:
+                return parameter
+        candidates = [] if self.fused else [self.router, *self.expert_stacks()]
         return next((tensor for tensor in candidates if tensor.requires_grad), None)
-
-    def _differentiated(self) -> Iterator[nn.Parameter]:
-        """What autograd differentiates for the experts: their stacks, or the leaves."""
-        yield from self.expert_stacks() if self.config.fuse_on == "forward" else self.leaves()

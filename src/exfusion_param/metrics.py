@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .dtypes import accumulation_dtype
 from .fusion_weights import FusionWeights
 from .memory_bank import MemoryBank
-from .parametrization import fusion_of, groups_of, original
+from .parametrization import groups_of, original
 from .ranks import ALONE, sum_together
-from .shards import holders_of, whole
+from .shards import holders_of, local, whole, with_all_experts
 
 
 @torch.no_grad()
@@ -64,14 +64,18 @@ def _distances(groups: Iterable[FusionWeights]) -> list[Tensor]:
     sums, ranks = [], ALONE
     for weights in groups:
         weights.release()
-        stacks = [original(linear, "weight") for linear in weights.linears]
-        experts = (
-            fusion_of(linear, "weight").experts(stack)
-            for linear, stack in zip(weights.linears, stacks, strict=True)
-        )
-        sums.append(torch.stack([_sums_of_squares(part) for part in experts]).sum(dim=0))
+        stacks = _weight_stacks(weights)
+        parts = [local(with_all_experts(stack)) for stack in stacks]
+        sums.append(torch.stack([_sums_of_squares(part) for part in parts]).sum(dim=0))
         ranks = holders_of(stacks[0])
     return [(within / across).sqrt() for within, across in sum_together(ranks, sums)]
+
+
+def _weight_stacks(weights: FusionWeights) -> list[Tensor]:
+    """The experts of a group's weights, each of shape (N, *S)."""
+    if weights.fused:
+        return [fused.experts() for fused in weights.fused if fused.name == "weight"]
+    return [original(linear, "weight") for linear in weights.linears]
 
 
 def _sums_of_squares(stack: Tensor) -> Tensor:

@@ -38,20 +38,3 @@ class Observed:
                     bank.release()
 
         return forward
-
-
-@dataclasses.dataclass(frozen=True)
-class Counted:
-    """A forward that tells the memory bank of the input, for the statistics of the step."""
-
-    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
-        """The forward for a dense class."""
-        dense_forward, feature_dim = dense.forward, projection.feature_dim
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else next(iter(kwargs.values()))
-            y = dense_forward(self, *args, **kwargs)
-            bank = self.parametrizations.weight[0].fusion_weights
-            return bank.count(x.movedim(feature_dim, -1), y)
-
-        return forward

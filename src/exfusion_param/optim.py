@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from .fusion_weights import FusionWeights, LearnedWeights
-from .parametrization import fused_names, original, wrapped_linears
 
 
 def param_groups(
@@ -89,9 +88,7 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
 
 
 def _matches(name: str, glob: str) -> bool:
-    dense_name = re.sub(
-        r"(^|\.)parametrizations\.(\w+)\.(original|0\.displacement)$", r"\1\2", name
-    )
+    dense_name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
     return fnmatchcase(name, glob) or fnmatchcase(dense_name, glob)
 
 
@@ -109,9 +106,9 @@ def _declared_by(model: nn.Module) -> Collection[str]:
 
 def _stacked_biases(model: nn.Module) -> set[int]:
     return {
-        id(original(linear, "bias"))
-        for linear in wrapped_linears(model).values()
-        if "bias" in fused_names(linear)
+        id(stack)
+        for name, stack in model.named_parameters()
+        if name.endswith("parametrizations.bias.original")
     }
 
 

@@ -24,11 +24,10 @@ from torch.nn.utils import parametrize
 
 from . import shards
 from .expert_fusion import ExpertFusion
-from .fused_leaf import FusedLeaf
-from .fusion_weights import FusionWeights
+from .fusion_weights import FusionWeights, watched
 from .linear_class import PlaceInGroup, dense_order, share_class
 from .names import clean_name
-from .shared_displacement import SharedDisplacement
+from .step.fused_parameter import FusedParameter
 
 
 def attach(
@@ -45,30 +44,24 @@ def attach(
         stacks: the expert stack for each tensor's name.
         place: the linear's place in the group.
     """
-    config = fusion_weights.config
-    step = SharedDisplacement if config.displacement == "shared" else FusedLeaf
-    kind = step if config.fuse_on == "step" else ExpertFusion
     order = tuple(name for name, _ in linear.named_parameters(recurse=False))
     for name, experts in stacks.items():
         owns_weights = place.is_first and name == "weight"
-        fusion = kind(fusion_weights, experts, owns_weights)
+        fusion = ExpertFusion(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
         holder = linear.get_submodule(f"parametrizations.{name}")
         fusion_weights.fusions.append((holder, fusion))
-        if isinstance(fusion, FusedLeaf):
-            holder.original = fusion.stored(original(linear, name))
         original(linear, name).grad = None
     share_class(linear, order, fusion_weights.forward_of(place))
 
 
 def detach(linear: nn.Module) -> None:
     """Leave the fused tensors as the linear's own parameters, in their first order."""
+    if not _parametrized_names(linear):  # they are
+        return
     order, fused, weights = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
     for name in fused:
         fusion = fusion_of(linear, name)
-        if isinstance(fusion, FusedLeaf):
-            holder = linear.get_submodule(f"parametrizations.{name}")
-            holder.original = fusion.fused_parameter(original(linear, name))
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
         weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
         linear.get_parameter(name).grad = None  # it has the stack's shape
@@ -94,7 +87,9 @@ def original(linear: nn.Module, name: str) -> nn.Parameter:
 
 
 def fused_tensor(linear: nn.Module, name: str) -> Tensor:
-    """The fused tensor as the stack has it now; a DTensor if the stack is one."""
+    """A copy of the fused tensor as the experts have it now; a DTensor if they are."""
+    if not parametrize.is_parametrized(linear, name):
+        return linear.get_parameter(name).detach().clone()
     stack = original(linear, name)
     if shards.is_sharded(stack):
         return fusion_of(linear, name).dense(stack)
@@ -110,12 +105,19 @@ def fusion_of(linear: nn.Module, name: str) -> ExpertFusion:
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears with expert stacks by their names in the model."""
-    return {fqn: module for fqn, module in model.named_modules() if fused_names(module)}
+    """The wrapped linears by their names in the model."""
+    by_step = _weights_by_step()
+    return {
+        fqn: module
+        for fqn, module in model.named_modules()
+        if id(module) in by_step or _parametrized_names(module)
+    }
 
 
 def fusion_weights_of(linear: nn.Module) -> FusionWeights:
     """The fusion weights of a wrapped linear."""
+    if not _parametrized_names(linear):
+        return _weights_by_step()[id(linear)]
     weights = linear.get_submodule("parametrizations.weight.0").fusion_weights
     assert isinstance(weights, FusionWeights)
     return weights
@@ -125,8 +127,10 @@ def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     """The fusion weights of a model's wrapped linears, each with its FFN group's name in it."""
     names: dict[FusionWeights, str] = {}
     first_of: dict[FusionWeights, str] = {}
+    by_step = _weights_by_step()
     for fqn, linear in wrapped_linears(model).items():
-        fqn, weights = clean_name(fqn), fusion_weights_of(linear)
+        weights = by_step.get(id(linear)) or fusion_weights_of(linear)
+        fqn = clean_name(fqn)
         if linear is weights.linears[0]:
             names[weights] = fqn.removesuffix(weights.first_linear).rstrip(".")
             first_of[weights] = fqn
@@ -139,9 +143,27 @@ def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     }
 
 
+def fused_parameter(parameter: nn.Parameter) -> FusedParameter | None:
+    """What is known of a parameter that is fused at each step; None for any other."""
+    every = (fused for weights in watched() for fused in weights.fused)
+    return next((fused for fused in every if fused.parameter is parameter), None)
+
+
 def fused_names(linear: nn.Module) -> list[str]:
     """The names of the tensors that are fused, such as ["weight", "bias"]."""
+    if names := _parametrized_names(linear):
+        return names
+    weights = _weights_by_step().get(id(linear))
+    return [] if weights is None else [f.name for f in weights.fused if f.linear is linear]
+
+
+def _parametrized_names(linear: nn.Module) -> list[str]:
     if not parametrize.is_parametrized(linear):
         return []
     lists = linear.get_submodule("parametrizations").named_children()
     return [name for name, fusions in lists if isinstance(fusions[0], ExpertFusion)]  # type: ignore[index]
+
+
+def _weights_by_step() -> dict[int, FusionWeights]:
+    """The fusion weights of all linears that live under `fuse_on="step"`, by the linears' ids."""
+    return {id(fused.linear): weights for weights in watched() for fused in weights.fused}

@@ -202,6 +202,10 @@ class PendingMean:
         is_reset = self._was_written & ~local(anchor.grad).any()
         return torch.where(is_reset, 0, self.total)
 
+    def drop_unapplied(self) -> None:
+        """Forget what was counted for gradients that have been reset since."""
+        self.total = self._still_applied()
+
     def resume(self, total: Tensor | None) -> None:
         """Go on from a total of another process, whose gradients the parameters have again."""
         self.take()

@@ -1,7 +1,8 @@
 """Everything that `wrap` allocates, made before the model is touched.
 
-A plan holds the fusion weights and the expert stacks of one group. To carry it out only moves them
-into the model, which cannot fail half way.
+A plan holds the fusion weights of one group, and what its linears get: expert stacks, or under
+`fuse_on="step"` new values and how their experts are drawn. To carry it out only moves these into
+the model, which cannot fail half way.
 """
 
 from __future__ import annotations
@@ -11,21 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .discovery import FFNGroup
-from .drop_upcycling import Dropped, DroppedUnits
-from .dtypes import accumulation_dtype
+from .drop_upcycling import DroppedUnits
 from .expert_config import ExpertConfig
-from .experts import (
-    drop_upcycled_experts,
-    independent_experts,
-    named_generator,
-    upcycled_experts,
-)
-from .fusion_weights import FusionWeights, uniform_weights
+from .expert_start import ExpertStart
+from .expert_sums import fuse_into
+from .experts import named_generator
+from .fusion_weights import FusionWeights
 from .linear_class import PlaceInGroup
 from .parametrization import attach, dense_tensors
+from .step.attach import attach_fused
 
 Config = TypeVar("Config", bound=ExpertConfig)
 MakeWeights = Callable[[FFNGroup, Config, int], FusionWeights]
@@ -39,15 +37,21 @@ class GroupPlan:
     Args:
         group: the linears.
         weights: their fusion weights.
-        stacks: for each linear's name, the expert stack of each of its tensors.
+        starts: for each linear's name, how the experts of each of its tensors are drawn.
+        tensors: for each linear's name and tensor the expert stack, shape (N, *S); under
+            `fuse_on="step"` the new value, shape (*S), or None where it stays.
     """
 
     group: FFNGroup
     weights: FusionWeights
-    stacks: Mapping[str, Mapping[str, Tensor]]
+    starts: Mapping[str, Mapping[str, ExpertStart]]
+    tensors: Mapping[str, Mapping[str, Tensor | None]]
 
-    def carry_out(self) -> None:
-        """Parametrize the linears with the stacks."""
+    def carry_out(self, model: nn.Module) -> None:
+        """Give the linears what is planned."""
+        if self.weights.config.fuse_on == "step":
+            attach_fused(model, self.group, self.weights, self.starts, self.tensors)
+            return
         for index, (fqn, linear) in enumerate(self.group.linears.items()):
             place = PlaceInGroup(
                 index=index,
@@ -55,8 +59,8 @@ class GroupPlan:
                 reads_input=fqn in self.group.inputs,
                 is_last=index == len(self.group.linears) - 1,
             )
-            attach(linear, self.weights, self.stacks[fqn], place)
-        self.weights.settle()
+            stacks = {k: stack for k, stack in self.tensors[fqn].items() if stack is not None}
+            attach(linear, self.weights, stacks, place)
 
 
 def choose_seed(config: ExpertConfig, generator: torch.Generator | None) -> int:
@@ -89,10 +93,17 @@ def plan_groups(
     """
     plans = []
     for group in groups:
-        stacks = _stacks(group, config, seed)
+        starts = _starts(group, config, seed)
         for part in _routed_together(group, config):
             weights = make_weights(part, config, seed)
-            plans.append(GroupPlan(part, weights, {fqn: stacks[fqn] for fqn in part.linears}))
+            tensors = {
+                fqn: {
+                    name: _planned(tensor, starts[fqn][name], weights)
+                    for name, tensor in dense_tensors(linear).items()
+                }
+                for fqn, linear in part.linears.items()
+            }
+            plans.append(GroupPlan(part, weights, starts, tensors))
     return plans
 
 
@@ -105,36 +116,30 @@ def _routed_together(group: FFNGroup, config: ExpertConfig) -> Iterator[FFNGroup
             yield FFNGroup(fqn, {fqn: linear}, (fqn,))
 
 
-def _stacks(group: FFNGroup, config: ExpertConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+def _starts(group: FFNGroup, config: ExpertConfig, seed: int) -> dict[str, dict[str, ExpertStart]]:
     dropped = None
     if config.expert_init == "drop_upcycle":
         generator = named_generator(seed, f"{group.name}.units", torch.device("cpu"))
         dropped = DroppedUnits(group, config.num_experts, config.drop_ratio, generator)
     return {
         fqn: {
-            name: _experts(
-                tensor,
-                config,
-                named_generator(seed, f"{fqn}.{name}", tensor.device),
-                dropped.of(fqn, name) if dropped else None,
+            name: ExpertStart(
+                config, seed, f"{fqn}.{name}", dropped.of(fqn, name) if dropped else None
             )
-            for name, tensor in dense_tensors(linear).items()
+            for name in dense_tensors(linear)
         }
         for fqn, linear in group.linears.items()
     }
 
 
-def _experts(
-    tensor: Tensor,
-    config: ExpertConfig,
-    generator: torch.Generator | None,
-    dropped: Dropped | None,
-) -> Tensor:
-    if config.expert_init == "independent":
-        return independent_experts(tensor, config.num_experts, generator)
-    if dropped is not None:
-        return drop_upcycled_experts(tensor, *dropped, generator)
-    # Drop-upcycling leaves exact copies of what belongs to no hidden unit.
-    noise = config.upcycle_noise if config.expert_init == "upcycle" else 0.0
-    weights = uniform_weights(config.num_experts, tensor.device, accumulation_dtype(tensor.dtype))
-    return upcycled_experts(tensor, weights, noise, generator)
+@torch.no_grad()
+def _planned(tensor: Tensor, start: ExpertStart, weights: FusionWeights) -> Tensor | None:
+    """The stack of a tensor; under `fuse_on="step"` what it fuses to, or None if that is known."""
+    config = weights.config
+    if config.fuse_on == "forward":
+        return start.draw(tensor)
+    if tensor.is_meta or (config.expert_init == "upcycle" and not weights.is_empty()):
+        return None
+    fused = torch.empty_like(tensor)
+    fuse_into(fused, start.draw(tensor), weights.current_weights())
+    return fused

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Ranks:
     """Some ranks of a job.
 
@@ -39,6 +39,11 @@ class Ranks:
         for group in self.groups:
             distributed.all_reduce(tensor, group=group)
         return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give every rank the tensor of the first one, in place."""
+        for group in self.groups:
+            distributed.broadcast(tensor, group_src=0, group=group)
 
     def gather(self, value: Any) -> list[Any]:
         """A plain value from every rank."""

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this rank holds, without a gradient and in the same memory."""
-    if not is_sharded(tensor):
+    kind = type(tensor)  # asked often
+    if kind is nn.Parameter or kind is Tensor or not is_sharded(tensor):
         return tensor.detach()
     sharded: Any = tensor
     with torch.no_grad():  # else a view comes, whose version says nothing of the tensor's
@@ -108,6 +111,97 @@ def with_all_experts(stack: Tensor) -> Tensor:
     placements = [tensor.Shard(1) if p.is_shard(0) else p for p in sharded.placements]
     result: Tensor = sharded.redistribute(placements=placements)
     return result
+
+
+def ranks_of(tensor: Tensor) -> Ranks | None:
+    """The ranks of a DTensor's mesh; None for a plain tensor."""
+    if not is_sharded(tensor):
+        return None
+    sharded: Any = tensor
+    mesh, places = sharded.device_mesh, sharded.placements
+    replicas = math.prod(mesh.size(i) for i, place in enumerate(places) if place.is_replicate())
+    return Ranks(tuple(mesh.get_group(dim) for dim in range(mesh.ndim)), replicas)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape (*S), spread over the ranks alike, as one of shape (N, *S)."""
+    if not is_sharded(parts[0]):
+        return torch.stack([part.detach() for part in parts])
+    return as_stack(torch.stack([local(part) for part in parts]), parts[0])
+
+
+def unstacked(stack: Tensor) -> list[Tensor]:
+    """The tensors, shape (*S), of a stack, shape (N, *S), in its memory."""
+    if not is_sharded(stack):
+        return list(stack.detach())
+    sharded: Any = stack
+    placements = [_moved(place, -1) for place in sharded.placements]
+    return [
+        _from_local(part, sharded.device_mesh, placements, stack.shape[1:]) for part in local(stack)
+    ]
+
+
+def as_stack(part: Tensor, like: Tensor) -> Tensor:
+    """A stack, shape (N, *S), spread over the ranks as a tensor of shape (*S) is.
+
+    Args:
+        part: what this rank holds of the stack.
+        like: the tensor.
+    """
+    if not is_sharded(like):
+        return part
+    sharded: Any = like
+    placements = [_moved(place, 1) for place in sharded.placements]
+    shape = torch.Size((len(part), *like.shape))
+    return _from_local(part, sharded.device_mesh, placements, shape)
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of a whole stack, shape (N, *S), that is spread as `like`, shape (*S).
+
+    Every rank has the whole. A dimension that two dimensions of the mesh share is cut as tensor
+    parallelism and FSDP2 cut it: by the inner one first where the placement is strided.
+    """
+    if not is_sharded(like):
+        return whole
+    sharded: Any = like
+    places = [(dim, place) for dim, place in enumerate(sharded.placements) if hasattr(place, "dim")]
+    mesh = sharded.device_mesh
+    for mesh_dim, place in sorted(places, key=lambda pair: hasattr(pair[1], "split_factor")):
+        pieces = whole.chunk(mesh.size(mesh_dim), dim=place.dim + 1)
+        rank = mesh.get_local_rank(mesh_dim)
+        whole = pieces[rank] if rank < len(pieces) else whole.narrow(place.dim + 1, 0, 0)
+    return whole.clone(memory_format=torch.contiguous_format)
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """A whole tensor that is zero but for this rank's part."""
+    numbers = torch.arange(tensor.numel(), device=local(tensor).device).view(1, *tensor.shape)
+    result = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=numbers.device)
+    result[part_of(numbers, tensor).flatten()] = local(tensor).flatten()
+    return result.view(tensor.shape)
+
+
+def _moved(place: Any, by: int) -> Any:
+    """A placement whose dimension is `by` further behind."""
+    if not hasattr(place, "dim"):
+        return place
+    if hasattr(place, "split_factor"):  # FSDP2 over tensor parallelism
+        return type(place)(place.dim + by, split_factor=place.split_factor)
+    return type(place)(place.dim + by)
+
+
+def _from_local(part: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
+    module = sys.modules["torch.distributed.tensor"]
+    tensor: Tensor = module.DTensor.from_local(
+        part,
+        mesh,
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return tensor.to(part.device)  # CPU offload: from_local moves to the mesh's device
 
 
 def holders_of(tensor: Tensor) -> Ranks:

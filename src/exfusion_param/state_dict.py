@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .experts import upcycled_experts
 from .fusion_weights import warn_of_empty_banks
@@ -21,7 +22,7 @@ from .parametrization import (
     original,
     wrapped_linears,
 )
-from .shards import spread, whole
+from .shards import assign, spread, whole
 
 
 class IncompatibleKeys(NamedTuple):
@@ -71,8 +72,10 @@ def load_dense_state_dict(
     """Put a dense checkpoint into a wrapped model.
 
     Experts are upcycled: each is the checkpoint's weight plus noise that leaves the fused weight as
-    it was (`config.upcycle_noise`). Fusion weights, routers and banks of the FFN groups that the
-    checkpoint speaks of start anew; a bank of zeros warns, as it leaves nothing of the weights.
+    it was (`config.upcycle_noise`); under `fuse_on="step"` those in an optimizer, if there are any,
+    are moved by what is written to their weight instead. Fusion weights, routers and banks of the
+    FFN groups that the checkpoint speaks of start anew; a bank of zeros warns, as it leaves nothing
+    of the weights.
 
     Args:
         model: a wrapped model.
@@ -111,6 +114,8 @@ def load_dense_state_dict(
         if key in given and not isinstance(own, _Fused)
     }
     model.load_state_dict(plain, strict=False)
+    for weights in touched:
+        weights.was_loaded = False  # experts start around these weights on purpose
     warn_of_empty_banks(touched)
     return keys
 
@@ -128,7 +133,20 @@ def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     state = model.state_dict()
     linear_at = _linears_by_prefix(model)
     dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()
+    groups = [weights for weights in groups_of(model) if weights.fused]
+    by_step = {
+        id(fused.parameter): _Fused(fused.linear, fused.name)
+        for weights in groups
+        for fused in weights.fused
+    }
+    taken_off = {id(tensor) for weights in groups for tensor in weights.own_tensors()}
+    kept = model.state_dict(keep_vars=True)
     for key, tensor in state.items():
+        if id(kept[key]) in taken_off:
+            continue
+        if id(kept[key]) in by_step:
+            dense[key] = by_step[id(kept[key])]
+            continue
         prefix, is_ours, _ = key.partition("parametrizations.")
         if not is_ours:
             prefix = key[: key.rfind(".") + 1]
@@ -151,6 +169,7 @@ def _linears_by_prefix(model: nn.Module) -> dict[str, nn.Module]:
         id(original(linear, name)): (linear, f"parametrizations.{name}.original")
         for linear in wrapped_linears(model).values()
         for name in fused_names(linear)
+        if is_parametrized(linear, name)
     }
     return {
         key.removesuffix(stacks[id(value)][1]): stacks[id(value)][0]
@@ -183,15 +202,20 @@ def _check_dense(
 
 def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None) -> None:
     weights = fusion_weights_of(fused.linear)
+    if weights.fused:  # experts follow what is written
+        parameter = fused.linear.get_parameter(fused.name)
+        assign(parameter, whole(tensor).to(parameter.device, parameter.dtype))
+        return
     stack, fusion = original(fused.linear, fused.name), fusion_of(fused.linear, fused.name)
-    moved = fusion.moved(stack)
-    tensor = whole(tensor).to(moved.device, moved.dtype)
+    tensor = whole(tensor).to(stack.device, stack.dtype)
     noise = weights.config.upcycle_noise
     fusion.start_from(stack, upcycled_experts(tensor, weights.start(), noise, generator))
 
 
 def _shape(value: Any) -> torch.Size | None:
     if isinstance(value, _Fused):
+        if not is_parametrized(value.linear, value.name):
+            return value.linear.get_parameter(value.name).shape
         return original(value.linear, value.name).shape[1:]
     return getattr(value, "shape", None)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .api import wrap
 from .config import ExFusionConfig
 from .discovery import Filter
 from .expert_config import ExpertConfig
-from .fused_leaf import leaves_of
+from .fusion_weights import FusionWeights
 from .parametrization import (
     fused_names,
     fusion_weights_of,
@@ -22,7 +23,6 @@ from .parametrization import (
     original,
     wrapped_linears,
 )
-from .shared_displacement import SharedDisplacement
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
 
@@ -134,36 +134,44 @@ def _summary(model: nn.Module) -> Summary:
     linears = []
     for fqn, linear in wrapped_linears(model).items():
         weights = fusion_weights_of(linear)
-        shapes = {name: tuple(original(linear, name).shape[1:]) for name in fused_names(linear)}
+        shapes = {name: _dense_shape(linear, name) for name in fused_names(linear)}
         linears.append(LinearSummary(fqn, groups[weights], weights.config.num_experts, shapes))
     fusion = [parameter for weights in groups for parameter in weights.parameters()]
-    leaves = [leaf.fused for weights in groups for _, leaf in leaves_of(weights)]
-    without_gradient = [  # but for one at a time
-        stack for weights in groups for stack, _ in leaves_of(weights) if stack.requires_grad
-    ]
-    inside = set(map(id, leaves))  # derived from the stacks, with a gradient of their own
-    parameters = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    experts = [tensor for weights in groups for tensor in _experts_in_optimizers(weights)]
     surplus: list[Tensor] = []
-    for weights in groups:  # all but one expert, or but the displacement of all
-        if not weights.config.ships_dense:
-            continue
-        surplus += weights.parameters()
-        shared = [leaf for _, leaf in leaves_of(weights) if isinstance(leaf, SharedDisplacement)]
-        surplus += [leaf.decay for leaf in shared]
-        surplus += [stack if shared else stack[1:] for stack in weights.expert_stacks()]
+    for weights in groups:  # all but one expert
+        if weights.config.ships_dense:
+            surplus += weights.parameters()
+            surplus += [stack[1:] for stack in weights.expert_stacks()]
+    fused = [fused.parameter for weights in groups for fused in weights.fused]
     return Summary(
         tuple(dict.fromkeys(weights.config for weights in groups)),
         tuple(linears),
         fusion_parameters=_count(fusion),
-        training_parameters=_count(parameters),
+        training_parameters=_count(parameters) - _count(fused) + _count(experts),
         shipped_parameters=_count(parameters) - _count(surplus),
         training_bytes=_bytes(parameters)
         + (ADAMW_TENSORS - 1) * _bytes(trained)
-        - _bytes(without_gradient)
-        + 2 * _bytes(leaves),
+        - 2 * _bytes(fused)  # which have a gradient, and no moments
+        + 3 * _bytes(experts),  # which have moments, and no gradient
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
     )
+
+
+def _dense_shape(linear: nn.Module, name: str) -> tuple[int, ...]:
+    if is_parametrized(linear, name):
+        return tuple(original(linear, name).shape[1:])
+    return tuple(linear.get_parameter(name).shape)
+
+
+def _experts_in_optimizers(weights: FusionWeights) -> Iterator[Tensor]:
+    """Tensors like the experts that an optimizer holds, without memory."""
+    for fused in weights.fused:
+        parameter = fused.parameter
+        shape = (weights.config.num_experts, *parameter.shape)
+        yield torch.empty(shape, dtype=parameter.dtype, device="meta")
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .discovery import FFNGroup
 from .expert_config import ExpertConfig
 from .fusion_weights import FusionWeights
-from .parametrization import dense_tensors, fused_names, fusion_of, fusion_weights_of, original
+from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
 from .projections import ADAPTED
 
 
@@ -57,12 +57,6 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
         "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
     )
     _refuse_tied(model, linears)
-    if config.expert_dtype != "model":
-        _refuse(
-            linears,
-            lambda linear: any(t.dtype != torch.float32 for t in dense_tensors(linear).values()),
-            f'not of float32, which expert_dtype="{config.expert_dtype}" is for.',
-        )
     if config.follows_inputs:
         _refuse(
             linears,
@@ -108,10 +102,7 @@ def is_sharded(linear: nn.Module) -> bool:
 @torch.no_grad()
 def _refuse_non_finite(linears: Mapping[str, nn.Module]) -> None:
     fused = {
-        f"{fqn}.{name}": [
-            *fusion_of(linear, name).sources(original(linear, name)),
-            fusion_weights_of(linear)(),
-        ]
+        f"{fqn}.{name}": [_source(linear, name), fusion_weights_of(linear)()]
         for fqn, linear in linears.items()
         for name in fused_names(linear)
     }
@@ -122,6 +113,13 @@ def _refuse_non_finite(linears: Mapping[str, nn.Module]) -> None:
         f"{_names(named)}: the experts or their fusion weights hold NaN or inf. "
         "Load the last good checkpoint before fusing."
     )
+
+
+def _source(linear: nn.Module, name: str) -> Tensor:
+    """What a tensor is fused from; under `fuse_on="step"` it is fused already."""
+    if is_parametrized(linear, name):
+        return original(linear, name)
+    return linear.get_parameter(name)
 
 
 def _is_finite(tensor: Tensor) -> Tensor:

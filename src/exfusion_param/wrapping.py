@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .ddp import leave_out_of_ddp
 from .discovery import Filter, select_groups
 from .fusion_weights import FusionWeights
 from .load_guard import guard_loading
@@ -50,11 +49,11 @@ def wrap_linears(
     seed = choose_seed(config, generator)
     plans = plan_groups(groups, config, seed, make_weights)  # allocates everything
     for plan in plans:
-        plan.carry_out()
-        guard_loading(model, plan.weights, plan.group.linears)
+        plan.carry_out(model)
+        if config.fuse_on == "forward":
+            guard_loading(model, plan.weights, plan.group.linears)
     weights = [plan.weights for plan in plans]
     _follow_masks(model, weights)
-    leave_out_of_ddp(model)
     return weights
 
 

@@ -46,7 +46,8 @@ class Checkpoints:
                 checkpoints.save(step + 1)
 
     Models, wrapped or not, under DDP or FSDP2, are saved by any number of ranks and loaded by any
-    other, and under either `fuse_on`. With them go the random numbers, and gradients and bank
+    other, with the same `fuse_on`: under "step" experts are in the optimizer's state, so name the
+    optimizer as a part too. With them go the random numbers, and gradients and bank
     statistics that wait for an optimizer's step. The ranks of torch.distributed call all methods
     together; the folder is one that all of them see.
 

@@ -27,7 +27,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         `version`; `wraps`, for each method and config the FFN groups with their linears and fused
-        tensors; `keys`, those of the dense state dict; `tied`, lists of keys that are one tensor.
+        tensors, and under `fuse_on="step"` the names of their fusion weights; `keys`, those of the
+        dense state dict; `tied`, lists of keys that are one tensor.
 
     Raises:
         ValueError: nothing is wrapped.
@@ -41,7 +42,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if wrap is None:
             method = weights.config.label.split()[0]
             wraps.append(wrap := {"method": method, "config": config, "groups": []})
-        wrap["groups"].append({"name": group_names[weights], "linears": linears})
+        group: dict[str, Any] = {"name": group_names[weights], "linears": linears}
+        if weights.fused:
+            group["fusion_weights"] = _names_of(model, weights)
+        wrap["groups"].append(group)
     if not wraps:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to describe.")
     keys = [clean_name(key) for key in dense_keys(model)]
@@ -55,6 +59,13 @@ def _linears_of_groups(model: nn.Module) -> dict[FusionWeights, dict[str, list[s
         if names := fused_names(linear):
             groups[fusion_weights_of(linear)][clean_name(fqn)] = names
     return groups
+
+
+def _names_of(model: nn.Module, weights: FusionWeights) -> list[str]:
+    """The names in the state dict of a group's fusion weights, which a dense model lacks."""
+    own = set(map(id, weights.own_tensors()))
+    kept = model.state_dict(keep_vars=True)
+    return [clean_name(name) for name, value in kept.items() if id(value) in own]
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """How a wrapped checkpoint on disk becomes a dense one, without its model or its code.
 
-It holds a part of one stack at a time.
+It holds a part of one stack at a time. A checkpoint under `fuse_on="step"` is dense already but for
+the entries of its fusion weights, which are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..dtypes import accumulation_dtype
 from ..names import ENTRY
 from .reader import CONFIG, CheckpointReader, read_config
 from .safetensors_writer import SafetensorsWriter
@@ -97,14 +97,8 @@ def _fused_part(
 ) -> Tensor:
     """Some rows of a fused tensor."""
     with reader.open(fused.stack) as stack:
-        if fused.displacement is None or fused.decay is None:
-            rows: Tensor = stack[:, part]
-            return functional.fuse(rows if fused.dtype is None else rows.to(fused.dtype), weights)
-        experts: Tensor = stack[:, part].to(accumulation_dtype(stack[:, part].dtype))
-    with reader.open(fused.displacement) as displacement:
-        shared: Tensor = displacement[part]
-    total = reader.read(fused.decay) * functional.fuse(experts, weights) + weights.sum() * shared
-    return total.to(shared.dtype)
+        rows: Tensor = stack[:, part]
+        return functional.fuse(rows, weights)
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, is_fused: bool) -> None:

@@ -1,29 +1,28 @@
 """The state of an optimizer, by the names of the parameters that it holds.
 
-States of a parameter's shape are sharded as the parameter is, and load on any number of ranks, as
-torch's `get_optimizer_state_dict` has it, but with no step on zeros to make states first, and with
-states that a first step would not make (lists, what only some parameters have).
+States of a parameter's shape, and stacks of them such as experts under `fuse_on="step"`, are
+sharded as the parameter is and load on any number of ranks, as with torch's
+`get_optimizer_state_dict`, but without first taking a step on zero gradients to create the states,
+and with states that such a step would not create (lists, states of only some parameters).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..names import clean_name
-from ..shards import is_sharded, local, with_memory_of
+from ..parametrization import fused_parameter
+from ..shards import as_stack, is_sharded, local, with_memory_of
 from .parts import common, like, refuse_other_shape
 from .quantized import is_quantized
 from .reader import CheckpointError
 from .safetensors_writer import TensorSpec
-
-_LEAF = ".0.fused"
-"""How names of the leaves of `fuse_on="step"` end, which have no state."""
 
 
 class _Held(NamedTuple):
@@ -60,7 +59,7 @@ class OptimizerPart:
             pass
 
     def tensors(self) -> dict[str, Tensor]:
-        """The states that have their parameter's shape."""
+        """The states that have their parameter's shape, or that of a stack of such."""
         return {
             f"{held.name}/{key}": value
             for held, states in self._states(self._optimizer.state_dict())
@@ -101,10 +100,15 @@ class OptimizerPart:
             parameter = parameters.get(name.rpartition("/")[0])
             if parameter is None:
                 raise CheckpointError(f"{self.name}: {name} is the state of no parameter here.")
-            refuse_other_shape(f"{self.name}: {name}", parameter, spec)
-            room[name] = like(parameter, spec)
+            room[name] = self._room(name, parameter, spec)
         self._state_dict(room, values)
         return room
+
+    def _room(self, name: str, parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
+        """An empty tensor for a state of a parameter, or of the experts that it is fused from."""
+        target = room_of_state(parameter, spec)
+        refuse_other_shape(f"{self.name}: {name}", target, spec)
+        return target
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Load the state dict."""
@@ -156,9 +160,9 @@ class OptimizerPart:
         return self._names[id(parameter)]
 
     def _refuse_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        saved = [_without_leaves(group["params"]) for group in groups]
+        saved = [list(group["params"]) for group in groups]
         members = self._members(self._optimizer.state_dict())
-        here = [_without_leaves(held.name for held in group) for group in members]
+        here = [[held.name for held in group] for group in members]
         if saved == here:
             return
         nothing: list[str] = []
@@ -184,8 +188,14 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     }
 
 
-def _without_leaves(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not name.endswith(_LEAF)]
+def room_of_state(parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
+    """Room for a state of a parameter's shape, or for one of its experts', a dimension more."""
+    fused = fused_parameter(parameter)
+    if fused is None or len(spec.shape) != parameter.ndim + 1:
+        return like(parameter, spec)
+    part = local(parameter)
+    shape = (fused.weights.config.num_experts, *part.shape)
+    return as_stack(part.new_empty(shape, dtype=spec.dtype), parameter)
 
 
 def _is_spread(value: Any, parameter: nn.Parameter) -> bool:
@@ -193,7 +203,7 @@ def _is_spread(value: Any, parameter: nn.Parameter) -> bool:
     return (
         isinstance(value, Tensor)
         and value.ndim > 0
-        and value.shape == parameter.shape
+        and parameter.shape in (value.shape, value.shape[1:])
         and not is_quantized(local(value))
     )
 
@@ -205,5 +215,6 @@ def _part(value: Any) -> Any:
 
 def _whole(value: Mapping[str, Any], parameter: nn.Parameter) -> Any:
     if "part" in value:
-        return with_memory_of(value["part"], parameter)
+        of_experts = value["part"].ndim > parameter.ndim
+        return (as_stack if of_experts else with_memory_of)(value["part"], parameter)
     return value["whole"]

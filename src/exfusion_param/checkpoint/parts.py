@@ -153,6 +153,14 @@ def refuse_other_names(part: str, own: Mapping[str, Any], stored: Mapping[str, T
     """Raise if a part has other tensors than were saved."""
     missing = [name for name in own if name not in stored]
     unknown = [name for name in stored if name not in own]
+    kinds = ["step", "forward"]
+    saved, here = (any(".parametrizations." in name for name in names) for names in (stored, own))
+    if saved != here:
+        raise CheckpointError(
+            f'{part} was saved under fuse_on="{kinds[saved]}", or dense, and is wrapped with '
+            f'"{kinds[here]}", which keeps its experts elsewhere. Wrap it as it was wrapped then, '
+            "or fuse the checkpoint and load the dense one with load_dense_state_dict."
+        )
     if missing or unknown:
         raise CheckpointError(
             f"{part}: the checkpoint is of another model. It lacks {_some(missing)}, and has "
@@ -165,7 +173,7 @@ def refuse_other_shape(name: str, tensor: Tensor, stored: TensorSpec) -> None:
     shape = tuple(tensor.shape)
     if shape == stored.shape:
         return
-    if shape[1:] == stored.shape[1:] and ".parametrizations." in name:
+    if shape[1:] == stored.shape[1:] and (".parametrizations." in name or "/experts" in name):
         raise CheckpointError(
             f"{name} was saved with {stored.shape[0]} experts, the model has {shape[0]}. Wrap it "
             f"with num_experts={stored.shape[0]}, or resume(resize_experts=True) expands or "

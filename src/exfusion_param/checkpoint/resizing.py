@@ -9,9 +9,10 @@ has it. Fewer: experts side by side are fused, an expert in parts where numbers 
 - reduce: new expert j takes the share `f_ji` of expert i by which `[j/M, (j+1)/M]` overlaps
   `[i/N, (i+1)/N]`: `w'_j = sum_i f_ji w_i`, `A_ji = f_ji w_i / w'_j`.
 
-Routers, and what optimizers remember of experts, are averaged by the same shares. In training a
-router's softmax over another number of experts differs, so under `mb` only the fused weights are
-exactly what they were.
+Routers, and what optimizers remember of experts, are averaged by the same shares. Under
+`fuse_on="step"` the experts are among the latter, and keep to the weights that the model has. In
+training a router's softmax over another number of experts differs, so under `mb` only the fused
+weights are exactly what they were.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch import Tensor, nn
 
 from ..config import ExFusionConfig
 from ..dtypes import accumulation_dtype
-from ..fusion_weights import FusionWeights, LearnedWeights, uniform_weights
+from ..experts import uniform_weights
+from ..fusion_weights import FusionWeights, LearnedWeights
 from ..memory_bank import MemoryBank
 from ..parametrization import groups_of
 from ..shards import is_sharded, like, local, spread, whole, with_all_experts, with_memory_of
-from ..shared_displacement import SharedDisplacement
-from .optimizer_part import OptimizerPart
-from .parts import Module
+from .optimizer_part import OptimizerPart, room_of_state
+from .parts import Module, refuse_other_shape
 from .parts import like as room_like
 from .reader import CheckpointError
 from .safetensors_writer import TensorSpec
@@ -133,9 +134,8 @@ class ResizedModule(Module):
     ) -> dict[str, Tensor]:
         names = self._names()
         count = weights.config.num_experts
-        stacks = [names[id(stack)] for stack in weights.expert_stacks()]
-        old = len(tensors[stacks[0]])
-        if old == count:
+        counted = [names[id(tensor)] for tensor in _tensors_of_experts(weights)]
+        if not counted or (old := len(tensors[counted[0]])) == count:
             return {}
         if not isinstance(weights.config, ExFusionConfig):
             raise CheckpointError(f"The experts of {group!r} are merged by gates, not resized.")
@@ -150,15 +150,9 @@ class ResizedModule(Module):
         if isinstance(weights, MemoryBank):
             router = tensors[names[id(weights.router)]]
             resized[names[id(weights.router)]] = resized_stack(how.shares, router, weights.router)
-        for holder, fusion in weights.fusions:
-            name = names[id(holder.original)]
-            resized[name] = resized_stack(how.experts, tensors[name], holder.original)
-            if isinstance(fusion, SharedDisplacement):
-                moved = names[id(fusion.displacement)]
-                decay = tensors[names[id(fusion.decay)]]
-                lost = _fused(saved, tensors[name]) - _fused(how.weights, resized[name])
-                part = local(tensors[moved]) + decay.to(lost) * lost / saved.sum()
-                resized[moved] = like(fusion.displacement, part)
+        for stack in weights.expert_stacks():
+            name = names[id(stack)]
+            resized[name] = resized_stack(how.experts, tensors[name], stack)
         return resized
 
     def _names(self) -> dict[int, str]:
@@ -177,34 +171,30 @@ class ResizedModule(Module):
 class ResizedOptimizer(OptimizerPart):
     """An optimizer of a wrapped model that loads another number of experts than it has."""
 
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
-        """Tensors like the parameters, with as many experts as are stored."""
-        ours = {held.name: held.parameter for held in self._held_now()}
-        fitted, counts = {}, {}
-        for name, spec in stored.items():
-            parameter = ours.get(name.rpartition("/")[0])
-            if parameter is not None and self._differs_in_experts(parameter, spec):
-                counts[name] = spec.shape[0]
-                spec = TensorSpec(tuple(parameter.shape), spec.dtype)
-            fitted[name] = spec
-        room = super().room_for(fitted, values)
-        return room | {name: with_experts(room[name], count) for name, count in counts.items()}
+    def _room(self, name: str, parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
+        """Room for as many experts as are stored."""
+        target = room_of_state(parameter, spec)
+        if len(spec.shape) == 0 or tuple(target.shape[1:]) != spec.shape[1:]:
+            refuse_other_shape(f"{self.name}: {name}", target, spec)
+        room = room_like(target, spec)
+        return room if tuple(room.shape) == spec.shape else with_experts(room, spec.shape[0])
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
-        """Average what was read, and load it."""
+        """Average what was read, and load it.
+
+        Averages of experts under `fuse_on="step"` fuse to other weights, but what the model's
+        weights hold when a step begins is what its experts fuse to.
+        """
         ours = {held.name: held.parameter for held in self._held_now()}
         resized = dict(tensors)
         for name, tensor in tensors.items():
             parameter = ours[name.rpartition("/")[0]]
-            if (old := len(tensor)) != len(parameter):
-                shares = resize(torch.ones(old), len(parameter)).shares
-                like_it = room_like(parameter, TensorSpec(tuple(parameter.shape), tensor.dtype))
-                resized[name] = resized_stack(shares, tensor, like_it)
+            spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
+            target = room_like(room_of_state(parameter, spec), spec)
+            if (old := len(tensor)) != len(target):
+                shares = resize(torch.ones(old), len(target)).shares
+                resized[name] = resized_stack(shares, tensor, target)
         super().load(resized, values)
-
-    def _differs_in_experts(self, parameter: nn.Parameter, spec: TensorSpec) -> bool:
-        shape = tuple(parameter.shape)
-        return len(spec.shape) > 0 and spec.shape != shape and spec.shape[1:] == shape[1:]
 
 
 def with_experts(tensor: Tensor, count: int) -> Tensor:
@@ -260,9 +250,3 @@ def _tensors_of_experts(weights: FusionWeights) -> Iterator[Tensor]:
 def _part_of(like: Tensor, tensor: Tensor) -> Tensor:
     """This rank's part of a whole tensor, which every rank has."""
     return local(spread(tensor.to(local(like)), like))
-
-
-def _fused(weights: Tensor, stack: Tensor) -> Tensor:
-    """This rank's part of the sum of a stack, shape (*S)."""
-    part = local(with_all_experts(stack)).double()
-    return apply(weights.unsqueeze(0), part).squeeze(0)

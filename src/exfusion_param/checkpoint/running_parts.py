@@ -107,7 +107,9 @@ class Accumulated:
         """Set the gradients and the sums."""
         for name, parameter in self._module.named_parameters():
             gradient = tensors.get(name, values["plain"].get(name))
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+            # A copy, as kernels round by how memory is aligned, and a file's is aligned otherwise.
+            copy = None if gradient is None else gradient.to(parameter.device, copy=True)
+            parameter.grad = copy
         for name, bank in self._banks():
             total = values["counted"].get(name)
             bank.pending.resume(None if total is None else total.to(bank.bank.device))

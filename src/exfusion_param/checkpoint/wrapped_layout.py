@@ -1,4 +1,8 @@
-"""Which tensors of a wrapped checkpoint make up which dense tensor, checked before any is read."""
+"""Which tensors of a wrapped checkpoint make up which dense tensor, checked before any is read.
+
+Under `fuse_on="forward"` a stack and the group's fusion weights do. Under "step" the dense tensors
+are there, beside the fusion weights.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from torch import Tensor
 
 from ..config import ExFusionConfig
 from ..dtypes import accumulation_dtype
-from ..fusion_weights import uniform_weights
+from ..experts import uniform_weights
 from .reader import CheckpointError, CheckpointReader
 from .safetensors_writer import TensorSpec
 
 _OWNED = {"sw": None, "dw": "weights", "mb": "bank"}
-"""The tensor of a group's first linear that holds the fusion weights to ship."""
+"""The tensor that holds the fusion weights to ship."""
 
 
 DDP = "module."
@@ -30,17 +34,11 @@ class FusedTensor(NamedTuple):
         stack: name of the expert stack.
         weights: name of the fusion weights; None are static ones.
         num_experts: N.
-        displacement: name of what all experts share, if they do.
-        decay: name of what weight decay has left of the stack then.
-        dtype: of the fused tensor, if it is not that of what is trained.
     """
 
     stack: str
     weights: str | None
     num_experts: int
-    displacement: str | None = None
-    decay: str | None = None
-    dtype: torch.dtype | None = None
 
 
 class WrappedLayout:
@@ -65,6 +63,7 @@ class WrappedLayout:
                 '"exfusion". Write it with exfusion_param.checkpoint.save_config(model, folder).'
             )
         self.fused: dict[str, FusedTensor] = {}
+        self.fusion_weights_on_step: set[str] = set()
         self._reader = reader
         self._expected: set[str] = set()
         try:
@@ -73,6 +72,7 @@ class WrappedLayout:
             if has_prefix and not any(key.startswith(DDP) for key in keys):
                 reader.drop_prefix(DDP)
             self._read_groups(reader.specs, entry)
+            self._expected |= self.fusion_weights_on_step
             if unlisted := [key for key in self.fused if key not in set(keys)]:
                 raise ValueError(f"{_some(unlisted)} is not among its keys")
         except CheckpointError:
@@ -100,6 +100,7 @@ class WrappedLayout:
     def warn_of_empty_banks(self) -> None:
         """Warn if what is about to be shipped is multiplied by zero."""
         names = {fused.weights for fused in self.fused.values() if fused.weights is not None}
+        names |= {name for name in self.fusion_weights_on_step if name.endswith(".bank")}
         if empty := sorted(name for name in names if not self._reader.read(name).any()):
             warnings.warn(
                 f"{_some(empty)}: the fusion weights are all zero, and so are the fused weights. "
@@ -122,19 +123,15 @@ class WrappedLayout:
             config = ExFusionConfig.from_dict(wrap["config"])
             for group in wrap["groups"]:
                 linears = group["linears"]
+                if config.fuse_on == "step":  # dense already, but for these
+                    self.fusion_weights_on_step |= set(map(str, group["fusion_weights"]))
+                    continue
                 weights = self._owned(specs, group["name"], linears, config)
                 for fqn, names in linears.items():
                     for name in names:
                         place = _join(fqn, f"parametrizations.{name}.")
                         fused = FusedTensor(f"{place}original", weights, config.num_experts)
-                        if config.displacement == "shared":
-                            fused = fused._replace(
-                                displacement=f"{place}0.displacement", decay=f"{place}0.decay"
-                            )
-                        if config.expert_dtype != "model":
-                            fused = fused._replace(dtype=torch.float32)
-                        sources = (fused.stack, fused.displacement, fused.decay)
-                        self._expected.update(name for name in sources if name is not None)
+                        self._expected.add(fused.stack)
                         self.fused[_join(fqn, name)] = fused
 
     def _owned(
@@ -176,30 +173,18 @@ class WrappedLayout:
 
     def _check_stacks(self, specs: Mapping[str, TensorSpec]) -> None:
         for fused in self.fused.values():
-            for name in {name for name in fused if isinstance(name, str)} & specs.keys():
+            for name in {fused.stack, fused.weights or fused.stack} & specs.keys():
                 if not specs[name].dtype.is_floating_point or specs[name].dtype.itemsize < 2:
                     raise CheckpointError(f"{name} is {specs[name].dtype}, not a trained dtype.")
             shape = specs[fused.stack].shape if fused.stack in specs else (fused.num_experts, 1)
             if shape[:1] != (fused.num_experts,) or len(shape) < 2:
                 raise _wrong_number(fused.stack, shape, fused.num_experts)
-            for part, wanted in ((fused.displacement, shape[1:]), (fused.decay, ())):
-                if (
-                    part is not None
-                    and {part, fused.stack} <= specs.keys()
-                    and specs[part].shape != wanted
-                ):
-                    raise CheckpointError(
-                        f"{part} has shape {tuple(specs[part].shape)} for experts of shape "
-                        f"{tuple(shape[1:])}."
-                    )
 
     def _dense_spec(self, key: str) -> TensorSpec:
         if key not in self.fused:
             return self._reader.specs[key]
         stack = self._reader.specs[self.fused[key].stack]
-        moved = self.fused[key].displacement or self.fused[key].stack
-        dtype = self.fused[key].dtype or self._reader.specs[moved].dtype
-        return TensorSpec(stack.shape[1:], dtype)
+        return TensorSpec(stack.shape[1:], stack.dtype)
 
 
 def _wrong_number(name: str, shape: tuple[int, ...], num_experts: int) -> CheckpointError:

@@ -18,7 +18,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..checkpoint import describe
-from ..ddp import leave_out_of_ddp
 from ..metrics import metrics
 from ..names import ENTRY
 from ..parametrization import wrapped_linears
@@ -35,10 +34,6 @@ class ExFusionCallback(Callback):
 
     def __init__(self) -> None:
         self._logged_at = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say which parameters DDP is to leave alone, before it is made."""
-        leave_out_of_ddp(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""

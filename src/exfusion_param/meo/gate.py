@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..autocast import without_autocast
-from ..fusion_weights import Linears, uniform_weights
+from ..experts import uniform_weights
+from ..fusion_weights import Linears
 from ..linear_class import MakeForward, PlaceInGroup
 from ..token_pool import TokenPool
 from .config import MEOConfig

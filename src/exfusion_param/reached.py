@@ -1,0 +1,59 @@
+"""How autograd reaches parameters whose gradients are computed at the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Note = Callable[[], None]
+
+
+def reached(y: Tensor, parameter: Tensor | None, note: Note | None = None) -> Tensor:
+    """`y`, the same numbers, whose backward gives a parameter a gradient of zeros.
+
+    DistributedDataParallel and FSDP2 wait for the gradients of all parameters that they manage.
+
+    Args:
+        y: any tensor of the forward.
+        parameter: what is to get the gradient; None, or a frozen one, gets none.
+        note: called in the backward.
+
+    Returns:
+        `y` itself where no backward of this forward ends in `.grad`: without a graph, within
+        `torch.func` transforms and forward-mode differentiation, and in an exported program.
+    """
+    if not isinstance(y, Tensor) or not y.requires_grad or is_transformed(y):
+        return y
+    if torch.compiler.is_exporting():
+        return y
+    if torch.compiler.is_compiling() and note is None and parameter is not None:
+        return y + 0 * parameter.flatten()[:1].to(y.dtype)
+    result: Tensor = _Reached.apply(y, parameter, note)
+    return result
+
+
+def is_transformed(y: Tensor) -> bool:
+    """Whether `torch.func` or forward-mode differentiation sees this tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(y)
+    return is_wrapped or forward_ad._current_level >= 0
+
+
+class _Reached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, parameter: Tensor | None, note: Note | None) -> Tensor:
+        ctx.parameter, ctx.note = parameter, note
+        # Not a view, which the next layer could not write to in place, as nn.ReLU(inplace=True).
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.note is not None:
+            ctx.note()
+        zeros = torch.zeros_like(ctx.parameter) if ctx.needs_input_grad[1] else None
+        return gradient, zeros, None

@@ -1,0 +1,99 @@
+"""What `wrap` attaches to a dense model under `fuse_on="step"`, and `fuse` takes off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..discovery import FFNGroup
+from ..expert_start import ExpertStart
+from ..fusion_weights import FusionWeights, StaticWeights
+from ..memory_bank import MemoryBank
+from .fused_parameter import FusedParameter
+
+NAME = "fusion_weights"
+_BEFORE_MOVES = "fusion_weights_before_moves"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@torch.no_grad()
+def attach_fused(
+    model: nn.Module,
+    group: FFNGroup,
+    weights: FusionWeights,
+    starts: Mapping[str, Mapping[str, ExpertStart]],
+    values: Mapping[str, Mapping[str, Tensor | None]],
+) -> None:
+    """Write start values into the linears of a group, and attach its fusion weights.
+
+    Args:
+        model: the model that is wrapped.
+        group: the linears.
+        weights: their fusion weights.
+        starts: for each linear's name, how the experts of each of its tensors are drawn.
+        values: for each linear's name and tensor the new value, or None where it stays.
+    """
+    for fqn, linear in group.linears.items():
+        for name, value in values[fqn].items():
+            tensor = linear.get_parameter(name)
+            base = None
+            if value is not None:
+                base = tensor.detach().clone()
+                tensor.copy_(value)
+            weights.fused.append(FusedParameter(weights, linear, name, starts[fqn][name], base))
+    first = next(iter(group.linears))
+    home, name = _home(model, first, group.name)
+    home.add_module(name, weights)
+    if not isinstance(weights, StaticWeights):
+        hook = group.linears[first].register_forward_hook(weights.follow_forward, with_kwargs=True)
+        weights.handles.append(hook)
+    if isinstance(weights, MemoryBank):
+        group.linears[first].add_module(_BEFORE_MOVES, _BeforeMoves(weights))
+
+
+def detach_fused(model: nn.Module, weights: FusionWeights) -> None:
+    """Leave the linears of a group dense."""
+    if _BEFORE_MOVES in dict(weights.linears[0].named_children()):
+        delattr(weights.linears[0], _BEFORE_MOVES)
+    weights.fused.clear()
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if child is weights:
+                delattr(module, name)
+
+
+class _BeforeMoves(nn.Module):
+    """Lets a bank's weak references go before the tensors of its linears are moved or cast.
+
+    torch swaps no tensor that has one, and moves the children of a module before its parameters.
+
+    Args:
+        bank: the group's.
+    """
+
+    bank: MemoryBank
+
+    def __init__(self, bank: MemoryBank) -> None:
+        super().__init__()
+        self.__dict__["bank"] = bank
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BeforeMoves:
+        self.bank.pending.follow(None)
+        return self
+
+
+def _home(model: nn.Module, first: str, group: str) -> tuple[nn.Module, str]:
+    """The module that a group's fusion weights are attached to, and their name in it.
+
+    That is the FFN, or what holds it where the FFN is a container, which runs its children. It is
+    not the linear, as `parallelize_module` shards all parameters below a linear with it.
+    """
+    parts = first.split(".")[:-1]
+    for length in range(len(parts), -1, -1):
+        home = model.get_submodule(".".join(parts[:length]))
+        name = "_".join([NAME, *group.split(".")[length:]]) if group else NAME
+        if not isinstance(home, _CONTAINERS) and not hasattr(home, name):
+            return home, name
+    return model.get_submodule(first), NAME

@@ -1,0 +1,190 @@
+"""What happens at an optimizer's step, without a call by the user.
+
+torch runs global hooks around the `step` of every `torch.optim.Optimizer`. Ours find the FFN groups
+whose parameters that optimizer holds. Before the step they refuse state that does not fit; after it
+they let the memory banks move. Several optimizers that share a model, and several models, stay
+apart by the parameters that each optimizer holds.
+
+Note [The order of hooks]
+Under `fuse_on="step"` the experts are updated right beside the optimizer's own step: after the
+user's pre-hooks, which may change gradients, and before the user's post-hooks, which may read or
+clamp weights. torch calls global pre-hooks first and global post-hooks last, so the global pre-hook
+registers hooks with the optimizer itself and moves them to the inner ends. Their dicts are private;
+there is no public way to order hooks.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from ..agreement import agree
+from ..fusion_weights import FusionWeights, watched
+from .expert_step import ExpertStep, is_view
+from .guards import finish_looking, look_at
+from .interrupts import DeferredInterrupt
+from .refusals import delegates, refuse_closures, refuse_dense_state, refuse_within_backward
+
+_outdated: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+_warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
+_steps_without: weakref.WeakKeyDictionary[
+    FusionWeights, weakref.WeakKeyDictionary[Optimizer, int]
+] = weakref.WeakKeyDictionary()
+_inner: weakref.WeakKeyDictionary[Optimizer, _InnerHooks] = weakref.WeakKeyDictionary()
+# What optimizers hold that step now: the ids of parameters, and the FFN groups.
+_holds: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], list[FusionWeights]]] = (
+    weakref.WeakKeyDictionary()
+)
+_hooks: list[Any] = []
+
+PATIENCE = 10
+"""Steps of one optimizer in which another may step that holds the fusion weights."""
+
+
+def install() -> None:
+    """Have torch call the hooks, once in a process."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def outdate(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse optimizers that hold these parameters, which others have taken the place of."""
+    _outdated.update((id(parameter), parameter) for parameter in parameters)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if is_view(optimizer):
+        return
+    finish_looking()
+    held = _held(optimizer)
+    if not held.isdisjoint(_outdated.keys()):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} was made before fully_shard(). Make the optimizer after."
+        )
+    groups = list(_groups_of(held))
+    for weights in groups:
+        if weights.fused:
+            refuse_closures(optimizer, weights)
+            refuse_within_backward(optimizer, weights)
+        else:
+            refuse_dense_state(optimizer, weights)
+    _holds[optimizer] = (held, groups)
+    agree(groups)
+    by_step = [weights for weights in groups if weights.fused]
+    if by_step and not delegates(optimizer, by_step):
+        inner = _inner.get(optimizer)
+        if inner is None:
+            inner = _inner[optimizer] = _InnerHooks()
+        inner.prepare(optimizer, by_step)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if is_view(optimizer):
+        return
+    held, groups = _holds.pop(optimizer, (set(), []))
+    skipped = _skipped(optimizer)
+    for weights in groups:
+        if not weights.fused:
+            weights.optimizer_stepped(skipped)
+        _warn_if_left_out(optimizer, weights, held)
+    look_at(groups)
+
+
+class _InnerHooks:
+    """The hooks of one optimizer, next to its own step; see Note [The order of hooks]."""
+
+    def __init__(self) -> None:
+        self._groups: list[FusionWeights] = []
+        self._step: ExpertStep | None = None
+        self._interrupt = DeferredInterrupt()
+        self._broken: Any = None  # the state that a step has left between before and after
+        self._keys: tuple[int, int] | None = None
+
+    def prepare(self, optimizer: Optimizer, groups: list[FusionWeights]) -> None:
+        """Expect the optimizer's step on these groups."""
+        self._groups = groups
+        hooks: Any = optimizer
+        before, after = hooks._optimizer_step_pre_hooks, hooks._optimizer_step_post_hooks
+        if self._keys is None or self._keys[0] not in before or self._keys[1] not in after:
+            self._keys = (
+                optimizer.register_step_pre_hook(self._before).id,
+                optimizer.register_step_post_hook(self._after).id,
+            )
+        before.move_to_end(self._keys[0])
+        after.move_to_end(self._keys[1], last=False)
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if is_view(optimizer):
+            return None
+        if self._broken is optimizer.state:
+            raise RuntimeError(
+                f"A step of {type(optimizer).__name__} failed when some experts had moved and "
+                "others had not. Load the last checkpoint, model and optimizer."
+            )
+        self._interrupt.begin()
+        if self._step is not None:  # it has failed
+            self._step.return_gradients()
+        self._step = step = ExpertStep(optimizer, self._groups)
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        if given is None:
+            step.prepare()
+            return (step.view, *args[1:]), kwargs
+        closure = step.closure(given)
+        if len(args) > 1:
+            return (step.view, closure, *args[2:]), kwargs
+        return (step.view,), kwargs | {"closure": closure}
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_view(optimizer):
+            return
+        step, self._step = self._step, None
+        if step is not None:
+            self._broken = optimizer.state  # until the step is done
+            step.finish(_skipped(optimizer))
+            self._broken = None
+        self._interrupt.end()
+
+
+def _skipped(optimizer: Optimizer) -> Tensor | None:
+    """Whether the optimizer's own kernel has skipped the step, for a GradScaler."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf > 0 if isinstance(found_inf, Tensor) else None
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
+    """The fusion weights of every group that has one of these parameters."""
+    for weights in watched():
+        own = [*weights.own_tensors(), *weights.trained()]
+        if not held.isdisjoint([id(tensor) for tensor in own]):
+            yield weights
+
+
+def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights, held: set[int]) -> None:
+    """Warn once if the experts train and the group's router or learned weights do not."""
+    own = [p for p in weights._parameters.values() if p is not None and p.requires_grad]
+    if not own or not held.isdisjoint([id(parameter) for parameter in own]):
+        _steps_without.pop(weights, None)
+        return
+    steps = _steps_without.setdefault(weights, weakref.WeakKeyDictionary())
+    steps[optimizer] = steps.get(optimizer, 0) + 1
+    if steps[optimizer] == PATIENCE and weights not in _warned:
+        _warned.add(weights)
+        warnings.warn(
+            f"The fusion weights of {weights.group!r} are in no optimizer that has stepped. If the "
+            "optimizer was made before wrap(), make it after; otherwise freeze them.",
+            stacklevel=2,
+        )

@@ -1,0 +1,69 @@
+"""What is refused before an optimizer steps.
+
+Whether a backward runs is known by `torch._C._current_graph_task_id`, a private name (pending.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, optim
+
+from ..fusion_weights import FusionWeights
+
+
+def refuse_closures(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
+    """Raise for optimizers whose step evaluates the model several times, or not by parameters."""
+    for fused in weights.fused:
+        if fused.parameter.shape != fused.shape:
+            raise RuntimeError(
+                f"The weights of {weights.group!r} are parts of flat parameters, as FSDP1 does it, "
+                'which have no experts under fuse_on="step". Use FSDP2 '
+                '(torch.distributed.fsdp.fully_shard), or wrap with fuse_on="forward".'
+            )
+    if isinstance(optimizer, optim.LBFGS):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} evaluates the model within its step, which the experts of "
+            f'{weights.group!r} cannot follow under fuse_on="step". Wrap with fuse_on="forward".'
+        )
+
+
+def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bool:
+    """Whether an optimizer steps by another one that it holds, as wrappers like Lookahead do.
+
+    Raises:
+        RuntimeError: that other one holds other parameters on each rank.
+    """
+    inner = [value for value in vars(optimizer).values() if isinstance(value, optim.Optimizer)]
+    is_parted = type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+    if is_parted and (own := next((w for w in groups if w.own_tensors()), None)):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} gives each rank a part of the optimizer, and the fusion "
+            f'weights of {own.group!r} need all of it. Use FSDP2, variant="sw", or '
+            'fuse_on="forward".'
+        )
+    return bool(inner)
+
+
+def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
+    """Raise if fusion weights need gradients that the running backward has not computed yet."""
+    if torch._C._current_graph_task_id() >= 0 and weights.own_tensors():
+        raise RuntimeError(
+            f"{type(optimizer).__name__} steps within a backward, and the fusion weights of "
+            f'{weights.group!r} need the gradients of the whole FFN under fuse_on="step". Step '
+            'after the backward, or wrap with variant="sw" or fuse_on="forward".'
+        )
+
+
+def refuse_dense_state(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
+    """Raise if the optimizer remembers the dense tensor that a stack has taken the place of."""
+    for stack in weights.expert_stacks():
+        for value in optimizer.state.get(stack, {}).values():
+            is_dense = isinstance(value, Tensor) and value.shape == stack.shape[1:]
+            if is_dense and stack.ndim > 1:  # FSDP1 makes it flat
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} holds state of shape {tuple(value.shape)} for an "
+                    f"expert stack of shape {tuple(stack.shape)} in {weights.group!r}: it was made "
+                    "before wrap(). Make the optimizer after wrap()."
+                )

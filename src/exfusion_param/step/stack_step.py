@@ -1,0 +1,202 @@
+"""An optimizer's step on expert stacks, some experts at a time.
+
+Note [Parts of a stack]
+With `G = dL/dW` the gradient of expert i is `w_i G`, so a stack's N-fold gradient need not exist. A
+step takes parts of stacks, as many as make a batch: it writes the gradients of their experts into a
+buffer that the next batch overwrites, has one of torch's own kernels update them, and adds them to
+the fused tensor. Parts and batches are as large as slices (expert_sums.py). How stacks are cut does
+not change from step to step, so it is planned once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..expert_sums import RunningFusion, slice_size, slices
+from .state_storage import store, to_work_on
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Stack:
+    """A stack and its states, of which this rank has the rows.
+
+    Args:
+        experts: shape (N, *S).
+        states: the optimizer's, each of shape (N, *S).
+        count: how many steps the optimizer has made before, shape ().
+        dtype: that the update is computed in; numbers of another one are copied for it.
+    """
+
+    experts: Tensor
+    states: Sequence[Tensor]
+    count: Tensor
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class StackStep:
+    """What one step does to a stack.
+
+    Args:
+        gradient: `G` of the fused tensor, shape (*S).
+        weights: the fusion weights that `G` was taken under, shape (N,).
+        fused: where to fuse the new experts, shape (*S).
+        new_weights: the fusion weights to fuse them with, shape (N,).
+    """
+
+    gradient: Tensor
+    weights: Tensor
+    fused: Tensor
+    new_weights: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Cut:
+    """Some experts of a stack, n of them.
+
+    Args:
+        index: of the stack.
+        part: which experts.
+        experts: shape (n, *S).
+        states: each of shape (n, *S).
+        is_plain: whether they are updated in their place.
+        is_last: whether they are the last ones of the stack.
+        is_all: whether they are all of the stack.
+        flat: shape (numbers of an expert, n).
+    """
+
+    index: int
+    part: slice
+    experts: Tensor
+    states: Sequence[Tensor]
+    is_plain: bool
+    is_last: bool
+    is_all: bool
+    flat: Tensor
+
+
+Update = Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]], None]
+"""Updates experts in place, given their gradients, their states (a list of tensors for each kind of
+state) and how many steps came before (incremented in place), all on one device and of one dtype."""
+
+
+class StackPlan:
+    """How some stacks are cut for an optimizer's steps.
+
+    Args:
+        stacks: of one optimizer's parameter group.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self.stacks = stacks
+        self._batches = list(self._cut())
+        cuts = [cut for batch in self._batches for cut in batch]
+        self._uncut = {cut.index for cut in cuts if cut.is_plain and cut.is_all}
+
+    @torch.no_grad()
+    def step(
+        self,
+        steps: Sequence[StackStep],
+        update: Update,
+        generators: Callable[[torch.device], torch.Generator],
+    ) -> None:
+        """Update the stacks, and fuse them.
+
+        Args:
+            steps: one for each stack.
+            update: updates some experts.
+            generators: for each device what rounds what is stored in bfloat16.
+        """
+        fusions = {
+            index: RunningFusion(step.fused, step.new_weights)
+            for index, step in enumerate(steps)
+            if not self._is_fused_at_once(index, step)
+        }
+        scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        for cuts in self._batches:
+            sizes = [cut.experts.numel() for cut in cuts]
+            stack = self.stacks[cuts[0].index]
+            place = (stack.experts.device, stack.dtype)
+            if place not in scratch or scratch[place].numel() < sum(sizes):
+                scratch[place] = torch.empty(sum(sizes), device=place[0], dtype=place[1])
+            buffers = scratch[place][: sum(sizes)].split(sizes)
+            self._step_batch(cuts, buffers, steps, update, generators, fusions)
+
+    def _step_batch(
+        self,
+        cuts: Sequence[_Cut],
+        buffers: Sequence[Tensor],
+        steps: Sequence[StackStep],
+        update: Update,
+        generators: Callable[[torch.device], torch.Generator],
+        fusions: Mapping[int, RunningFusion],
+    ) -> None:
+        experts: list[Tensor] = []
+        gradients: list[Tensor] = []
+        states: list[list[Tensor]] = [[] for _ in cuts[0].states]
+        counts: list[Tensor] = []
+        for cut, buffer in zip(cuts, buffers, strict=True):
+            stack, step = self.stacks[cut.index], steps[cut.index]
+            weights = step.weights[cut.part].to(buffer).view(-1, *[1] * step.gradient.ndim)
+            out = buffer.view(cut.experts.shape)
+            gradients.append(torch.mul(weights, step.gradient, out=out))
+            experts.append(cut.experts if cut.is_plain else to_work_on(cut.experts, stack.dtype))
+            for kind, state in zip(states, cut.states, strict=True):
+                kind.append(state if cut.is_plain else to_work_on(state, stack.dtype))
+            counts.append(stack.count if cut.is_last else stack.count.clone())
+        update(experts, gradients, states, counts)
+        for index, cut in enumerate(cuts):
+            if not cut.is_plain:
+                generator = generators(cut.experts.device)
+                store(cut.experts, experts[index], generator)
+                for kind, state in zip(states, cut.states, strict=True):
+                    store(state, kind[index], generator)
+            if cut.index in fusions:
+                fusions[cut.index].add(cut.experts, cut.part)
+            else:  # as a running fusion does
+                step = steps[cut.index]
+                total = step.fused.view(-1)
+                torch.addmv(total, cut.flat, step.new_weights, beta=0, out=total)
+
+    def _is_fused_at_once(self, index: int, step: StackStep) -> bool:
+        return (
+            index in self._uncut
+            and step.fused.dtype == step.new_weights.dtype
+            and step.fused.is_contiguous()
+        )
+
+    def _cut(self) -> Iterator[list[_Cut]]:
+        """Cuts of stacks, as many at a time as one batch takes, and at least one."""
+        batch: list[_Cut] = []
+        room = 0
+        for index, stack in enumerate(self.stacks):
+            for part in slices(stack.experts):
+                cut = _cut_of(stack, index, part)
+                if batch and not (self._fits(batch[0], index) and cut.experts.numel() <= room):
+                    yield batch
+                    batch = []
+                if not batch:
+                    room = slice_size(stack.experts.device)
+                batch.append(cut)
+                room -= cut.experts.numel()
+        if batch:
+            yield batch
+
+    def _fits(self, cut: _Cut, index: int) -> bool:
+        """Whether a stack goes with a cut into one call."""
+        one, other = self.stacks[cut.index], self.stacks[index]
+        return (one.experts.device, one.dtype) == (other.experts.device, other.dtype)
+
+
+def _cut_of(stack: Stack, index: int, part: slice) -> _Cut:
+    experts = stack.experts[part]
+    states = [state[part] for state in stack.states]
+    is_plain = all(type(t) is Tensor and t.dtype == stack.dtype for t in (experts, *states))
+    is_last = part.stop == stack.experts.shape[0]
+    flat = experts.reshape(experts.shape[0], math.prod(experts.shape[1:])).T
+    return _Cut(index, part, experts, states, is_plain, is_last, is_last and not part.start, flat)

@@ -1,0 +1,210 @@
+"""Any optimizer's step on experts, each of which is a parameter of its own to it.
+
+Note [States of experts]
+The states of experts are kept in the optimizer's state of the parameter that they fuse into:
+"experts.exp_avg" holds the N values of "exp_avg", stacked if they are tensors of one shape and
+kind, and as a list otherwise. "step" keeps its name, by which torch knows not to cast it.
+
+Note [One by one, or all together]
+The states of torch's own optimizers belong to single parameters, so a step on one parameter after
+the other is a step on all, and only one stack has its N-fold gradient at a time. Another library's
+optimizer may couple its parameters (LAMB clips by the norm of all gradients), so it gets all
+experts at once, in place of the parameters that they fuse into.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from ..expert_sums import fuse_into
+from ..shards import as_stack, is_sharded, local, stacked, unstacked
+from .fused_parameter import EXPERTS, FusedParameter, Turn
+
+_ELEMENTWISE = {
+    optim.ASGD,
+    optim.Adadelta,
+    optim.Adagrad,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.RMSprop,
+    optim.SGD,
+}
+"""Optimizers for which a stack is as good as its experts; no subclass is known to be one."""
+
+_BY_TENSOR = {optim.Adafactor, optim.Muon, optim.Rprop}
+"""Other ones whose parameters know nothing of each other."""
+
+_SHARED = "step"
+
+
+def steps_one_by_one(optimizer: optim.Optimizer) -> bool:
+    """Whether an optimizer may step on one parameter after the other."""
+    return type(optimizer) in _ELEMENTWISE | _BY_TENSOR
+
+
+def update_one_by_one(
+    optimizer: optim.Optimizer, settings: Sequence[dict[str, Any]], turns: Iterable[Turn]
+) -> None:
+    """Have an optimizer step on the experts of one parameter after the other.
+
+    Args:
+        optimizer: one that `steps_one_by_one`.
+        settings: of its parameter groups, as they were before its step on all else.
+        turns: of the parameters that it holds.
+    """
+    step: Any = type(optimizer).step
+    is_whole = type(optimizer) in _ELEMENTWISE
+    for turn in turns:
+        if (gradient := turn.gradient) is None or turn.group is None:
+            continue
+        state = turn.state
+        experts = [state[EXPERTS]] if is_whole else unstacked(state[EXPERTS])
+        units = [nn.Parameter(expert) for expert in experts]
+        for unit, own in zip(units, _gradients(turn.fused, gradient, is_whole), strict=True):
+            unit.grad = own.to(unit.dtype)  # the model may have been converted since
+        view: Any = object.__new__(type(optimizer))
+        view.__dict__.update(optimizer.__dict__)
+        view.param_groups = [settings[turn.group] | {"params": units}]
+        view.state = defaultdict(dict, zip(units, _states(state, units, is_whole), strict=True))
+        step.__wrapped__(view)  # without torch's hooks, which have brought us here
+        _store(state, [view.state[unit] for unit in units], is_whole)
+
+
+class StandIns:
+    """Experts that take the places of the parameters that they fuse into, within one step.
+
+    Args:
+        optimizer: about to step.
+        turns: of the wrapped parameters that it holds.
+
+    Attributes:
+        state: the optimizer's, with the experts' own.
+        units: the experts by the id of the parameter that they stand in for.
+    """
+
+    def __init__(self, optimizer: optim.Optimizer, turns: Sequence[Turn]) -> None:
+        self.state: defaultdict[Any, dict[str, Any]] = defaultdict(dict, optimizer.state)
+        self.units: dict[int, list[nn.Parameter]] = {}
+        self._optimizer = optimizer
+        self._turns = turns
+        self._versions = [turn.experts._version for turn in turns]
+        for turn in turns:
+            units = [nn.Parameter(expert) for expert in unstacked(turn.state[EXPERTS])]
+            self.units[id(turn.parameter)] = units
+            self.state.update(zip(units, _states(turn.state, units, is_whole=False), strict=True))
+
+    def have_moved(self) -> bool:
+        """Whether the optimizer has moved an expert already."""
+        return [turn.experts._version for turn in self._turns] != self._versions
+
+    def give_gradients(self) -> None:
+        """Give each expert its gradient."""
+        for turn in self._turns:
+            if (gradient := turn.gradient) is not None:
+                own = _gradients(turn.fused, gradient, is_whole=False)
+                for unit, grad in zip(self.units[id(turn.parameter)], own, strict=True):
+                    unit.grad = grad.to(unit.dtype)
+
+    def take_states(self) -> None:
+        """Keep what the optimizer remembers of each expert."""
+        averages = callable(getattr(self._optimizer, "train", None))
+        for turn in self._turns:
+            owns = [self.state[unit] for unit in self.units[id(turn.parameter)]]
+            if any(owns):
+                _store(turn.state, owns, is_whole=False)
+            if averages:  # schedule-free, whose `eval()` moves a parameter by its state
+                _fuse_states(turn.fused, turn.state)
+        units = {unit for units in self.units.values() for unit in units}
+        self._optimizer.state.update(
+            {key: value for key, value in self.state.items() if key not in units}
+        )
+
+
+def _gradients(fused: FusedParameter, gradient: Tensor, is_whole: bool) -> list[Tensor]:
+    """`w_i G` for each expert, or of all in one stack."""
+    part = local(gradient)
+    weights = fused.weights_of_gradient.to(
+        part.device, torch.promote_types(part.dtype, torch.float32)
+    )
+    stack = weights.view(-1, *[1] * part.ndim) * part
+    whole = as_stack(stack.to(part.dtype), gradient)
+    return [whole] if is_whole else unstacked(whole)
+
+
+def _states(
+    state: dict[str, Any], units: Sequence[nn.Parameter], is_whole: bool
+) -> list[dict[str, Any]]:
+    """The states of experts as an optimizer knows them, in the memory of the stored ones."""
+    owns: list[dict[str, Any]] = [{} for _ in units]
+    for key, value in state.items():
+        if key == EXPERTS or f"{EXPERTS}.{key}" in state:  # of the parameter itself
+            continue
+        name = key.removeprefix(f"{EXPERTS}.")
+        if is_whole or name == key:
+            values = [value.clone() if _counts(key, value) else value for _ in units]
+        else:
+            values = unstacked(value) if isinstance(value, Tensor) else value
+        for own, single in zip(owns, values, strict=True):
+            own[name] = single
+    return owns
+
+
+def _counts(key: str, value: Any) -> bool:
+    return key == _SHARED and isinstance(value, Tensor)
+
+
+def _store(state: dict[str, Any], owns: Sequence[dict[str, Any]], is_whole: bool) -> None:
+    """Keep the states of experts in that of the parameter that they fuse into."""
+    for name in owns[0]:
+        values = [own[name] for own in owns]
+        if name == _SHARED:
+            state[name] = values[0]
+        elif name in state and values[0] is state[name]:  # of the parameter, such as a flag
+            continue
+        elif is_whole:
+            state[f"{EXPERTS}.{name}"] = values[0]
+        else:
+            state[f"{EXPERTS}.{name}"] = _joined(values, state.get(f"{EXPERTS}.{name}"))
+
+
+def _joined(values: list[Any], before: Any) -> Any:
+    """The values of all experts; `before` where they are written in its memory."""
+    if isinstance(before, Tensor) and all(map(_is_in, values, unstacked(before))):
+        return before
+    is_plain = all(type(local_of(value)) is Tensor for value in values)
+    if is_plain and len({(value.shape, value.dtype) for value in values}) == 1:
+        return stacked(values)
+    return values
+
+
+def local_of(value: Any) -> Any:
+    """This rank's part of a tensor, or another value as it is."""
+    return local(value) if isinstance(value, Tensor) and is_sharded(value) else value
+
+
+def _is_in(value: Any, place: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != place.shape or value.dtype != place.dtype:
+        return False
+    return local(value).data_ptr() == local(place).data_ptr()
+
+
+def _fuse_states(fused: FusedParameter, state: dict[str, Any]) -> None:
+    """Give the parameter itself the fused states of its shape, by which others may move it."""
+    weights = fused.weights.current_weights()
+    stacks = {
+        key.removeprefix(f"{EXPERTS}."): value
+        for key, value in state.items()
+        if key.startswith(f"{EXPERTS}.") and isinstance(value, Tensor)
+    }
+    for name, stack in stacks.items():
+        if stack.shape[1:] == fused.parameter.shape:
+            state[name] = torch.zeros_like(fused.parameter)
+            fuse_into(local(state[name]), local(stack), weights)
