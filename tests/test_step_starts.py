@@ -53,6 +53,16 @@ def test_a_model_loaded_without_its_optimizer_goes_on_and_says_so(variant: str) 
     step(other, optimizer)  # says it once
 
 
+def test_a_second_optimizer_goes_on_with_the_experts_of_the_first() -> None:
+    model = wrapped("sw")
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, first)
+    before = {name: stack.clone() for name, stack in expert_stacks(model, first).items()}
+    second = torch.optim.SGD(model.parameters(), lr=0.0)
+    step(model, second)
+    torch.testing.assert_close(expert_stacks(model, second), before, rtol=0, atol=0)
+
+
 def test_dense_weights_that_are_loaded_on_purpose_are_no_surprise() -> None:
     model = wrapped()
     exf.load_dense_state_dict(model, FFNs().double().state_dict())

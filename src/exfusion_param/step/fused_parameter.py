@@ -9,7 +9,6 @@ loaded, the experts are fused for the comparison.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,10 @@ from torch.optim import Optimizer
 from ..expert_start import ExpertStart
 from ..expert_sums import fuse_into
 from ..shards import as_stack, local, part_of, whole
+from .turn import EXPERTS, Turn
 
 if TYPE_CHECKING:
     from ..fusion_weights import FusionWeights
-
-EXPERTS = "experts"
-"""The key of the expert stack in an optimizer's state of a parameter."""
 
 
 class FusedParameter:
@@ -108,7 +105,7 @@ class FusedParameter:
         if before is not None and before.state is state and before.is_of(parameter, group):
             return before
         if EXPERTS not in state:
-            experts = self._own_state or {EXPERTS: self.drawn(is_start=True)}
+            experts = self._experts_of_before(parameter) or {EXPERTS: self.drawn(is_start=True)}
             self._share(state, len(experts[EXPERTS]))
             state |= experts
         if group is not None and self.optimizer is not optimizer:
@@ -117,6 +114,13 @@ class FusedParameter:
         experts = state[EXPERTS]
         self._refuse_other_experts(experts)
         return Turn(self, parameter, local(parameter), state, experts, local(experts), group)
+
+    def _experts_of_before(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The experts that no optimizer holds yet, or another one, of which they are state."""
+        before = self.optimizer
+        if before is not None and EXPERTS in before.state.get(parameter, {}):
+            return {EXPERTS: before.state[parameter][EXPERTS]}
+        return self._own_state
 
     def _refuse_other_experts(self, experts: Tensor) -> None:
         if experts.shape[0] != (count := self.weights.config.num_experts):
@@ -221,50 +225,6 @@ class FusedParameter:
     def _versions(self) -> list[tuple[int, int]]:
         """Which fusion weights these are; a load in place changes a version."""
         return [(id(tensor), local(tensor)._version) for tensor in self.weights.own_tensors()]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Turn:
-    """A fused parameter in one step, with what the step asks for often.
-
-    Args:
-        fused: itself.
-        parameter: the linear's, shape (*S).
-        part: what this rank holds of it, without a graph.
-        state: of its optimizer, with the experts.
-        stack: the experts, shape (N, *S); a DTensor if the parameter is one.
-        experts: this rank's part of them.
-        group: index of the optimizer's parameter group; None if another one holds the parameter.
-    """
-
-    fused: FusedParameter
-    parameter: nn.Parameter
-    part: Tensor
-    state: dict[str, Any]
-    stack: Tensor
-    experts: Tensor
-    group: int | None
-
-    def is_of(self, parameter: nn.Parameter, group: int | None) -> bool:
-        """Whether this is the turn of another step, too: nothing was moved or loaded since."""
-        return (
-            parameter is self.parameter
-            and group == self.group
-            and self.state.get(EXPERTS) is self.stack
-            and type(parameter) is nn.Parameter
-            and parameter.data_ptr() == self.part.data_ptr()
-            and parameter.dtype == self.part.dtype
-        )
-
-    def identity(self) -> tuple[int, int]:
-        """Which experts these are; a load in place changes the version."""
-        return id(self.stack), self.experts._version
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """`G` of the parameter, if this step moves its experts; a DTensor if the parameter is."""
-        is_moved = self.group is not None and self.parameter.requires_grad
-        return self.parameter.grad if is_moved else None
 
 
 def _is_known_equal(one: Tensor, other: Tensor) -> bool:

@@ -23,7 +23,8 @@ from torch import Tensor, nn, optim
 
 from ..expert_sums import fuse_into
 from ..shards import as_stack, is_sharded, local, stacked, unstacked
-from .fused_parameter import EXPERTS, FusedParameter, Turn
+from .fused_parameter import FusedParameter
+from .turn import EXPERTS, Turn
 
 _ELEMENTWISE = {
     optim.ASGD,

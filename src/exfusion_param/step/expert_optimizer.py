@@ -1,0 +1,212 @@
+"""What optimizers that update expert stacks in one pass share; see expert_optimizers.py."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ..dtypes import accumulation_dtype
+from ..fusion_weights import FusionWeights
+from ..shards import local
+from .stack_step import Stack, StackPlan, StackStep
+from .state_storage import StateDtype, check_state_dtype, stored
+from .turn import EXPERTS, Turn
+
+OWN_SETTINGS = ("state_dtype", "expert_dtype", "fused", "foreach")
+"""Of a group, which a loaded state dict does not change."""
+
+
+_ZERO = torch.zeros(())
+
+
+class _KnownPlan(NamedTuple):
+    """A plan, with what it was made for.
+
+    Args:
+        plan: itself.
+        stored_as: the dtypes of states and experts that the group asks for.
+        tensors: the turns and states, kept so that no other ones have their identities.
+    """
+
+    plan: StackPlan
+    stored_as: tuple[Any, Any]
+    tensors: list[Any]
+
+    def is_of(self, stored_as: tuple[Any, Any], tensors: list[Any]) -> bool:
+        """Whether the plan is for these."""
+        is_same = len(tensors) == len(self.tensors) and all(
+            map(operator.is_, tensors, self.tensors)
+        )
+        return is_same and stored_as == self.stored_as
+
+
+# Of each parameter group by its index.
+_plans: weakref.WeakKeyDictionary[Optimizer, dict[int, _KnownPlan]] = weakref.WeakKeyDictionary()
+
+
+class ExpertOptimizer(Optimizer):
+    """What optimizers of experts have in common."""
+
+    required: ClassVar[Mapping[str, Any]]
+    """Settings of torch's optimizer that experts have with these values only."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Raises:
+            ValueError: it asks for what experts cannot have.
+        """
+        if isinstance(param_group, dict):
+            self._refuse_unsupported(param_group)
+        super().add_param_group(param_group)
+
+    def _set_up(self, state_dtype: StateDtype | None, expert_dtype: torch.dtype | None) -> None:
+        """Add what torch's optimizer does not know, at the end of `__init__`."""
+        check_state_dtype(state_dtype)
+        if expert_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"expert_dtype must be None, torch.float32 or torch.bfloat16, got {expert_dtype!r}."
+            )
+        self.defaults |= {"state_dtype": state_dtype, "expert_dtype": expert_dtype}
+        for group in self.param_groups:
+            group.setdefault("state_dtype", state_dtype)
+            group.setdefault("expert_dtype", expert_dtype)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this optimizer, or of torch's that it is.
+
+        Experts and their states keep the dtypes that they were saved in until the next step, which
+        stores them as this optimizer does.
+
+        Raises:
+            ValueError: the groups differ, or ask for what experts cannot have.
+        """
+        for group in state_dict["param_groups"]:
+            self._refuse_unsupported(group)
+        own = [{name: group.get(name) for name in OWN_SETTINGS} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings)
+        self._take_uncast(state_dict)
+
+    def refuse_unsupported(self) -> None:
+        """Raise a ValueError if a group asks for what experts cannot have."""
+        for group in self.param_groups:
+            self._refuse_unsupported(group)
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        for name, value in self.required.items():
+            if group.get(name, value) != value:
+                raise ValueError(
+                    f"{type(self).__name__} has no {name}={group[name]} for experts. Leave it out, "
+                    "or use torch's own optimizer."
+                )
+
+    def _take_uncast(self, state_dict: dict[str, Any]) -> None:
+        """Take experts and their states in the dtypes of the file; torch casts them all."""
+        saved = (key for group in state_dict["param_groups"] for key in group["params"])
+        held = (parameter for group in self.param_groups for parameter in group["params"])
+        for key, parameter in zip(saved, held, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name.startswith(EXPERTS) and isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    @torch.no_grad()
+    def update_experts(
+        self, turns: Iterable[Turn], now: Mapping[FusionWeights, Tensor]
+    ) -> set[Turn]:
+        """Update the experts of parameters that have a gradient, and fuse them.
+
+        Args:
+            turns: of the wrapped parameters that this optimizer holds.
+            now: the fusion weights to fuse with, shape (N,), of each FFN group.
+
+        Returns:
+            The turns in which a parameter was fused.
+        """
+        due = {turn: local(grad) for turn in turns if (grad := turn.gradient) is not None}
+        for index, group in enumerate(self.param_groups):
+            own = [turn for turn in due if turn.group == index]
+            steps = [
+                StackStep(
+                    due[turn],
+                    turn.fused.weights_of_gradient,
+                    turn.part,
+                    now[turn.fused.weights],
+                )
+                for turn in own
+            ]
+            update = functools.partial(self._update, group)
+            self._plan(index, own).step(steps, update, _generators(group))
+        return set(due)
+
+    def _plan(self, index: int, turns: Sequence[Turn]) -> StackPlan:
+        """How the stacks of a group are cut, as at the step before if they are the same."""
+        group, plans = self.param_groups[index], _plans.setdefault(self, {})
+        kinds = self._kinds_of_state(group)
+        keys = [EXPERTS, "step", *[f"{EXPERTS}.{name}" for name in kinds]]
+        stored_as = (group["state_dtype"], group["expert_dtype"])
+        known = plans.get(index)
+        if known is not None and known.is_of(stored_as, _tensors_of(turns, keys)):
+            return known.plan
+        plan = StackPlan([self._stack(turn, group, kinds) for turn in turns])
+        plans[index] = _KnownPlan(plan, stored_as, _tensors_of(turns, keys))
+        return plan
+
+    def _stack(self, turn: Turn, group: dict[str, Any], kinds: Mapping[str, bool]) -> Stack:
+        """A stack with its states, made at the first step and stored as asked for after a load."""
+        state, dtype = turn.state, turn.part.dtype
+        if group["expert_dtype"] is not None or group["state_dtype"] is not None:
+            dtype = accumulation_dtype(dtype)
+        if group["expert_dtype"] not in (None, turn.experts.dtype):
+            state[EXPERTS] = state[EXPERTS].to(group["expert_dtype"])
+            turn.experts = local(state[EXPERTS])
+        stored_as = dtype if group["state_dtype"] is None else group["state_dtype"]
+        states = []
+        for name, signed in kinds.items():
+            key = f"{EXPERTS}.{name}"
+            value = state.get(key)
+            if type(value) is not Tensor or value.dtype != stored_as:
+                value = state[key] = stored(value, state[EXPERTS], stored_as, signed)
+            states.append(local(value))
+        return Stack(turn.experts, states, self._count_of(turn), dtype)
+
+    def _kinds_of_state(self, group: dict[str, Any]) -> dict[str, bool]:
+        """The names of the experts' states, and whether they may be negative."""
+        raise NotImplementedError
+
+    def _count_of(self, turn: Turn) -> Tensor:
+        """How many steps the experts have made, shape (), as torch's optimizers hold it."""
+        return _ZERO
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        experts: list[Tensor],
+        gradients: list[Tensor],
+        states: list[list[Tensor]],
+        counts: list[Tensor],
+    ) -> None:
+        raise NotImplementedError
+
+    def _of_grad_scaler(self) -> dict[str, Any]:
+        """What a GradScaler knows of this step."""
+        return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+
+
+def _tensors_of(turns: Sequence[Turn], keys: Sequence[str]) -> list[Any]:
+    """The turns, which stay the same while parameters and experts do, and their states."""
+    return [each for turn in turns for each in (turn, *map(turn.state.get, keys))]
+
+
+def _generators(group: dict[str, Any]) -> Callable[[torch.device], torch.Generator]:
+    """For each device what rounds this step's numbers: alike on all replicas, and resumed."""
+    group["rounding_seed"] = seed = group.get("rounding_seed", 0) + 1
+    return functools.cache(lambda device: torch.Generator(device).manual_seed(seed))
