@@ -19,7 +19,7 @@ from exfusion_testing.banks import (
     make,
     moved,
 )
-from exfusion_testing.models import Checkpointing, loss_of
+from exfusion_testing.models import Checkpointing, FFNs, loss_of
 
 CHECKPOINTING: list[Checkpointing | None] = [None, "reentrant", "non-reentrant"]
 
@@ -302,3 +302,16 @@ def test_a_skipped_step_of_a_copy_or_of_replaced_parameters_does_not_count() -> 
         backward(model, X[0])
         adamw(model).step()
         assert_bank(model, expected)
+
+
+def test_a_router_starts_as_a_linear_does() -> None:
+    router = bank_of(exf.wrap(FFNs(dim=64, hidden=65, depth=1), num_experts=8, seed=0)).router
+    bound = 1 / 8  # 1 / sqrt(D)
+    assert 0.95 * bound < router.abs().max() <= bound
+
+
+def test_experts_start_around_a_weight_under_a_bank_that_is_filled_in_part() -> None:
+    model = make()
+    bank_of(model).bank.copy_(torch.tensor([0.1, 0.2, 0.0, 0.1]))
+    weights = bank_of(model).start()
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.5, 0.0, 0.25]).to(weights))

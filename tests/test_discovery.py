@@ -75,3 +75,13 @@ def test_a_flat_model_of_the_users_own_trains(shared_router: bool) -> None:
     optimizer.step()
     assert not torch.equal(model[2].parametrizations.weight.original, before)
     assert len(exf.fuse(model)) == 3
+
+
+def test_two_linears_with_a_narrow_middle_are_no_ffn_by_their_structure() -> None:
+    class Squeeze(nn.Module):
+        def __init__(self, hidden: int) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, hidden), nn.Linear(hidden, 8)
+
+    model = nn.ModuleList([Squeeze(4), Squeeze(16)])
+    assert groups(model) == {"1": ["1.one", "1.other"]}

@@ -88,3 +88,10 @@ def test_the_model_trains_and_fuses_with_a_uniform_bank() -> None:
     model(torch.randn(2, 3, 4)).sum().backward()
     optimizer.step()
     exf.fuse(model)
+
+
+def test_the_share_of_units_is_rounded() -> None:
+    model = FFNs(dim=4, hidden=7, depth=1)
+    dense = model.blocks[0].fc1.weight.detach().clone()
+    exf.wrap(model, **KWARGS, drop_ratio=0.5, num_experts=2)
+    assert [len(units) for units in changed(stack(model.blocks[0].fc1), dense, 0)] == [4, 4]
