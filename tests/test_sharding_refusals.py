@@ -175,4 +175,4 @@ def in_processes(rank: int) -> dict[str, str]:
 def test_ddp_with_different_seeds_and_fsdp1_are_refused() -> None:
     for said in on_ranks(2, in_processes):
         assert "Rank 1 wrapped the model differently from rank 0: 'blocks.0'" in said["ddp"]
-        assert "flat parameters, as FSDP1 does" in said["fsdp1"]
+        assert "flat parameters, as under FSDP1" in said["fsdp1"]

@@ -104,6 +104,7 @@ class FusedParameter:
         state = self._own_state if owner is None else owner.state[parameter]
         if before is not None and before.state is state and before.is_of(parameter, group):
             return before
+        self._refuse_flat(parameter)
         if EXPERTS not in state:
             experts = self._experts_of_before(parameter) or {EXPERTS: self.drawn(is_start=True)}
             self._share(state, len(experts[EXPERTS]))
@@ -121,6 +122,14 @@ class FusedParameter:
         if before is not None and EXPERTS in before.state.get(parameter, {}):
             return {EXPERTS: before.state[parameter][EXPERTS]}
         return self._own_state
+
+    def _refuse_flat(self, parameter: nn.Parameter) -> None:
+        if parameter.shape != self.shape:
+            raise RuntimeError(
+                f"{self.start.name!r} is a part of flat parameters, as under FSDP1, which have no "
+                'experts under fuse_on="step". Use FSDP2 (torch.distributed.fsdp.fully_shard), or '
+                'wrap with fuse_on="forward".'
+            )
 
     def _refuse_other_experts(self, experts: Tensor) -> None:
         if experts.shape[0] != (count := self.weights.config.num_experts):

@@ -14,14 +14,7 @@ from ..fusion_weights import FusionWeights
 
 
 def refuse_closures(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
-    """Raise for optimizers whose step evaluates the model several times, or not by parameters."""
-    for fused in weights.fused:
-        if fused.parameter.shape != fused.shape:
-            raise RuntimeError(
-                f"The weights of {weights.group!r} are parts of flat parameters, as FSDP1 does it, "
-                'which have no experts under fuse_on="step". Use FSDP2 '
-                '(torch.distributed.fsdp.fully_shard), or wrap with fuse_on="forward".'
-            )
+    """Raise for optimizers whose step evaluates the model several times."""
     if isinstance(optimizer, optim.LBFGS):
         raise RuntimeError(
             f"{type(optimizer).__name__} evaluates the model within its step, which the experts of "
