@@ -53,14 +53,27 @@ def test_a_model_loaded_without_its_optimizer_goes_on_and_says_so(variant: str) 
     step(other, optimizer)  # says it once
 
 
-def test_a_second_optimizer_goes_on_with_the_experts_of_the_first() -> None:
-    model = wrapped("sw")
-    first = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(model, first)
-    before = {name: stack.clone() for name, stack in expert_stacks(model, first).items()}
-    second = torch.optim.SGD(model.parameters(), lr=0.0)
-    step(model, second)
-    torch.testing.assert_close(expert_stacks(model, second), before, rtol=0, atol=0)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_next_optimizer_goes_on_with_the_experts(variant: str) -> None:
+    model = wrapped(variant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    before = {name: stack.clone() for name, stack in expert_stacks(model, optimizer).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # and the first one is gone
+    step(model, optimizer)
+    torch.testing.assert_close(expert_stacks(model, optimizer), before, rtol=0, atol=1e-12)
+    optimizer.state.clear()  # as to restart its running means
+    step(model, optimizer)
+    torch.testing.assert_close(expert_stacks(model, optimizer), before, rtol=0, atol=1e-12)
+
+
+def test_training_goes_on_after_fuse_with_the_same_optimizer() -> None:
+    model = wrapped()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step(model, optimizer)
+    exf.fuse(model)
+    assert all("experts" not in state for state in optimizer.state.values())
+    step(model, optimizer)
 
 
 def test_dense_weights_that_are_loaded_on_purpose_are_no_surprise() -> None:

@@ -70,6 +70,7 @@ class MemoryBank(TokenPool):
         self.pending = PendingMean(self._anchor, self._find_ranks)
         self.is_bypassed = False
         self._stepped: Tensor | None = None  # what `health` says of the step
+        self._step_total: Tensor | None = None  # of the last step, under `fuse_on="step"`
         self._warned: set[str] = set()
         self.reset_parameters(generator)
 
@@ -169,7 +170,7 @@ class MemoryBank(TokenPool):
     def statistics(self, products: Tensor) -> Tensor:
         """`dL/dw`, shape (N,); the sums of the step's micro-batches, and how many they are."""
         self.pending.follow_anchor()  # FSDP2 may have had a gathered one in its place
-        pending = self.pending.total
+        pending = self.pending.total if self.pending.total is not None else self._step_total
         if pending is None:
             count, features = self.router.shape
             pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
@@ -186,7 +187,8 @@ class MemoryBank(TokenPool):
         router: nn.Parameter = self.router
         count, features = router.shape
         gradient, total = sums.split([count, sums.shape[0] - count])
-        self.pending.total = total
+        self.pending.total = None if self.pending.total is None else total
+        self._step_total = total  # for another optimizer's step on the same gradients
         if not router.requires_grad:
             return {}
         pooled = functional.router_gradient(mean_of(total), gradient, features)

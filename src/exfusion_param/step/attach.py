@@ -57,6 +57,8 @@ def detach_fused(model: nn.Module, weights: FusionWeights) -> None:
     """Leave the linears of a group dense."""
     if _BEFORE_MOVES in dict(weights.linears[0].named_children()):
         delattr(weights.linears[0], _BEFORE_MOVES)
+    for fused in weights.fused:
+        fused.leave()
     weights.fused.clear()
     for module in model.modules():
         for name, child in list(module.named_children()):

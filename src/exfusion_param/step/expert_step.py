@@ -54,6 +54,7 @@ class ExpertStep:
             for index, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }
+        self._place = place
         self._settings = [dict(group) for group in optimizer.param_groups]
         with torch.no_grad():
             gather_learned(groups)
@@ -154,10 +155,12 @@ class ExpertStep:
                 if turn not in is_fused:
                     fuse_into(turn.part, turn.experts, now[weights])
                 turn.fused.is_fused(turn, now[weights])
+                if turn.gradient is not None:
+                    turn.fused.have_moved()
 
     def _lend_gradients(self) -> None:
         """Add the step's gradients to what autograd gave routers and learned fusion weights."""
-        for parameter, gradient in fusion_gradients(self._turns).items():
+        for parameter, gradient in fusion_gradients(self._turns, self._place).items():
             own = parameter.grad
             lent = gradient if own is None else own + gradient
             self._lent.append((parameter, lent, own))

@@ -56,14 +56,18 @@ class FusedParameter:
 
     def _forget(self) -> None:
         self._owner: weakref.ref[Optimizer] | None = None
-        self._own_state: dict[str, Any] = {}  # until an optimizer holds the parameter
+        # The experts, for the next optimizer if this one is deleted or its state reset.
+        self._own_state: dict[str, Any] = {}
         self._written: Tensor | None = None  # this rank's part, as the last step left it
         self._used: Tensor | None = None  # the fusion weights it is fused with, shape (N,)
         self._fused_from: tuple[int, int, object] | None = None
+        self._is_noted = False
+        self.products: Tensor | None = None  # `<E_i, G>` of this rank's share, shape (N,)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: not the experts, which belong to an optimizer."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return own | {"products": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -76,9 +80,20 @@ class FusedParameter:
         return getattr(self.linear, self.name) if parameter is None else parameter
 
     def note_gradient(self) -> None:
-        """The parameter's gradient was taken as it is fused now."""
-        assert self._used is not None
-        self.weights_of_gradient = self._used
+        """The parameter's gradient was taken as it is fused now, before an optimizer's step."""
+        if not self._is_noted:
+            assert self._used is not None
+            self.weights_of_gradient, self._is_noted = self._used, True
+
+    def have_moved(self) -> None:
+        """The experts have taken the gradient that was noted."""
+        self._is_noted = False
+
+    def leave(self) -> None:
+        """Take the experts and their states away from the optimizer; the model is fused."""
+        if (optimizer := self.optimizer) is not None:
+            optimizer.state.pop(self.parameter, None)
+        self._forget()
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -106,22 +121,16 @@ class FusedParameter:
             return before
         self._refuse_flat(parameter)
         if EXPERTS not in state:
-            experts = self._experts_of_before(parameter) or {EXPERTS: self.drawn(is_start=True)}
+            experts = self._own_state or {EXPERTS: self.drawn(is_start=True)}
             self._share(state, len(experts[EXPERTS]))
             state |= experts
-        if group is not None and self.optimizer is not optimizer:
-            self._owner, self._own_state = weakref.ref(optimizer), {}
+        if group is not None:
+            self._owner = weakref.ref(optimizer)
             self.base = None  # the draws are not needed again
         experts = state[EXPERTS]
         self._refuse_other_experts(experts)
+        self._own_state = {EXPERTS: experts}
         return Turn(self, parameter, local(parameter), state, experts, local(experts), group)
-
-    def _experts_of_before(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The experts that no optimizer holds yet, or another one, of which they are state."""
-        before = self.optimizer
-        if before is not None and EXPERTS in before.state.get(parameter, {}):
-            return {EXPERTS: before.state[parameter][EXPERTS]}
-        return self._own_state
 
     def _refuse_flat(self, parameter: nn.Parameter) -> None:
         if parameter.shape != self.shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,26 @@ _SEEN = "_exfusion_seen"
 
 
 def fusion_gradients(
-    turns: Mapping[FusionWeights, Sequence[Turn]],
+    turns: Mapping[FusionWeights, Sequence[Turn]], held: Collection[int]
 ) -> dict[nn.Parameter, Tensor]:
-    """The gradients of routers and learned fusion weights, computed once for each backward.
+    """The gradients of routers and learned fusion weights.
 
-    Another optimizer's step may come between; by then the experts are not those of the forward.
+    The part of a weight is computed at the step of the optimizer that holds it, with its experts
+    and its gradient as that step has them: a GradScaler unscales the gradients of one optimizer at
+    a time. Where fusion weights are stepped before, it is computed then.
+
+    Args:
+        turns: of the parameters of each FFN group.
+        held: ids of the parameters that the optimizer holds.
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
     for weights, own in turns.items():
-        if _has_new_gradients(weights, own) and not isinstance(weights, StaticWeights):
-            by_ranks[weights.ranks].append(weights)
+        needs_all = not set(map(id, weights.own_tensors())).isdisjoint(held)
+        ranks = ALONE if isinstance(weights, StaticWeights) else weights.ranks
+        if _take_gradients(own, needs_all, ranks) and not isinstance(weights, StaticWeights):
+            by_ranks[ranks].append(weights)
     for ranks, alike in by_ranks.items():
-        parts = [weights.statistics(_products(weights, turns[weights], ranks)) for weights in alike]
+        parts = [weights.statistics(_products(weights, turns[weights])) for weights in alike]
         for weights, sums in zip(alike, sum_together(ranks, parts), strict=True):
             weights.step_gradients = {
                 parameter: _as_gradient(parameter, gradient)
@@ -41,30 +49,37 @@ def fusion_gradients(
     return {p: grad for weights in turns for p, grad in weights.step_gradients.items()}
 
 
-def _has_new_gradients(weights: FusionWeights, turns: Sequence[Turn]) -> bool:
-    """Whether a backward has written gradients since these were asked for last."""
-    there: list[Any] = [grad for turn in turns if (grad := turn.parameter.grad) is not None]
-    if not there:
-        weights.step_gradients = {}
-    is_new = any(getattr(grad, _SEEN, None) != local(grad)._version for grad in there)
-    if is_new:
-        for gradient in there:
-            setattr(gradient, _SEEN, local(gradient)._version)
-        for turn in turns:
-            turn.fused.note_gradient()
-    return is_new
+def _take_gradients(turns: Sequence[Turn], needs_all: bool, ranks: Ranks) -> bool:
+    """Compute the parts of the weights that are due; whether there are any."""
+    is_any = False
+    for turn in turns:
+        gradient: Any = turn.parameter.grad
+        if gradient is None:
+            turn.fused.products = None
+            continue
+        version = local(gradient)._version
+        is_new = getattr(gradient, _SEEN, None) != version
+        if turn.group is None and not (needs_all and is_new):
+            continue
+        setattr(gradient, _SEEN, version)
+        turn.fused.note_gradient()
+        is_any = True
+        if not isinstance(turn.fused.weights, StaticWeights):
+            products = products_with(turn.experts, local(gradient))
+            if ranks is not ALONE:
+                products = products / (ranks_of(turn.parameter) or ranks).replicas
+            turn.fused.products = products
+    if all(turn.parameter.grad is None for turn in turns):
+        turns[0].fused.weights.step_gradients = {}
+    return is_any
 
 
-def _products(weights: FusionWeights, turns: Sequence[Turn], ranks: Ranks) -> Tensor:
+def _products(weights: FusionWeights, turns: Sequence[Turn]) -> Tensor:
     """`<E_i, G>` of this rank's share of a group's experts, shape (N,)."""
     total = torch.zeros_like(weights.current_weights())
     for turn in turns:
-        if (gradient := turn.parameter.grad) is not None:
-            products = products_with(turn.experts, local(gradient)).to(total)
-            if ranks is not ALONE:
-                own = ranks_of(turn.parameter) or ranks
-                products = products / own.replicas
-            total += products
+        if turn.fused.products is not None:
+            total += turn.fused.products.to(total)
     return total
 
 

@@ -124,7 +124,8 @@ class _InnerHooks:
         after.move_to_end(self._keys[1], last=False)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if is_view(optimizer):
+        groups, self._groups = self._groups, []
+        if is_view(optimizer) or not groups:
             return None
         if self._broken is optimizer.state:
             raise RuntimeError(
@@ -134,7 +135,7 @@ class _InnerHooks:
         self._interrupt.begin()
         if self._step is not None:  # it has failed
             self._step.return_gradients()
-        self._step = step = ExpertStep(optimizer, self._groups)
+        self._step = step = ExpertStep(optimizer, groups)
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         if given is None:
             step.prepare()

@@ -3,7 +3,8 @@
 Note [States of experts]
 The states of experts are kept in the optimizer's state of the parameter that they fuse into:
 "experts.exp_avg" holds the N values of "exp_avg", stacked if they are tensors of one shape and
-kind, and as a list otherwise. "step" keeps its name, by which torch knows not to cast it.
+kind, and as a list otherwise. What all experts share, such as "step", keeps its name, by which
+torch's optimizers know it when they load a state.
 
 Note [One by one, or all together]
 The states of torch's own optimizers belong to single parameters, so a step on one parameter after
@@ -154,7 +155,8 @@ def _states(
         else:
             values = unstacked(value) if isinstance(value, Tensor) else value
         for own, single in zip(owns, values, strict=True):
-            own[name] = single
+            if single is not None:
+                own[name] = single
     return owns
 
 
@@ -164,12 +166,15 @@ def _counts(key: str, value: Any) -> bool:
 
 def _store(state: dict[str, Any], owns: Sequence[dict[str, Any]], is_whole: bool) -> None:
     """Keep the states of experts in that of the parameter that they fuse into."""
-    for name in owns[0]:
-        values = [own[name] for own in owns]
+    for name in dict.fromkeys(name for own in owns for name in own):
+        # Of some experts only where an optimizer keeps one state for several, or parts them.
+        values = [own.get(name) for own in owns]
         if name == _SHARED:
             state[name] = values[0]
         elif name in state and values[0] is state[name]:  # of the parameter, such as a flag
             continue
+        elif is_whole and getattr(values[0], "ndim", 0) == 0:  # of all experts
+            state[name] = values[0]
         elif is_whole:
             state[f"{EXPERTS}.{name}"] = values[0]
         else:

@@ -54,5 +54,4 @@ class Turn:
     @property
     def gradient(self) -> Tensor | None:
         """`G` of the parameter, if this step moves its experts; a DTensor if the parameter is."""
-        is_moved = self.group is not None and self.parameter.requires_grad
-        return self.parameter.grad if is_moved else None
+        return self.parameter.grad if self.group is not None else None

@@ -1,0 +1,132 @@
+"""Under `fuse_on="step"`: optimizers as public repositories have them, several at once, resumed."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from exfusion_testing.step_models import VARIANTS, assert_same, batch, loss_of, train, wrapped
+
+
+class Stacked(torch.optim.Optimizer):
+    """Momentum kept in one buffer for all matrices of a shape, as in copies of Muon."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[Any, list[torch.Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for parameters in shapes.values():
+                state, values = self.state[parameters[0]], torch.stack(parameters)
+                gradients = torch.stack([parameter.grad for parameter in parameters])
+                momentum = state.setdefault("momentum", torch.zeros_like(gradients))
+                momentum.lerp_(gradients, 0.1)
+                torch._foreach_copy_(parameters, list((values - 0.1 * momentum).unbind(0)))
+
+
+class Alternating(torch.optim.Optimizer):
+    """Momentum for every other parameter only, as a rank has it that owns half of them."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if index % 2:
+                    state = self.state[parameter]
+                    update = state.setdefault("momentum", torch.zeros_like(update))
+                    update.lerp_(parameter.grad, 0.1)
+                parameter.sub_(0.1 * update)
+
+
+@pytest.mark.parametrize("make", [Stacked, Alternating])
+def test_states_that_only_some_parameters_have_are_kept(make: Any) -> None:
+    model = wrapped("sw")
+    optimizer = make(model.parameters())
+    train(model, optimizer, range(1))
+    twin = copy.deepcopy((model, optimizer))
+    for each, own in ((model, optimizer), twin):
+        train(each, own, range(1, 4))
+    assert_same(model.state_dict(), twin[0].state_dict(), 0)
+    momenta = [s["experts.momentum"] for s in optimizer.state.values() if "experts.momentum" in s]
+    assert momenta
+    assert all(one is None or one.any() for each in momenta for one in each)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "make", [torch.optim.NAdam, torch.optim.ASGD, torch.optim.RAdam, torch.optim.Adagrad]
+)
+def test_what_all_experts_share_is_loaded_and_copied(variant: str, make: Any) -> None:
+    model = wrapped(variant)
+    optimizer = make(model.parameters(), lr=0.01)
+    train(model, optimizer)
+    resumed = wrapped(variant)
+    resumed.load_state_dict(model.state_dict())
+    again = make(resumed.parameters(), lr=0.01)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied = copy.deepcopy((model, optimizer))
+    for each, own in ((model, optimizer), (resumed, again), copied):
+        train(each, own, range(4, 7))
+    assert_same(resumed.state_dict(), model.state_dict(), 1e-9)  # torch casts NAdam's product
+    assert_same(copied[0].state_dict(), model.state_dict(), 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_grad_scaler_with_two_optimizers_changes_nothing(variant: str) -> None:
+    states = []
+    for enabled in (False, True):
+        model = wrapped(variant)
+        matrices = [p for p in model.parameters() if p.ndim > 1 and len(p) != 4]
+        inside = set(map(id, matrices))
+        rest = [p for p in model.parameters() if id(p) not in inside]
+        optimizers = [torch.optim.SGD(held, lr=0.1, momentum=0.9) for held in (matrices, rest)]
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        for seed in range(3):
+            scaler.scale(loss_of(model, batch(seed))).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
+        states.append(model.state_dict())
+    assert_same(*states, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gradient_that_is_written_past_autograd_counts(variant: str) -> None:
+    models = [wrapped(variant), wrapped(variant)]
+    for model, is_hidden in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for seed in range(3):
+            kept = {name: p.grad for name, p in model.named_parameters()}
+            model.zero_grad()
+            loss_of(model, batch(seed)).backward()
+            for name, parameter in model.named_parameters():
+                old = kept[name]
+                if is_hidden and old is not None and parameter.grad is not None:
+                    old.data.copy_(parameter.grad)  # leaves no trace in the version
+                    parameter.grad = old
+            optimizer.step()
+    assert_same(models[0].state_dict(), models[1].state_dict(), 0)
+
+
+def test_a_gradient_by_hand_moves_a_model_that_is_frozen() -> None:
+    model = wrapped("sw").requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
+    before = model.blocks[0].fc1.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # each of 4 experts moves by a fourth of the rate
+    expected = before - 0.1
+    torch.testing.assert_close(model.blocks[0].fc1.weight, expected, rtol=0, atol=1e-12)
