@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from exfusion_param.shards import whole
 from exfusion_testing.ranks import on_ranks
 from exfusion_testing.step_models import VARIANTS, Net, adamw, assert_same, batch, loss_of, wrap
 
@@ -125,3 +127,25 @@ def test_a_model_that_is_compiled_inside_of_ddp_trains_as_one_rank(variant: str)
     first, second = on_ranks(2, compiled_inside, variant)
     assert_same(first, second, 0)
     assert_same(first, alone(variant), 1e-9)
+
+
+def with_an_empty_rank(rank: int) -> dict[str, Tensor]:
+    """Rank 1 has no sample at every other step, so that only rank 0 has votes."""
+    torch.manual_seed(0)
+    model = wrap(Net(), "mb")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = adamw(model)
+    for step in range(3):
+        part = batch(step, size=8)
+        part = part[:0] if rank == 1 and step % 2 == 0 else part
+        (model(part).square().sum() / 8).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(value).detach().clone() for name, value in model.state_dict().items()}
+
+
+def test_a_bank_moves_alike_where_a_rank_has_no_sample() -> None:
+    first, second = on_ranks(2, with_an_empty_rank)
+    assert_same(first, second, 0)

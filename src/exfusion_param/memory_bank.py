@@ -143,6 +143,7 @@ class MemoryBank(TokenPool):
             return self._followed_by_compiler(x.movedim(self._feature_dim, -1), output)
         if is_transformed(output):
             return None
+        self._step_total = None
         if x.numel() == 0:  # no token, no vote
             return reached(output, self.router)
         noted = self._statistics_of(x.movedim(self._feature_dim, -1))
@@ -187,8 +188,10 @@ class MemoryBank(TokenPool):
         router: nn.Parameter = self.router
         count, features = router.shape
         gradient, total = sums.split([count, sums.shape[0] - count])
-        self.pending.total = None if self.pending.total is None else total
+        is_known = self.pending.total is None and self._step_total is not None
         self._step_total = total  # for another optimizer's step on the same gradients
+        if not is_known:  # also where only other ranks have votes
+            self.pending.total = total
         if not router.requires_grad:
             return {}
         pooled = functional.router_gradient(mean_of(total), gradient, features)
