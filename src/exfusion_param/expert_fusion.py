@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .experts import upcycled_experts
 from .fusion_weights import FusionWeights
-from .shards import assign, fuse, local, with_all_experts
+from .shards import assign, fuse
 
 
 class ExpertFusion(nn.Module):
@@ -51,7 +51,3 @@ class ExpertFusion(nn.Module):
     def start_from(self, stack: Tensor, experts: Tensor) -> None:
         """Start anew from whole experts, shape (N, *S)."""
         assign(stack, experts)
-
-    def experts(self, stack: Tensor) -> Tensor:
-        """The experts as they are, shape (N, *S); of each of them this rank's part."""
-        return local(with_all_experts(stack))

@@ -42,11 +42,6 @@ def local_to_differentiate(tensor: Tensor) -> Tensor:
     return sharded.to_local() if is_sharded(tensor) else tensor
 
 
-def version(tensor: Tensor) -> int:
-    """A number that grows with each write to a tensor, or to this rank's part of it."""
-    return tensor._version + (local(tensor)._version if is_sharded(tensor) else 0)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all ranks; they have to call this together."""
     if is_sharded(tensor):
