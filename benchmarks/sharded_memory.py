@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from collectives import on_ranks
 from exfusion_param.parametrization import groups_of
-from exfusion_param.shards import local
+from exfusion_param.tensors.shards import local
 from experts import expert_stacks
 from tables import environment, markdown_table, write_csv
 from traffic import PATCH, Case, Classifier, Variant, sharded

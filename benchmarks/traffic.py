@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import exfusion_param as exf
 from collectives import Seen, counted, on_ranks, ring, total
-from exfusion_param import functional
+from exfusion_param.tensors import functional
 from tables import environment, markdown_table, write_csv
 
 Mode = Literal["dense", "step", "forward"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import exfusion_param as exf
-from exfusion_param import functional
+from exfusion_param.tensors import functional
 from exfusion_testing.banks import (
     MOMENTUM,
     X,

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import exfusion_param as exf
-from exfusion_param import expert_sums, functional
 from exfusion_param.parametrization import groups_of
+from exfusion_param.tensors import functional, sliced_sums
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import mesh_of, my_part, whole_state
@@ -61,7 +61,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
 @pytest.fixture(params=[1, 40, 1 << 20])
 def batch_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of one expert, of a few, and of many stacks."""
-    monkeypatch.setitem(expert_sums.SLICE, "cpu", request.param)
+    monkeypatch.setitem(sliced_sums.SLICE, "cpu", request.param)
 
 
 @given(
@@ -92,7 +92,7 @@ def test_adamw_is_torchs(
     ours = exf.ExpertAdamW(exf.param_groups(model, weight_decay), **settings)
     train(twin, theirs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(expert_sums.SLICE, "cpu", batch)
+        patch.setitem(sliced_sums.SLICE, "cpu", batch)
         train(model, ours)
     assert_same(model, twin)
 
@@ -173,7 +173,7 @@ def test_a_step_makes_no_tensor_of_a_stacks_size(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wrapped(variant=variant, num_experts=64)
-    monkeypatch.setitem(expert_sums.SLICE, "cpu", 100)
+    monkeypatch.setitem(sliced_sums.SLICE, "cpu", 100)
     optimizer = exf.ExpertAdamW(model.parameters())
     train(model, optimizer)  # which makes the states
     monkeypatch.setattr(functional, "EXACT_ROUTER_STATISTICS", 0)

@@ -5,8 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exfusion_param import functional
-from exfusion_param.experts import independent_experts, named_generator, upcycled_experts
+from exfusion_param.tensors import functional
+from exfusion_param.tensors.expert_starts import (
+    independent_experts,
+    named_generator,
+    upcycled_experts,
+)
 from exfusion_testing.strategies import num_experts, seeds, sizes
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from timm.models import load_checkpoint
 from timm.utils import CheckpointSaver
 
 import exfusion_param as exf
-from exfusion_param import functional
+from exfusion_param.tensors import functional
 from exfusion_testing.families import FAMILIES
 
 

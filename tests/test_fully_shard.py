@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import exfusion_param as exf
-from exfusion_param.shards import local, whole
+from exfusion_param.tensors.shards import local, whole
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks, on_threads

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exfusion_param import expert_sums, functional
+from exfusion_param.tensors import functional, sliced_sums
 from exfusion_testing.strategies import momenta, num_experts, seeds, sizes
 
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
@@ -128,7 +128,7 @@ def test_slices_of_a_stack_make_the_same_sums(
     expected = torch.tensordot(weights, experts.double(), dims=1)
     of_experts, of_weights = torch.autograd.grad(expected.sum(), [experts, weights])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(expert_sums.SLICE, "cpu", numbers)
+        patch.setitem(sliced_sums.SLICE, "cpu", numbers)
         fused = functional.fuse(experts, weights)
         gradients = torch.autograd.grad(fused.sum(), [experts, weights])
     tolerance = (

@@ -9,7 +9,6 @@ import torch
 
 import exfusion_param as exf
 from exfusion_param import plotting
-from exfusion_param.functional import route
 from exfusion_param.history import (
     append_row,
     drop_rows_after,
@@ -18,6 +17,7 @@ from exfusion_param.history import (
     write_history,
 )
 from exfusion_param.routing import record_routing, router_load
+from exfusion_param.tensors.functional import route
 from exfusion_testing.models import FFNs, inputs, loss_of
 
 CLASSES = ["shirt", "bag", "boot"]

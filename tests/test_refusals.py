@@ -156,7 +156,7 @@ def test_running_out_of_memory_leaves_the_model_dense(monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError("no memory left")
         return torch.empty(4, *args[0].shape)
 
-    monkeypatch.setattr("exfusion_param.expert_start.independent_experts", fail_at_last)
+    monkeypatch.setattr("exfusion_param.tensors.expert_starts.independent_experts", fail_at_last)
     with pytest.raises(torch.OutOfMemoryError):
         exf.wrap(model)
     assert len(calls) == 8

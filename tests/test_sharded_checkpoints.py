@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import describe
-from exfusion_param.shards import is_sharded, whole
+from exfusion_param.tensors.shards import is_sharded, whole
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks, on_threads
 from exfusion_testing.sharded import EXACT, assert_same, mesh_of, my_part, whole_state

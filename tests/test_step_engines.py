@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
-from exfusion_param.shards import whole
+from exfusion_param.tensors.shards import whole
 from exfusion_testing.ranks import on_ranks
 
 pytestmark = pytest.mark.processes

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from exfusion_param.shards import whole
+from exfusion_param.tensors.shards import whole
 from exfusion_testing.ranks import on_ranks
 from exfusion_testing.step_models import VARIANTS, Net, adamw, assert_same, batch, loss_of, wrap
 

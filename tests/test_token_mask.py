@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import exfusion_param as exf
-from exfusion_param import functional
+from exfusion_param.tensors import functional
 from exfusion_testing.families import BERT, T5
 from exfusion_testing.models import FFNs, inputs
 from exfusion_testing.strategies import num_experts, seeds, sizes

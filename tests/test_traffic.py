@@ -11,7 +11,7 @@ import collectives
 import exfusion_param as exf
 import sharded_memory
 import traffic
-from exfusion_param.shards import local
+from exfusion_param.tensors.shards import local
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import mesh_of

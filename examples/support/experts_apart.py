@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from exfusion_param.parametrization import groups_of, original
-from exfusion_param.shards import whole
+from exfusion_param.tensors.shards import whole
 
 
 @torch.no_grad()

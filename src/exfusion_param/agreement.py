@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .fusion_weights import FusionWeights
-from .ranks import ALONE, Ranks
-from .shards import is_sharded
+from .tensors.ranks import ALONE, Ranks
+from .tensors.shards import is_sharded
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _agreed: weakref.WeakSet[FusionWeights] = weakref.WeakSet()

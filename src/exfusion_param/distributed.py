@@ -22,9 +22,9 @@ from .agreement import require_agreement
 from .fusion_weights import watched
 from .memory_bank import MemoryBank
 from .parametrization import groups_of
-from .ranks import Ranks
 from .sharding_checks import check_shardable
 from .step.hooks import outdate
+from .tensors.ranks import Ranks
 from .transformer_blocks import transformer_blocks
 
 if TYPE_CHECKING:

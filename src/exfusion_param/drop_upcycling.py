@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .discovery import FFNGroup
 from .projections import Projection, projection_of
-
-
-class Dropped(NamedTuple):
-    """Entries of one tensor: a dimension, and for each of N experts K indices along it, (N, K)."""
-
-    dim: int
-    units: Tensor
+from .tensors.expert_starts import Dropped
 
 
 class DroppedUnits:

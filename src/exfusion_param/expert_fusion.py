@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from .experts import upcycled_experts
 from .fusion_weights import FusionWeights
-from .shards import assign, fuse
+from .tensors import functional
+from .tensors.expert_starts import upcycled_experts
+from .tensors.shards import assign, is_sharded, local, whole, with_all_experts
 
 
 class ExpertFusion(nn.Module):
@@ -46,8 +51,36 @@ class ExpertFusion(nn.Module):
 
     def dense(self, stack: Tensor) -> Tensor:
         """The fused tensor as the stack has it now, shape (*S); a DTensor if the stack is one."""
-        return fuse(stack, self.fusion_weights())
+        return _fuse(stack, self.fusion_weights())
 
     def start_from(self, stack: Tensor, experts: Tensor) -> None:
         """Start anew from whole experts, shape (N, *S)."""
         assign(stack, experts)
+
+
+def _fuse(stack: Tensor, weights: Tensor) -> Tensor:
+    """The fused tensor, shape (*S), spread over the ranks as the experts are.
+
+    Args:
+        stack: shape (N, *S).
+        weights: shape (N,); gathered if it is a DTensor.
+
+    Returns:
+        A DTensor for a DTensor, each rank's part from its own part of the experts.
+    """
+    if not is_sharded(stack):
+        return functional.fuse(stack, weights)
+    tensor = sys.modules["torch.distributed.tensor"]
+    sharded: Any = with_all_experts(stack)
+    fused: Tensor = tensor.DTensor.from_local(
+        functional.fuse(local(sharded), whole(weights)),
+        sharded.device_mesh,
+        [
+            tensor.Shard(place.dim - 1) if place.is_shard() else place
+            for place in sharded.placements
+        ],
+        run_check=False,
+        shape=stack.shape[1:],
+        stride=torch.empty(stack.shape[1:], device="meta").stride(),
+    )
+    return fused

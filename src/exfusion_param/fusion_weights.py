@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional
-from .dtypes import accumulation_dtype
 from .expert_config import ExpertConfig
-from .experts import named_generator, uniform_weights
 from .linear_class import MakeForward, PlaceInGroup
-from .ranks import Ranks, all_ranks
 from .reached import reached
-from .shards import assign, local, ranks_of, whole
+from .tensors import functional
+from .tensors.expert_starts import named_generator, uniform_weights
+from .tensors.precision import accumulation_dtype
+from .tensors.ranks import Ranks, all_ranks
+from .tensors.shards import assign, local, ranks_of, whole
 
 if TYPE_CHECKING:
     from .step.fused_parameter import FusedParameter

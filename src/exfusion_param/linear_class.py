@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .projections import Projection, projection_of
-from .shards import is_sharded
+from .tensors.shards import is_sharded
 
 MakeForward = Callable[[Any, Projection], Callable[..., Any]]
 """Makes a `forward` from the dense class and what the linear maps; hashable."""

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from .config import ExFusionConfig
-from .experts import uniform_weights
 from .fusion_weights import Linears
 from .linear_class import MakeForward, PlaceInGroup
 from .observed_forward import Observed
 from .pending import PendingMean, mean_of
 from .projections import projection_of
-from .ranks import Ranks
 from .reached import is_transformed, reached
-from .shards import assign, local, local_to_differentiate
+from .tensors import functional
+from .tensors.expert_starts import uniform_weights
+from .tensors.ranks import Ranks
+from .tensors.shards import assign, local, local_to_differentiate
 from .token_pool import TokenPool
 
 COLLAPSED = 0.99

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .dtypes import accumulation_dtype
 from .fusion_weights import FusionWeights
 from .memory_bank import MemoryBank
 from .parametrization import groups_of, original
-from .ranks import ALONE, sum_together
-from .shards import holders_of, local, whole, with_all_experts
+from .tensors.precision import accumulation_dtype
+from .tensors.ranks import ALONE, sum_together
+from .tensors.shards import holders_of, local, whole, with_all_experts
 
 
 @torch.no_grad()

@@ -22,12 +22,12 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import shards
 from .expert_fusion import ExpertFusion
 from .fusion_weights import FusionWeights, watched
 from .linear_class import PlaceInGroup, dense_order, share_class
 from .names import clean_name
 from .step.fused_parameter import FusedParameter
+from .tensors import shards
 
 
 def attach(

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .ranks import Ranks
-from .shards import is_sharded, local
+from .tensors.ranks import Ranks
+from .tensors.shards import is_sharded, local
 
 _live: weakref.WeakValueDictionary[int, PendingMean] = weakref.WeakValueDictionary()
 _serial_numbers = itertools.count()

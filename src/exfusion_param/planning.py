@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from .discovery import FFNGroup
 from .drop_upcycling import DroppedUnits
 from .expert_config import ExpertConfig
-from .expert_start import ExpertStart
-from .expert_sums import fuse_into
-from .experts import named_generator
 from .fusion_weights import FusionWeights
 from .linear_class import PlaceInGroup
 from .parametrization import attach, dense_tensors
 from .step.attach import attach_fused
+from .tensors.expert_starts import ExpertStart, named_generator
+from .tensors.sliced_sums import fuse_into
 
 Config = TypeVar("Config", bound=ExpertConfig)
 MakeWeights = Callable[[FFNGroup, Config, int], FusionWeights]

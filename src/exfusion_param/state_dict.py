@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .experts import upcycled_experts
 from .fusion_weights import warn_of_empty_banks
 from .linear_class import dense_order
 from .parametrization import (
@@ -22,7 +21,8 @@ from .parametrization import (
     original,
     wrapped_linears,
 )
-from .shards import assign, spread, whole
+from .tensors.expert_starts import upcycled_experts
+from .tensors.shards import assign, spread, whole
 
 
 class IncompatibleKeys(NamedTuple):

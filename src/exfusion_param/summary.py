@@ -16,13 +16,7 @@ from .config import ExFusionConfig
 from .discovery import Filter
 from .expert_config import ExpertConfig
 from .fusion_weights import FusionWeights
-from .parametrization import (
-    fused_names,
-    fusion_weights_of,
-    groups_of,
-    original,
-    wrapped_linears,
-)
+from .parametrization import fused_names, fusion_weights_of, groups_of, original, wrapped_linears
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .config import ExFusionConfig
 from .discovery import FFNGroup
-from .dtypes import accumulation_dtype
-from .experts import named_generator
 from .fusion_weights import FusionWeights, LearnedWeights, StaticWeights
 from .memory_bank import MemoryBank
 from .projections import projection_of
+from .tensors.expert_starts import named_generator
+from .tensors.precision import accumulation_dtype
 
 
 def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import exfusion_param as exf
-from exfusion_param import functional
+from exfusion_param.tensors import functional
 from exfusion_testing.models import FFNs, inputs, loss_of
 
 MOMENTUM = 0.9

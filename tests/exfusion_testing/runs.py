@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import Checkpoints
-from exfusion_param.shards import whole
+from exfusion_param.tensors.shards import whole
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.sharded import mesh_of
 

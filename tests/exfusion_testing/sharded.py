@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import exfusion_param as exf
-from exfusion_param.shards import whole
+from exfusion_param.tensors.shards import whole
 from exfusion_testing.models import loss_of
 
 VARIANTS = ["sw", "dw", "mb"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..fusion_weights import FusionWeights
 from ..names import ENTRY, clean_name, unwrapped
 from ..parametrization import fused_names, fusion_weights_of, groups_of
-from ..shards import local
 from ..state_dict import dense_keys
+from ..tensors.shards import local
 from .reader import CONFIG, read_config
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import functional
 from ..names import ENTRY
+from ..tensors import functional
 from .reader import CONFIG, CheckpointReader, read_config
 from .safetensors_writer import SafetensorsWriter
 from .wrapped_layout import FusedTensor, WrappedLayout

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..names import clean_name
 from ..parametrization import fused_parameter
-from ..shards import as_stack, is_sharded, local, with_memory_of
+from ..tensors.shards import as_stack, is_sharded, local, with_memory_of
 from .parts import common, like, refuse_other_shape
 from .quantized import is_quantized
 from .reader import CheckpointError

@@ -25,12 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ExFusionConfig
-from ..dtypes import accumulation_dtype
-from ..experts import uniform_weights
 from ..fusion_weights import FusionWeights, LearnedWeights
 from ..memory_bank import MemoryBank
 from ..parametrization import groups_of
-from ..shards import is_sharded, like, local, spread, whole, with_all_experts, with_memory_of
+from ..tensors.expert_starts import uniform_weights
+from ..tensors.precision import accumulation_dtype
+from ..tensors.shards import (
+    is_sharded,
+    like,
+    local,
+    spread,
+    whole,
+    with_all_experts,
+    with_memory_of,
+)
 from .optimizer_part import OptimizerPart, room_of_state
 from .parts import Module, refuse_other_shape
 from .parts import like as room_like

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..memory_bank import MemoryBank
 from ..parametrization import groups_of
-from ..shards import is_sharded
+from ..tensors.shards import is_sharded
 from .parts import common, like, refuse_other_shape
 from .plain_values import same
 from .reader import CheckpointError

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..shards import is_sharded, local
+from ..tensors.shards import is_sharded, local
 from .processes import Processes
 from .reader import CheckpointError
 from .safetensors_writer import TensorSpec

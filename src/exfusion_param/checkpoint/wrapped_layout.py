@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config import ExFusionConfig
-from ..dtypes import accumulation_dtype
-from ..experts import uniform_weights
+from ..tensors.expert_starts import uniform_weights
+from ..tensors.precision import accumulation_dtype
 from .reader import CheckpointError, CheckpointReader
 from .safetensors_writer import TensorSpec
 

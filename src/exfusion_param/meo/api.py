@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import api, state_dict
 from ..discovery import FFNGroup, Filter
-from ..dtypes import accumulation_dtype
-from ..experts import named_generator
 from ..projections import projection_of
+from ..tensors.expert_starts import named_generator
+from ..tensors.precision import accumulation_dtype
 from ..wrapping import wrap_linears
 from .balance import gates_of
 from .config import MEOConfig

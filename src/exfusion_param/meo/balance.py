@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parametrization import groups_of
-from ..ranks import ALONE, Ranks
+from ..tensors.ranks import ALONE, Ranks
 from .gate import Gate
 from .gating import squared_variation
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..autocast import without_autocast
-from ..experts import uniform_weights
 from ..fusion_weights import Linears
 from ..linear_class import MakeForward, PlaceInGroup
+from ..tensors.expert_starts import uniform_weights
+from ..tensors.precision import without_autocast
 from ..token_pool import TokenPool
 from .config import MEOConfig
 from .gated_forward import GatedBySample, GatedByTask

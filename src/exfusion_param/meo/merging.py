@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import autocast_dtype, without_autocast
-from ..dtypes import accumulation_dtype
+from ..tensors.precision import accumulation_dtype, autocast_dtype, without_autocast
 
 TILE = {"cpu": 1 << 20}
 """Numbers in a tile of merged weights, by the type of the device; one row may have more."""

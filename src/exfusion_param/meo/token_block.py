@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..shards import assign
+from ..tensors.shards import assign
 
 REDUCTION = 64
 """How much narrower than its input the block is."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..discovery import FFNGroup
-from ..expert_start import ExpertStart
 from ..fusion_weights import FusionWeights, StaticWeights
 from ..memory_bank import MemoryBank
+from ..tensors.expert_starts import ExpertStart
 from .fused_parameter import FusedParameter
 
 NAME = "fusion_weights"

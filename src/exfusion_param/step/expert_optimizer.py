@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ..dtypes import accumulation_dtype
 from ..fusion_weights import FusionWeights
-from ..shards import local
+from ..tensors.precision import accumulation_dtype
+from ..tensors.shards import local
 from .stack_step import Stack, StackPlan, StackStep
 from .state_storage import StateDtype, check_state_dtype, stored
 from .turn import EXPERTS, Turn

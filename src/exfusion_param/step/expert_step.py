@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..expert_sums import fuse_into
 from ..fusion_weights import FusionWeights, StaticWeights
+from ..tensors.sliced_sums import fuse_into
 from .expert_optimizer import ExpertOptimizer
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..expert_start import ExpertStart
-from ..expert_sums import fuse_into
-from ..shards import as_stack, local, part_of, whole
+from ..tensors.expert_starts import ExpertStart
+from ..tensors.shards import as_stack, local, part_of, whole
+from ..tensors.sliced_sums import fuse_into
 from .turn import EXPERTS, Turn
 
 if TYPE_CHECKING:

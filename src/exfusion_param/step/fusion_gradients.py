@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..expert_sums import products_with
 from ..fusion_weights import FusionWeights, LearnedWeights, StaticWeights
-from ..ranks import ALONE, Ranks, sum_together
-from ..shards import is_sharded, like, local, padded, ranks_of, spread
+from ..tensors.ranks import ALONE, Ranks, sum_together
+from ..tensors.shards import is_sharded, like, local, padded, ranks_of, spread
+from ..tensors.sliced_sums import products_with
 from .turn import Turn
 
 _SEEN = "_exfusion_seen"

@@ -4,7 +4,7 @@ Note [Parts of a stack]
 With `G = dL/dW` the gradient of expert i is `w_i G`, so a stack's N-fold gradient need not exist. A
 step takes parts of stacks, as many as make a batch: it writes the gradients of their experts into a
 buffer that the next batch overwrites, has one of torch's own kernels update them, and adds them to
-the fused tensor. Parts and batches are as large as slices (expert_sums.py). How stacks are cut does
+the fused tensor. Parts and batches are as large as slices (sliced_sums.py). How stacks are cut does
 not change from step to step, so it is planned once.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..expert_sums import RunningFusion, slice_size, slices
+from ..tensors.sliced_sums import RunningFusion, slice_size, slices
 from .state_storage import store, to_work_on
 
 

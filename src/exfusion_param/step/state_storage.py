@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulation_dtype
-from ..shards import is_sharded, local, with_memory_of
+from ..tensors.precision import accumulation_dtype
+from ..tensors.shards import is_sharded, local, with_memory_of
 
 StateDtype = torch.dtype | Literal["8bit"]
 BLOCK = 256

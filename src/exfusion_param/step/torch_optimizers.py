@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from ..expert_sums import fuse_into
-from ..shards import as_stack, is_sharded, local, stacked, unstacked
+from ..tensors.shards import as_stack, is_sharded, local, stacked, unstacked
+from ..tensors.sliced_sums import fuse_into
 from .fused_parameter import FusedParameter
 from .turn import EXPERTS, Turn
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
-from .dtypes import accumulation_dtype
-from .expert_sums import fuse_into, products_with
+from .precision import accumulation_dtype, without_autocast
+from .sliced_sums import fuse_into, products_with
 
 
 def fuse(experts: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from .ranks import ALONE, Ranks
 
 
@@ -206,31 +205,3 @@ def holders_of(tensor: Tensor) -> Ranks:
     sharded: Any = tensor
     dims = [dim for dim, place in enumerate(sharded.placements) if place.is_shard()]
     return Ranks(tuple(sharded.device_mesh.get_group(dim) for dim in dims))
-
-
-def fuse(stack: Tensor, weights: Tensor) -> Tensor:
-    """The fused tensor, shape (*S), spread over the ranks as the experts are.
-
-    Args:
-        stack: shape (N, *S).
-        weights: shape (N,); gathered if it is a DTensor.
-
-    Returns:
-        A DTensor for a DTensor, each rank's part from its own part of the experts.
-    """
-    if not is_sharded(stack):
-        return functional.fuse(stack, weights)
-    tensor = sys.modules["torch.distributed.tensor"]
-    sharded: Any = with_all_experts(stack)
-    fused: Tensor = tensor.DTensor.from_local(
-        functional.fuse(local(sharded), whole(weights)),
-        sharded.device_mesh,
-        [
-            tensor.Shard(place.dim - 1) if place.is_shard() else place
-            for place in sharded.placements
-        ],
-        run_check=False,
-        shape=stack.shape[1:],
-        stride=torch.empty(stack.shape[1:], device="meta").stride(),
-    )
-    return fused

@@ -1,10 +1,15 @@
-"""What autocast says, and doing without it."""
+"""The dtypes that sums over experts are taken in, whatever autocast computes in."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are taken in: float32, or float64 for float64 experts."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dtypes import accumulation_dtype
+from .precision import accumulation_dtype
 
 SLICE = {"cpu": 1 << 22}
 """Numbers in a slice, by the type of the device."""
