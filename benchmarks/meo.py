@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
 from exfusion_param import meo
-from exfusion_param.discovery import find_ffns
+from exfusion_param.finding.discovery import find_ffns
 from support.vanilla_moe import replace_linears
 from tables import markdown_table, write_results
 from training import DEVICE

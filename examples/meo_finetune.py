@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 import exfusion_param as exf
 from exfusion_param import meo
-from exfusion_param.discovery import find_ffns
+from exfusion_param.finding.discovery import find_ffns
 from support import sentences
 from support.classifier import DEVICE, Classifier
 from support.pretrained import minilm

@@ -9,7 +9,7 @@ from torch import nn
 
 import coverage
 import exfusion_param as exf
-from exfusion_param.discovery import find_ffns
+from exfusion_param.finding.discovery import find_ffns
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "coverage.md"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import exfusion_param as exf
 from exfusion_param import meo
 from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, save_config
-from exfusion_param.names import clean_name
+from exfusion_param.finding.outer_modules import clean_name
 from exfusion_testing.meo_models import (
     gate_of,
     plain_gates,

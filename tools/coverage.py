@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from exfusion_param.discovery import find_ffns
+from exfusion_param.finding.discovery import find_ffns
 
 TIMM = {
     "vit_tiny_patch16_224": 12,

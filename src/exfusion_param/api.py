@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .config import ExFusionConfig
-from .discovery import Filter
+from .expert_config import ENTRY
+from .finding.discovery import Filter
 from .fusion_weights import FusionWeights, warn_of_empty_banks
-from .names import ENTRY
 from .parametrization import detach, groups_of, wrapped_linears
 from .step.attach import detach_fused
 from .step.fused_parameter import FusedParameter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .discovery import FFNGroup
-from .projections import Projection, projection_of
+from .finding.discovery import FFNGroup
+from .finding.projections import Projection, projection_of
 from .tensors.expert_starts import Dropped
 
 

@@ -10,6 +10,10 @@ ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 FuseOn = Literal["forward", "step"]
 
 
+ENTRY = "exfusion"
+"""The key of the settings in config.json, or in a torch file beside its tensors."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
     """Settings of the experts. Immutable, checked when it is made.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .expert_config import ExpertConfig
-from .linear_class import MakeForward, PlaceInGroup
+from .finding.place import MakeForward, PlaceInGroup
 from .reached import reached
 from .tensors import functional
 from .tensors.expert_starts import named_generator, uniform_weights

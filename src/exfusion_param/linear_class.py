@@ -20,38 +20,17 @@ AttributeError, and `nn.Module.__getattr__` finds the plain parameter.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .projections import Projection, projection_of
+from .finding.place import MakeForward
+from .finding.projections import projection_of
 from .tensors.shards import is_sharded
 
-MakeForward = Callable[[Any, Projection], Callable[..., Any]]
-"""Makes a `forward` from the dense class and what the linear maps; hashable."""
-
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
-
-
-@dataclasses.dataclass(frozen=True)
-class PlaceInGroup:
-    """What a linear is to its FFN group.
-
-    Args:
-        index: which of them it is, in the order in which they run.
-        is_first: runs first, and its weight owns the fusion weights.
-        reads_input: reads the FFN's input, as the first one does, and gate and value alike.
-        is_last: runs last.
-    """
-
-    index: int
-    is_first: bool
-    reads_input: bool
-    is_last: bool
 
 
 def share_class(

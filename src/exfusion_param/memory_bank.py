@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import ExFusionConfig
+from .finding.place import MakeForward, PlaceInGroup
+from .finding.projections import projection_of
 from .fusion_weights import Linears
-from .linear_class import MakeForward, PlaceInGroup
 from .observed_forward import Observed
 from .pending import PendingMean, mean_of
-from .projections import projection_of
 from .reached import is_transformed, reached
 from .tensors import functional
 from .tensors.expert_starts import uniform_weights

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .expert_fusion import ExpertFusion
+from .finding.outer_modules import clean_name
+from .finding.place import PlaceInGroup
 from .fusion_weights import FusionWeights, watched
-from .linear_class import PlaceInGroup, dense_order, share_class
-from .names import clean_name
+from .linear_class import dense_order, share_class
 from .step.fused_parameter import FusedParameter
 from .tensors import shards
 

@@ -14,11 +14,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .discovery import FFNGroup
 from .drop_upcycling import DroppedUnits
 from .expert_config import ExpertConfig
+from .finding.discovery import FFNGroup
+from .finding.place import PlaceInGroup
 from .fusion_weights import FusionWeights
-from .linear_class import PlaceInGroup
 from .parametrization import attach, dense_tensors
 from .step.attach import attach_fused
 from .tensors.expert_starts import ExpertStart, named_generator

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .finding.projections import projection_of
 from .memory_bank import MemoryBank
 from .parametrization import groups_of
-from .projections import projection_of
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .api import wrap
 from .config import ExFusionConfig
-from .discovery import Filter
 from .expert_config import ExpertConfig
+from .finding.discovery import Filter
 from .fusion_weights import FusionWeights
 from .parametrization import fused_names, fusion_weights_of, groups_of, original, wrapped_linears
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .discovery import FFNGroup
 from .expert_config import ExpertConfig
+from .finding.discovery import FFNGroup
+from .finding.projections import ADAPTED
 from .fusion_weights import FusionWeights
 from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
-from .projections import ADAPTED
 
 
 def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExpertConfig) -> None:

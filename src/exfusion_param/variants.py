@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .config import ExFusionConfig
-from .discovery import FFNGroup
+from .finding.discovery import FFNGroup
+from .finding.projections import projection_of
 from .fusion_weights import FusionWeights, LearnedWeights, StaticWeights
 from .memory_bank import MemoryBank
-from .projections import projection_of
 from .tensors.expert_starts import named_generator
 from .tensors.precision import accumulation_dtype
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .discovery import Filter, select_groups
+from .finding.discovery import Filter, select_groups
 from .fusion_weights import FusionWeights
 from .load_guard import guard_loading
 from .planning import Config, MakeWeights, choose_seed, plan_groups

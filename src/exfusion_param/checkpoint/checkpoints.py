@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..names import unwrapped
+from ..finding.outer_modules import unwrapped
 from ..parametrization import groups_of
 from .description import describe, write_description
 from .manifest import read_manifest, write_manifest

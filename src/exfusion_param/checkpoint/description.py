@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..expert_config import ENTRY
+from ..finding.outer_modules import clean_name, unwrapped
 from ..fusion_weights import FusionWeights
-from ..names import ENTRY, clean_name, unwrapped
 from ..parametrization import fused_names, fusion_weights_of, groups_of
 from ..state_dict import dense_keys
 from ..tensors.shards import local

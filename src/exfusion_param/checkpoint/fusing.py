@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..names import ENTRY
+from ..expert_config import ENTRY
 from ..tensors import functional
 from .reader import CONFIG, CheckpointReader, read_config
 from .safetensors_writer import SafetensorsWriter

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..names import clean_name
+from ..finding.outer_modules import clean_name
 from ..parametrization import fused_parameter
 from ..tensors.shards import as_stack, is_sharded, local, with_memory_of
 from .parts import common, like, refuse_other_shape

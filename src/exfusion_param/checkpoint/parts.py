@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..names import unwrapped
+from ..finding.outer_modules import unwrapped
 from .plain_values import same
 from .reader import CheckpointError
 from .safetensors_writer import TensorSpec

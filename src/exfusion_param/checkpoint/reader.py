@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..names import ENTRY, clean_name
+from ..expert_config import ENTRY
+from ..finding.outer_modules import clean_name
 from .pieces import Piece, Pieces
 from .safetensors_writer import DTYPES, TensorSpec
 

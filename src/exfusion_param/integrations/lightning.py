@@ -18,8 +18,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..checkpoint import describe
+from ..expert_config import ENTRY
 from ..metrics import metrics
-from ..names import ENTRY
 from ..parametrization import wrapped_linears
 
 

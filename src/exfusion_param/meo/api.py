@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import api, state_dict
-from ..discovery import FFNGroup, Filter
-from ..projections import projection_of
+from ..finding.discovery import FFNGroup, Filter
+from ..finding.projections import projection_of
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype
 from ..wrapping import wrap_linears

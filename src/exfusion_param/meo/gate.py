@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..finding.place import MakeForward, PlaceInGroup
 from ..fusion_weights import Linears
-from ..linear_class import MakeForward, PlaceInGroup
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from ..token_pool import TokenPool

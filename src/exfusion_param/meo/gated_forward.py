@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..linear_class import PlaceInGroup
-from ..projections import Projection
+from ..finding.place import PlaceInGroup
+from ..finding.projections import Projection
 from .merging import merged_linear
 from .pooling import Segments, mean_of_tokens, segments_of
 

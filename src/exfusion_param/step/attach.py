@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..discovery import FFNGroup
+from ..finding.discovery import FFNGroup
 from ..fusion_weights import FusionWeights, StaticWeights
 from ..memory_bank import MemoryBank
 from ..tensors.expert_starts import ExpertStart

@@ -1,4 +1,4 @@
-"""Names of modules and tensors."""
+"""What DDP, torch.compile and activation checkpointing put around modules and their names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,3 @@ def unwrapped(module: nn.Module) -> nn.Module:
             module = inner
         else:
             return module
-
-
-ENTRY = "exfusion"
-"""The name of the package's own entry in config.json, or in a torch file beside its tensors."""

@@ -1,0 +1,29 @@
+"""What a linear is to its FFN, and what makes its `forward` from that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .projections import Projection
+
+MakeForward = Callable[[Any, Projection], Callable[..., Any]]
+"""Makes a `forward` from the dense class and what the linear maps; hashable."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceInGroup:
+    """What a linear is to its FFN group.
+
+    Args:
+        index: which of them it is, in the order in which they run.
+        is_first: runs first, and its weight owns the fusion weights.
+        reads_input: reads the FFN's input, as the first one does, and gate and value alike.
+        is_last: runs last.
+    """
+
+    index: int
+    is_first: bool
+    reads_input: bool
+    is_last: bool
