@@ -105,7 +105,7 @@ def measure(model: Classifier) -> dict[str, int]:
         optimizer.step()
     after = [t.grad for t in others]
     stacks = expert_stacks(model)
-    fused = [fused for weights in groups_of(model) for fused in weights.fused]
+    fused: list[Any] = [fused for weights in groups_of(model) for fused in weights.fused]
     return {
         "stacks": held(stacks),
         "ffn_states": held(states_of(optimizer, ffns)) - held(stacks),

@@ -35,7 +35,7 @@ def test_a_gradient_that_goes_elsewhere_does_not_count() -> None:
         backward(model, X[3])
         optimizer.step()
         assert_bank(model, expected)
-        assert not bank_of(model).pending._backwards
+        assert not bank_of(model).votes._backwards
         optimizer.zero_grad()
 
 

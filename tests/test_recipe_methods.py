@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import exfusion_param as exf
-from exfusion_param.memory_bank import MemoryBank
+from exfusion_param.fusion_weights.memory_bank import MemoryBank
 from support import diversity, methods, mixture
 from support.experts_apart import displacement_spread
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import exfusion_param as exf
-from exfusion_param.fusion_weights import FusionWeights
+from exfusion_param.fusion_weights.base import FusionWeights
 from exfusion_testing.experts import expert_stacks
 from exfusion_testing.models import FFNs, inputs, loss_of
 

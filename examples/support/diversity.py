@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import exfusion_param as exf
-from exfusion_param.memory_bank import MemoryBank
+from exfusion_param.fusion_weights.memory_bank import MemoryBank
 from support.mixture import ffns_of, with_experts
 
 BETA = 1.0  # weight of the cosine term (arXiv 2102.10472, section 3.2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from exfusion_param.fusion_weights import FusionWeights
+from exfusion_param.fusion_weights.base import FusionWeights
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ from torch import nn
 from .config import ExFusionConfig
 from .expert_config import ENTRY
 from .finding.discovery import Filter
-from .fusion_weights import FusionWeights, warn_of_empty_banks
+from .fusion_weights.bank_health import warn_of_empty_banks
+from .fusion_weights.base import Fused, FusionWeights
+from .fusion_weights.variants import fusion_weights_for
 from .parametrization import detach, groups_of, wrapped_linears
 from .step.attach import detach_fused
-from .step.fused_parameter import FusedParameter
 from .validation import check_fusable
-from .variants import fusion_weights_for
 from .wrapping import wrap_linears
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -107,7 +107,7 @@ def _warn_of_experts_that_never_moved(groups: Iterable[FusionWeights]) -> None:
         )
 
 
-def _is_trained_without_experts(fused: FusedParameter) -> bool:
+def _is_trained_without_experts(fused: Fused) -> bool:
     # An average of the weights has no gradients, and is shipped without a step of its own.
     has_gradient = fused.parameter.grad is not None
     return has_gradient and not fused.has_stepped() and not fused.is_untouched()

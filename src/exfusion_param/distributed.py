@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .agreement import require_agreement
-from .fusion_weights import watched
-from .memory_bank import MemoryBank
+from .fusion_weights.base import living
+from .fusion_weights.memory_bank import MemoryBank
+from .fusion_weights.rank_agreement import require_agreement
 from .parametrization import groups_of
 from .sharding_checks import check_shardable
 from .step.hooks import outdate
@@ -91,7 +91,7 @@ def fully_shard(
         weights.sharing = ranks
     for weights in groups:
         if isinstance(weights, MemoryBank):
-            weights.pending.follow_anchor()
+            weights.votes.follow_anchor()
     return model
 
 
@@ -123,4 +123,4 @@ def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
 
 
 def _is_stack(parameter: nn.Parameter) -> bool:
-    return any(parameter is stack for weights in watched() for stack in weights.expert_stacks())
+    return any(parameter is stack for weights in living() for stack in weights.expert_stacks())

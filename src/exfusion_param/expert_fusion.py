@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fusion_weights import FusionWeights
+from .fusion_weights.base import FusionWeights
 from .tensors import functional
 from .tensors.expert_starts import upcycled_experts
 from .tensors.shards import assign, is_sharded, local, whole, with_all_experts

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .fusion_weights import FusionWeights
+from .fusion_weights.base import FusionWeights
 from .parametrization import fused_names
 
 

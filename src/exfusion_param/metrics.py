@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .fusion_weights import FusionWeights
-from .memory_bank import MemoryBank
+from .fusion_weights.base import FusionWeights
+from .fusion_weights.memory_bank import MemoryBank
 from .parametrization import groups_of, original
 from .tensors.precision import accumulation_dtype
 from .tensors.ranks import ALONE, sum_together

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .fusion_weights import FusionWeights, LearnedWeights
+from .fusion_weights.base import FusionWeights
+from .fusion_weights.variants import LearnedWeights
 
 
 def param_groups(

@@ -25,9 +25,8 @@ from torch.nn.utils import parametrize
 from .expert_fusion import ExpertFusion
 from .finding.outer_modules import clean_name
 from .finding.place import PlaceInGroup
-from .fusion_weights import FusionWeights, watched
+from .fusion_weights.base import Fused, FusionWeights, living
 from .linear_class import dense_order, share_class
-from .step.fused_parameter import FusedParameter
 from .tensors import shards
 
 
@@ -144,9 +143,9 @@ def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     }
 
 
-def fused_parameter(parameter: nn.Parameter) -> FusedParameter | None:
+def fused_parameter(parameter: nn.Parameter) -> Fused | None:
     """What is known of a parameter that is fused at each step; None for any other."""
-    every = (fused for weights in watched() for fused in weights.fused)
+    every = (fused for weights in living() for fused in weights.fused)
     return next((fused for fused in every if fused.parameter is parameter), None)
 
 
@@ -167,4 +166,4 @@ def _parametrized_names(linear: nn.Module) -> list[str]:
 
 def _weights_by_step() -> dict[int, FusionWeights]:
     """The fusion weights of all linears that live under `fuse_on="step"`, by the linears' ids."""
-    return {id(fused.linear): weights for weights in watched() for fused in weights.fused}
+    return {id(fused.linear): weights for weights in living() for fused in weights.fused}

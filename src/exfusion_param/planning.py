@@ -18,7 +18,7 @@ from .drop_upcycling import DroppedUnits
 from .expert_config import ExpertConfig
 from .finding.discovery import FFNGroup
 from .finding.place import PlaceInGroup
-from .fusion_weights import FusionWeights
+from .fusion_weights.base import FusionWeights
 from .parametrization import attach, dense_tensors
 from .step.attach import attach_fused
 from .tensors.expert_starts import ExpertStart, named_generator

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .finding.projections import projection_of
-from .memory_bank import MemoryBank
+from .fusion_weights.memory_bank import MemoryBank
 from .parametrization import groups_of
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import distributed, nn
 
-from .fusion_weights import FusionWeights
+from .fusion_weights.base import FusionWeights
 from .tensors.shards import is_sharded
 
 if TYPE_CHECKING:

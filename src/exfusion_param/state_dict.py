@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .fusion_weights import warn_of_empty_banks
+from .fusion_weights.bank_health import warn_of_empty_banks
 from .linear_class import dense_order
 from .parametrization import (
     fused_names,

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .expert_config import ExpertConfig
 from .finding.discovery import FFNGroup
 from .finding.projections import ADAPTED
-from .fusion_weights import FusionWeights
+from .fusion_weights.base import FusionWeights
 from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
 
 

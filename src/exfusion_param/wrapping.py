@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .finding.discovery import Filter, select_groups
-from .fusion_weights import FusionWeights
+from .fusion_weights.base import FusionWeights
+from .fusion_weights.token_pool import TokenPool
 from .load_guard import guard_loading
 from .planning import Config, MakeWeights, choose_seed, plan_groups
-from .token_pool import TokenPool
 from .validation import check_wrappable
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import exfusion_param as exf
-from exfusion_param.fusion_weights import FusionWeights
+from exfusion_param.fusion_weights.base import FusionWeights
 
 VARIANTS = ["sw", "dw", "mb"]
 EXACT = ["sw", "dw"]

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ExFusionConfig
-from ..fusion_weights import FusionWeights, LearnedWeights
-from ..memory_bank import MemoryBank
+from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.memory_bank import MemoryBank
+from ..fusion_weights.variants import LearnedWeights
 from ..parametrization import groups_of
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import accumulation_dtype

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory_bank import MemoryBank
+from ..fusion_weights.memory_bank import MemoryBank
 from ..parametrization import groups_of
 from ..tensors.shards import is_sharded
 from .parts import common, like, refuse_other_shape
@@ -82,7 +82,7 @@ class Accumulated:
     def values(self) -> Any:
         """Plain gradients, and the sums of the banks."""
         plain = {name: grad for name, grad in self._gradients() if not is_sharded(grad)}
-        counted = {name: bank.pending.total for name, bank in self._banks()}
+        counted = {name: bank.votes.total for name, bank in self._banks()}
         return {"plain": plain, "counted": counted}
 
     def merged(self, values: Sequence[Any], rank: int) -> Any:
@@ -112,7 +112,7 @@ class Accumulated:
             parameter.grad = copy
         for name, bank in self._banks():
             total = values["counted"].get(name)
-            bank.pending.resume(None if total is None else total.to(bank.bank.device))
+            bank.votes.resume(None if total is None else total.to(bank.bank.device))
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
         named = self._module.named_parameters()

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..token_pool import TokenPool
+from ..fusion_weights.token_pool import TokenPool
 
 MASK = "attention_mask"
 

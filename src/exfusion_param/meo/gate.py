@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..finding.place import MakeForward, PlaceInGroup
-from ..fusion_weights import Linears
+from ..fusion_weights.base import Linears
+from ..fusion_weights.token_pool import TokenPool
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
-from ..token_pool import TokenPool
 from .config import MEOConfig
 from .gated_forward import GatedBySample, GatedByTask
 from .gating import Gates, noisy_top_k, softmax_gates

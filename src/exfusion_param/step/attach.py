@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..finding.discovery import FFNGroup
-from ..fusion_weights import FusionWeights, StaticWeights
-from ..memory_bank import MemoryBank
+from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.memory_bank import MemoryBank
+from ..fusion_weights.variants import StaticWeights
 from ..tensors.expert_starts import ExpertStart
 from .fused_parameter import FusedParameter
 
@@ -82,7 +83,7 @@ class _BeforeMoves(nn.Module):
         self.__dict__["bank"] = bank
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BeforeMoves:
-        self.bank.pending.follow(None)
+        self.bank.votes.follow(None)
         return self
 
 

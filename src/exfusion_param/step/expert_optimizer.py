@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ..fusion_weights import FusionWeights
+from ..fusion_weights.base import FusionWeights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import local
 from .stack_step import Stack, StackPlan, StackStep

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..fusion_weights import FusionWeights, StaticWeights
+from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.variants import StaticWeights
 from ..tensors.sliced_sums import fuse_into
 from .expert_optimizer import ExpertOptimizer
 from .fused_parameter import FusedParameter
@@ -62,7 +63,7 @@ class ExpertStep:
             self._turns = {
                 weights: [
                     fused.turn(optimizer, parameter, place.get(id(parameter)), known.get(fused))
-                    for fused in weights.fused
+                    for fused in cast(list[FusedParameter], weights.fused)
                     for parameter in (fused.parameter,)
                 ]
                 for weights in groups

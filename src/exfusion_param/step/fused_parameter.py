@@ -22,7 +22,7 @@ from ..tensors.sliced_sums import fuse_into
 from .turn import EXPERTS, Turn
 
 if TYPE_CHECKING:
-    from ..fusion_weights import FusionWeights
+    from ..fusion_weights.base import FusionWeights
 
 
 class FusedParameter:

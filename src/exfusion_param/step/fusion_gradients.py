@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion_weights import FusionWeights, LearnedWeights, StaticWeights
+from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.variants import LearnedWeights, StaticWeights
 from ..tensors.ranks import ALONE, Ranks, sum_together
 from ..tensors.shards import is_sharded, like, local, padded, ranks_of, spread
 from ..tensors.sliced_sums import products_with

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..fusion_weights import FusionWeights
+    from ..fusion_weights.base import FusionWeights
 
 
 class _Look(NamedTuple):

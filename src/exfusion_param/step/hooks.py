@@ -27,8 +27,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..agreement import agree
-from ..fusion_weights import FusionWeights, watched
+from ..fusion_weights.base import FusionWeights, call_at_birth, living
+from ..fusion_weights.rank_agreement import agree
 from .expert_step import ExpertStep, is_view
 from .guards import finish_looking, look_at
 from .interrupts import DeferredInterrupt
@@ -55,6 +55,9 @@ def install() -> None:
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+call_at_birth(install)  # importing the package registers nothing with torch
 
 
 def outdate(parameters: Iterable[nn.Parameter]) -> None:
@@ -168,7 +171,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
-    for weights in watched():
+    for weights in living():
         own = [*weights.own_tensors(), *weights.trained()]
         if not held.isdisjoint([id(tensor) for tensor in own]):
             yield weights

@@ -1,16 +1,13 @@
-"""What is refused before an optimizer steps.
-
-Whether a backward runs is known by `torch._C._current_graph_task_id`, a private name (pending.py).
-"""
+"""What is refused before an optimizer steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, optim
 
-from ..fusion_weights import FusionWeights
+from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.vote_ops import current_backward
 
 
 def refuse_closures(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
@@ -41,7 +38,7 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
 
 def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
     """Raise if fusion weights need gradients that the running backward has not computed yet."""
-    if torch._C._current_graph_task_id() >= 0 and weights.own_tensors():
+    if current_backward() >= 0 and weights.own_tensors():
         raise RuntimeError(
             f"{type(optimizer).__name__} steps within a backward, and the fusion weights of "
             f'{weights.group!r} need the gradients of the whole FFN under fuse_on="step". Step '

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fusion_weights import FusionWeights
+from .base import FusionWeights
 
 
 class TokenPool(FusionWeights):
     """Fusion weights that follow the input of an FFN, and leave padding out."""
 
-    token_mask: Tensor | None = None  # of the running forward, see token_mask.py
+    token_mask: Tensor | None = None  # of the running forward, see token_masks.py
     current: Tensor | None = None  # what the linears of the running forward fuse with
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from .finding.place import PlaceInGroup
-from .finding.projections import Projection
+from ..finding.place import PlaceInGroup
+from ..finding.projections import Projection
 
 
 @dataclasses.dataclass(frozen=True)

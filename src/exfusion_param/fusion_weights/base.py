@@ -1,51 +1,69 @@
-"""The fusion weights `w` of one FFN group, shape (N,): static and learned.
+"""The fusion weights `w` of one FFN group, shape (N,): what the variants have in common.
 
 One module serves all linears of the group. Under `fuse_on="forward"` it belongs to the weight
 parametrization of the first, so that it appears once in `state_dict()` and goes with
 `remove_parametrizations`; under "step" to the FFN (step/attach.py). Its tensors stay in float32 at
-least, also in a bfloat16 model: they move by less than bfloat16 resolves. The third variant, the
-memory bank, is in memory_bank.py.
+least, also in a bfloat16 model: they move by less than bfloat16 resolves.
 """
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .expert_config import ExpertConfig
-from .finding.place import MakeForward, PlaceInGroup
-from .reached import reached
-from .tensors import functional
-from .tensors.expert_starts import named_generator, uniform_weights
-from .tensors.precision import accumulation_dtype
-from .tensors.ranks import Ranks, all_ranks
-from .tensors.shards import assign, local, ranks_of, whole
-
-if TYPE_CHECKING:
-    from .step.fused_parameter import FusedParameter
+from ..expert_config import ExpertConfig
+from ..finding.place import MakeForward, PlaceInGroup
+from ..tensors import functional
+from ..tensors.expert_starts import ExpertStart, named_generator
+from ..tensors.ranks import Ranks, all_ranks
+from ..tensors.shards import ranks_of, whole
 
 Linears = tuple[nn.Module, ...]
 
 # In the order of wrapping, which is the same on all ranks.
-_watched: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
+_living: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
+_at_birth: list[Callable[[], None]] = []
 
 
-def watched() -> list[FusionWeights]:
+def living() -> list[FusionWeights]:
     """All fusion weights that live, in the order of wrapping."""
-    return [weights for ref in _watched.keyrefs() if (weights := ref()) is not None]
+    return [weights for ref in _living.keyrefs() if (weights := ref()) is not None]
 
 
-def _watch(weights: FusionWeights) -> None:
-    from .step.hooks import install  # which stand on this module
+def call_at_birth(prepare: Callable[[], None]) -> None:
+    """Have `prepare` called whenever fusion weights come to life: by `wrap`, a copy or a pickle."""
+    _at_birth.append(prepare)
 
-    install()
-    _watched[weights] = None
+
+class Fused(Protocol):
+    """A weight or bias under `fuse_on="step"`, see step/fused_parameter.py."""
+
+    weights: FusionWeights
+    linear: nn.Module
+    name: str
+    start: ExpertStart
+    base: Tensor | None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The linear's own parameter, shape (*S)."""
+
+    def experts(self) -> Tensor:
+        """The experts, shape (N, *S), as they are or as they would be drawn."""
+
+    def has_stepped(self) -> bool:
+        """Whether an optimizer has moved the experts."""
+
+    def is_untouched(self) -> bool:
+        """Whether the parameter is what `wrap` made of it."""
+
+    def leave(self) -> None:
+        """Take the experts away from their optimizer."""
 
 
 class FusionWeights(nn.Module):
@@ -61,7 +79,7 @@ class FusionWeights(nn.Module):
     linears: Linears
     fusions: list[tuple[Any, Any]]
     """For each stack the `ParametrizationList` that holds it, and the parametrization."""
-    fused: list[FusedParameter]
+    fused: list[Fused]
     """Under `fuse_on="step"`: the weights and biases of the linears."""
 
     def __init__(
@@ -80,11 +98,16 @@ class FusionWeights(nn.Module):
         self.__dict__["linears"] = linears
         self.__dict__["fusions"] = []
         self.__dict__["fused"] = []
-        _watch(self)
+        self._live()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
         super().__setstate__(state)
-        _watch(self)
+        self._live()
+
+    def _live(self) -> None:
+        for prepare in _at_birth:
+            prepare()
+        _living[self] = None
 
     def forward(self) -> Tensor:
         """The fusion weights to fuse with now, shape (N,)."""
@@ -187,7 +210,7 @@ class FusionWeights(nn.Module):
     def retire(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
         self.release()
-        _watched.pop(self, None)
+        _living.pop(self, None)
         for handle in self.handles:
             handle.remove()
 
@@ -225,72 +248,3 @@ class FusionWeights(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.was_loaded = True
-
-
-class StaticWeights(FusionWeights):
-    """`sw`: `w_i = 1/N`, fixed (Eq. 8)."""
-
-    def forward(self) -> Tensor:
-        """1/N, shape (N,)."""
-        # Not a buffer: a constant one would come back from the meta device unset.
-        like: Any = self.fusions[0][0].original if self.fusions else self.linears[0].weight
-        dtype = accumulation_dtype(like.dtype)
-        return uniform_weights(self.config.num_experts, local(like).device, dtype)
-
-
-class LearnedWeights(FusionWeights):
-    """`dw`: one learned vector for the whole group, from 1/N on, without softmax (Eq. 9)."""
-
-    def __init__(
-        self,
-        group: str,
-        first_linear: str,
-        config: ExpertConfig,
-        linears: Linears,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, first_linear, config, linears)
-        self.weights = nn.Parameter(uniform_weights(config.num_experts, device, dtype))
-        self.gathered: Tensor | None = None  # while an optimizer steps on a sharded vector
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Set the weights to 1/N."""
-        assign(self.weights, self.weights.new_full(self.weights.shape, 1 / self.config.num_experts))
-
-    def forward(self) -> Tensor:
-        """The learned vector, shape (N,)."""
-        return self.weights
-
-    def health(self) -> Tensor | None:
-        """The vector, or this rank's part of it."""
-        return local(self.weights)
-
-    def follow_forward(
-        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> Tensor | None:
-        """Let autograd reach the vector, with a gradient of zeros until the optimizer's step."""
-        return reached(output, self.weights) if self.training else None
-
-    def current_weights(self) -> Tensor:
-        """The learned vector; a sharded one as it was gathered last."""
-        return self.weights.detach() if self.gathered is None else self.gathered
-
-    def statistics(self, products: Tensor) -> Tensor:
-        """`dL/dw`, shape (N,)."""
-        return products
-
-    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
-        """`dL/dw` is the vector's own."""
-        return {self.weights: sums}
-
-
-def warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:
-    """Warn if what is about to be shipped or loaded is multiplied by zero."""
-    if empty := sorted(weights.group for weights in groups if weights.is_empty()):
-        warnings.warn(
-            f"The memory bank of {len(empty)} FFN groups ({empty[0]!r} first) is still zero, and "
-            'so are their fused weights. Train first, or wrap with bank_init="uniform".',
-            stacklevel=3,
-        )

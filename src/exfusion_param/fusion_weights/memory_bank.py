@@ -10,31 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ExFusionConfig
-from .finding.place import MakeForward, PlaceInGroup
-from .finding.projections import projection_of
-from .fusion_weights import Linears
-from .observed_forward import Observed
-from .pending import PendingMean, mean_of
+from ..config import ExFusionConfig
+from ..finding.place import MakeForward, PlaceInGroup
+from ..finding.projections import projection_of
+from ..tensors import functional
+from ..tensors.expert_starts import uniform_weights
+from ..tensors.ranks import Ranks
+from ..tensors.shards import assign, local, local_to_differentiate
+from .bank_health import problems, shares_of
+from .base import Linears
 from .reached import is_transformed, reached
-from .tensors import functional
-from .tensors.expert_starts import uniform_weights
-from .tensors.ranks import Ranks
-from .tensors.shards import assign, local, local_to_differentiate
+from .routed_forward import Observed
 from .token_pool import TokenPool
-
-COLLAPSED = 0.99
-"""A router's weight from which on the other experts count for nothing."""
-
-DEAD = 0.01
-"""A fusion weight, times N, below which an expert counts for nothing."""
+from .votes import Votes, mean_of
 
 
 class MemoryBank(TokenPool):
     """`mb`: the running mean `m` of a router's output on the FFN's input (Eq. 10, 11).
 
     In training `observe` is given the input before the group's linears run, and they fuse with
-    `delta m + (1 - delta) w`. The bank itself moves when the optimizer steps (pending.py). In eval,
+    `delta m + (1 - delta) w`. The bank itself moves when the optimizer steps (votes.py). In eval,
     and outside of a forward, the group fuses with the bank as it is.
 
     Args:
@@ -67,7 +62,7 @@ class MemoryBank(TokenPool):
         shape = (config.num_experts, in_features)
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
-        self.pending = PendingMean(self._anchor, self._find_ranks)
+        self.votes = Votes(self._anchor, self._find_ranks)
         self.is_bypassed = False
         self._stepped: Tensor | None = None  # what `health` says of the step
         self._step_total: Tensor | None = None  # of the last step, under `fuse_on="step"`
@@ -76,11 +71,11 @@ class MemoryBank(TokenPool):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: neither the running forward nor what waits for a step."""
-        return super().__getstate__() | {"pending": None}
+        return super().__getstate__() | {"votes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.pending = PendingMean(self._anchor, self._find_ranks)
+        self.votes = Votes(self._anchor, self._find_ranks)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
@@ -94,8 +89,8 @@ class MemoryBank(TokenPool):
         assign(self.router, router)
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
         nn.init.constant_(self.bank, start)
-        self.pending.take()
-        self.pending.follow_anchor()
+        self.votes.take()
+        self.votes.follow_anchor()
 
     def forward(self) -> Tensor:
         """In a training forward the moved bank, otherwise the bank, shape (N,).
@@ -124,10 +119,10 @@ class MemoryBank(TokenPool):
         counts = torch.is_grad_enabled() and self._anchor() is not None
         if x.numel() == 0:  # no token, no vote; other ranks may have some
             weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
-            weights = self.pending.mark(weights, 0.0, counts)
+            weights = self.votes.mark(weights, 0.0, counts)
         else:
             weights = functional.route(x, self.router, self.mask_for(x))
-            weights = self.pending.mark(weights, 1.0, counts)
+            weights = self.votes.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
 
     def follow_forward(
@@ -147,15 +142,15 @@ class MemoryBank(TokenPool):
         if x.numel() == 0:  # no token, no vote
             return reached(output, self.router)
         noted = self._statistics_of(x.movedim(self._feature_dim, -1))
-        self.pending.follow_anchor()
-        return reached(output, self.router, lambda: self.pending.note(noted))
+        self.votes.follow_anchor()
+        return reached(output, self.router, lambda: self.votes.note(noted))
 
     def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
         if x.numel() == 0:
             return reached(output, self.router)
         probe = self.router if self.router.requires_grad else self.trained()[0]
         part = local_to_differentiate(probe).flatten()[:1]
-        return output + self.pending.token(self._statistics_of(x), part).to(output.dtype)
+        return output + self.votes.token(self._statistics_of(x), part).to(output.dtype)
 
     @torch.no_grad()
     def _statistics_of(self, x: Tensor) -> Tensor:
@@ -170,28 +165,28 @@ class MemoryBank(TokenPool):
 
     def statistics(self, products: Tensor) -> Tensor:
         """`dL/dw`, shape (N,); the sums of the step's micro-batches, and how many they are."""
-        self.pending.follow_anchor()  # FSDP2 may have had a gathered one in its place
-        pending = self.pending.total if self.pending.total is not None else self._step_total
-        if pending is None:
+        self.votes.follow_anchor()  # FSDP2 may have had a gathered one in its place
+        total = self.votes.total if self.votes.total is not None else self._step_total
+        if total is None:
             count, features = self.router.shape
             pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
-            pending = products.new_zeros(count + pairs * features + 1)
-        return torch.cat([products, pending.to(products)])
+            total = products.new_zeros(count + pairs * features + 1)
+        return torch.cat([products, total.to(products)])
 
     def drop_unapplied(self) -> None:
         """Forget micro-batches whose gradients have been thrown away."""
-        self.pending.follow_anchor()
-        self.pending.drop_unapplied()
+        self.votes.follow_anchor()
+        self.votes.drop_unapplied()
 
     def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
         """The router's gradient from the statistics of the step's tokens."""
         router: nn.Parameter = self.router
         count, features = router.shape
         gradient, total = sums.split([count, sums.shape[0] - count])
-        is_known = self.pending.total is None and self._step_total is not None
+        is_known = self.votes.total is None and self._step_total is not None
         self._step_total = total  # for another optimizer's step on the same gradients
         if not is_known:  # also where only other ranks have votes
-            self.pending.total = total
+            self.votes.total = total
         if not router.requires_grad:
             return {}
         pooled = functional.router_gradient(mean_of(total), gradient, features)
@@ -212,14 +207,14 @@ class MemoryBank(TokenPool):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
-        self.pending.follow(None)  # torch does not move a DTensor that has weak references
+        self.votes.follow(None)  # torch does not move a DTensor that has weak references
         super()._apply(fn, recurse)
         return self
 
     def retire(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
         super().retire()
-        self.pending.follow(None)
+        self.votes.follow(None)
 
     def is_empty(self) -> bool:
         """Whether the bank is all zeros."""
@@ -229,9 +224,9 @@ class MemoryBank(TokenPool):
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
         self.release()
-        self.pending.follow_anchor()
-        total = self.pending.take()
-        if not self.pending.has_counted and (total is None or total[-1] == 0):
+        self.votes.follow_anchor()
+        total = self.votes.take()
+        if not self.votes.has_counted and (total is None or total[-1] == 0):
             self._warn_if_bypassed()
         if total is None:
             return
@@ -249,31 +244,15 @@ class MemoryBank(TokenPool):
     def health(self) -> Tensor | None:
         """What the router said at the step, whether it is finite, and the bank times N, 2 N + 1."""
         stepped, self._stepped = self._stepped, None
-        if stepped is None:
-            return None
-        bank: Tensor = self.bank
-        mass = bank.sum()
-        shares = torch.where(mass == 0, 1.0, bank * bank.shape[0] / mass)
-        return torch.cat([stepped, shares])
+        return None if stepped is None else torch.cat([stepped, shares_of(self.bank)])
 
     def warn_of(self, health: Tensor) -> None:
-        """Warn once if the router chooses one expert alone, or an expert is never chosen."""
-        said, _, shares = health.split([len(self.bank), 1, len(self.bank)])
-        if said.max() > COLLAPSED and "collapsed" not in self._warned:
-            self._warned.add("collapsed")
-            warnings.warn(
-                f"The router of {self.group!r} has collapsed: expert {int(said.argmax())} has a "
-                f"weight of {said.max():.3f}, and the others next to none. A lower learning rate "
-                "for routers (param_groups(fusion_lr=...)) may help.",
-                stacklevel=2,
-            )
-        if shares.min() < DEAD and "dead" not in self._warned:
-            self._warned.add("dead")
-            warnings.warn(
-                f"Expert {int(shares.argmin())} of {self.group!r} is dead: its fusion weight is "
-                f"less than {DEAD} of an equal share.",
-                stacklevel=2,
-            )
+        """Warn once if the router chooses a single expert, or an expert is never chosen."""
+        routed, _, shares = health.split([len(self.bank), 1, len(self.bank)])
+        for kind, problem in problems(self.group, routed, shares):
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(problem, stacklevel=2)
 
     def _warn_if_bypassed(self) -> None:
         if self.is_bypassed or self.bank.is_meta:

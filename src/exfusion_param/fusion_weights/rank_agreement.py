@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fusion_weights import FusionWeights
-from .tensors.ranks import ALONE, Ranks
-from .tensors.shards import is_sharded
+from ..tensors.ranks import ALONE, Ranks
+from ..tensors.shards import is_sharded
+from .base import FusionWeights
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _agreed: weakref.WeakSet[FusionWeights] = weakref.WeakSet()

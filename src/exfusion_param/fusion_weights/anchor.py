@@ -1,0 +1,99 @@
+"""The parameter of an FFN group whose gradient tells which micro-batches a step applies.
+
+FSDP2 puts a gathered parameter in the place of a sharded one for a forward and its backward, so the
+anchor is looked up again at each use. It is held weakly: a strong reference would be a cycle that
+the garbage collector cannot see, as it runs through the parameter's hooks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..tensors.shards import is_sharded, local
+
+
+class Anchor:
+    """Calls back around each write to the gradient of a group's anchor.
+
+    Args:
+        find: a bound method that gives a trainable parameter of the group, or None; it is held
+            weakly.
+        before_write: called in a backward with the anchor's new gradient.
+        after_write: called with the anchor once its `.grad` has it.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[], Tensor | None],
+        before_write: Callable[[Tensor], None],
+        after_write: Callable[[Tensor], None],
+    ) -> None:
+        self.is_sharded = False
+        """Autograd writes to gathered parameters, so writes to this one come late or never."""
+        self._find = weakref.WeakMethod(find)
+        self._before_write = before_write
+        self._after_write = after_write
+        self._parameter: weakref.ref[Tensor] | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._was_written: Tensor | None = None  # whether the gradient was not zero
+
+    def refresh(self) -> bool:
+        """Follow the anchor that the group has now; returns as `follow` does."""
+        find = self._find()
+        return self.follow(None if find is None else find())
+
+    def follow(self, parameter: Tensor | None) -> bool:
+        """Follow this parameter from now on; None follows none.
+
+        Returns:
+            Whether a gathered parameter has been followed so far as if it were the group's own.
+        """
+        before = None if self._parameter is None else self._parameter()
+        if parameter is before and parameter is not None:
+            return False
+        if parameter is not None and before is not None and _is_gathered(parameter, before):
+            self.is_sharded = True
+            return False
+        for hook in self._hooks:
+            hook.remove()
+        self._parameter, self._hooks, self._was_written = None, [], None
+        if parameter is None or not parameter.is_leaf or parameter.is_meta:
+            return False
+        self.is_sharded = is_sharded(parameter)
+        self._parameter = weakref.ref(parameter)
+        self._hooks = [
+            parameter.register_hook(self._before_write),
+            parameter.register_post_accumulate_grad_hook(self._wrote),
+        ]
+        return self.is_sharded and before is not None
+
+    def _wrote(self, parameter: Tensor) -> None:
+        self._after_write(parameter)
+        self._was_written = None if parameter.grad is None else local(parameter.grad).any()
+
+    def forget_write(self) -> None:
+        """A step has applied the gradient."""
+        self._was_written = None
+
+    def still_applied(self, total: Tensor | None) -> Tensor | None:
+        """What was counted for the gradient as it was last written, if it has not been reset."""
+        parameter = None if self._parameter is None else self._parameter()
+        if total is None or parameter is None:
+            return None
+        if self._was_written is None and (self.is_sharded or parameter.grad is not None):
+            return total
+        if self._was_written is None or parameter.grad is None:
+            return None
+        # `zero_grad(set_to_none=False)` leaves zeros; to ask for them would stall a GPU.
+        is_reset = self._was_written & ~local(parameter.grad).any()
+        return torch.where(is_reset, 0, total)
+
+
+def _is_gathered(parameter: Tensor, before: Tensor) -> bool:
+    """Whether FSDP has put `parameter` in the place of `before` for a forward and backward."""
+    return not parameter.is_leaf or (is_sharded(before) and not is_sharded(parameter))

@@ -1,0 +1,105 @@
+"""Where fusion weights come from: fixed (`sw`), learned (`dw`), or a memory bank (`mb`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ExFusionConfig
+from ..expert_config import ExpertConfig
+from ..finding.discovery import FFNGroup
+from ..finding.projections import projection_of
+from ..tensors.expert_starts import named_generator, uniform_weights
+from ..tensors.precision import accumulation_dtype
+from ..tensors.shards import assign, local
+from .base import FusionWeights, Linears
+from .memory_bank import MemoryBank
+from .reached import reached
+
+
+def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
+    """The fusion weights of the config's variant for linears that share them.
+
+    Args:
+        group: the linears.
+        config: the settings.
+        seed: of the router's draws.
+    """
+    linears = tuple(group.linears.values())
+    first = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
+    shared = (group.name, first, config, linears)
+    weight, projection = linears[0].get_parameter("weight"), projection_of(linears[0])
+    assert projection is not None
+    device, dtype = weight.device, accumulation_dtype(weight.dtype)
+    if config.variant == "sw":
+        return StaticWeights(*shared)
+    if config.variant == "dw":
+        return LearnedWeights(*shared, device=device, dtype=dtype)
+    return MemoryBank(
+        *shared,
+        in_features=projection.in_features,
+        device=device,
+        dtype=dtype,
+        generator=named_generator(seed, f"{group.name}.router", device),
+    )
+
+
+class StaticWeights(FusionWeights):
+    """`sw`: `w_i = 1/N`, fixed (Eq. 8)."""
+
+    def forward(self) -> Tensor:
+        """1/N, shape (N,)."""
+        # Not a buffer: a constant one would come back from the meta device unset.
+        like: Any = self.fusions[0][0].original if self.fusions else self.linears[0].weight
+        dtype = accumulation_dtype(like.dtype)
+        return uniform_weights(self.config.num_experts, local(like).device, dtype)
+
+
+class LearnedWeights(FusionWeights):
+    """`dw`: one learned vector for the whole group, from 1/N on, without softmax (Eq. 9)."""
+
+    def __init__(
+        self,
+        group: str,
+        first_linear: str,
+        config: ExpertConfig,
+        linears: Linears,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(group, first_linear, config, linears)
+        self.weights = nn.Parameter(uniform_weights(config.num_experts, device, dtype))
+        self.gathered: Tensor | None = None  # while an optimizer steps on a sharded vector
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the weights to 1/N."""
+        assign(self.weights, self.weights.new_full(self.weights.shape, 1 / self.config.num_experts))
+
+    def forward(self) -> Tensor:
+        """The learned vector, shape (N,)."""
+        return self.weights
+
+    def health(self) -> Tensor | None:
+        """The vector, or this rank's part of it."""
+        return local(self.weights)
+
+    def follow_forward(
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        """Let autograd reach the vector, with a gradient of zeros until the optimizer's step."""
+        return reached(output, self.weights) if self.training else None
+
+    def current_weights(self) -> Tensor:
+        """The learned vector; a sharded one as it was gathered last."""
+        return self.weights.detach() if self.gathered is None else self.gathered
+
+    def statistics(self, products: Tensor) -> Tensor:
+        """`dL/dw`, shape (N,)."""
+        return products
+
+    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
+        """`dL/dw` is the vector's own."""
+        return {self.weights: sums}

@@ -1,0 +1,179 @@
+"""Which micro-batches count when the memory bank moves: those whose gradient the step applies.
+
+Note [Votes follow the gradient]
+The bank moves once per optimizer step, by the mean of the current fusion weights `w` of all
+micro-batches; a micro-batch's `w` is its vote. A training loop may run forwards that no step
+applies: a forward without a backward, activation checkpointing's second forward, a backward that
+fails or whose gradient goes elsewhere (`autograd.grad`) or is thrown away because a GradScaler
+skipped the step. So `w` is not counted when it is computed but with the gradient that flows back
+through it:
+
+- `mark` is an identity on `w` whose backward notes `w`. Under activation checkpointing exactly one
+  of the two forwards is differentiated, reentrant or not.
+- What one backward has noted counts when that backward writes the gradient of the anchor, one
+  parameter of the group (anchor.py). If the anchor's gradient was reset since the last backward,
+  what was counted before is dropped: it is None now, or it is zero and was not.
+- `mark` and its backward are custom operators, opaque to torch.compile (vote_ops.py): the graph
+  calls them, and the Python code in them runs each time, in eager and compiled mode alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..tensors.ranks import Ranks
+from .anchor import Anchor
+from .vote_ops import current_backward, name_of
+
+
+@dataclasses.dataclass
+class _Backward:
+    """What one backward has noted.
+
+    Args:
+        kept: of what was counted before it, shape (N + 1,), or None.
+        noted: the sum of its w and how many it sums, shape (N + 1,), or None.
+        has_written: whether it has written the anchor's gradient.
+    """
+
+    kept: Tensor | None
+    noted: Tensor | None = None
+    has_written: bool = False
+
+
+class Votes:
+    """The mean of `w`, shape (N,), over the micro-batches that wait for the optimizer's step.
+
+    Args:
+        find_anchor: a bound method that gives a trainable parameter of the group, or None; it is
+            held weakly.
+        find_ranks: a bound method that gives the ranks that train the group; it is held weakly.
+    """
+
+    def __init__(
+        self, find_anchor: Callable[[], Tensor | None], find_ranks: Callable[[], Ranks]
+    ) -> None:
+        self.has_counted = False  # ever
+        self.total: Tensor | None = None  # (N + 1,): the sum of w, and how many it sums
+        self._find_ranks = weakref.WeakMethod(find_ranks)
+        self._all_noted: Tensor | None = None  # the total, had no gradient been reset
+        self._backwards: dict[int, _Backward] = {}
+        self._anchor = Anchor(find_anchor, self._before_write, self._after_write)
+        self._name = name_of(self)
+
+    def mark(self, weights: Tensor, vote: float, counts: bool) -> Tensor:
+        """The mean of `weights` over the ranks; it counts once a gradient flows back through it.
+
+        Args:
+            weights: this rank's `w`, shape (N,).
+            vote: 1, or 0 if this rank has no token to route.
+            counts: whether a gradient is to flow back, whatever `weights` requires.
+        """
+        name = self._name if counts else self._name.detach()
+        marked: Tensor = torch.ops.exfusion_param.mark(weights, vote, name)
+        return marked[:-1]
+
+    def token(self, statistics: Tensor, probe: Tensor) -> Tensor:
+        """Zero, shape (1,); the statistics count once a gradient flows back through it.
+
+        Args:
+            statistics: without a gradient, of one dimension.
+            probe: a part of a parameter, shape (1,), which gets the gradient zero. torch.compile
+                would drop a backward that no parameter gets.
+        """
+        zero: Tensor = torch.ops.exfusion_param.token(statistics, probe, self._name)
+        return zero
+
+    def average(self, weights: Tensor, vote: float) -> Tensor:
+        """The mean of `w` over the ranks with a vote, and how many those are, shape (N + 1,)."""
+        entry = self._sum_over_ranks(torch.cat([weights, weights.new_ones(1)]) * vote)
+        return torch.cat([entry[:-1] / entry[-1:].clamp(min=1), entry[-1:]])
+
+    def average_gradient(self, gradient: Tensor, marked: Tensor, vote: float) -> Tensor:
+        """What `average` sends back to this rank's weights, shape (N,).
+
+        The loss is the mean of the ranks' losses, and each rank differentiates its own, as DDP and
+        FSDP have it.
+        """
+        summed = self._sum_over_ranks(gradient[:-1].clone())
+        return vote * summed / marked[-1:].clamp(min=1)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        find_ranks = self._find_ranks()
+        return tensor if find_ranks is None else find_ranks().sum(tensor)
+
+    def follow_anchor(self) -> None:
+        """Count with the gradient of the anchor that the group has now."""
+        if self._anchor.refresh():
+            self.total = self._all_noted
+
+    def follow(self, anchor: Tensor | None) -> None:
+        """Count with the gradient of this parameter from now on; None follows none."""
+        if self._anchor.follow(anchor):
+            self.total = self._all_noted
+
+    def _before_write(self, gradient: Tensor) -> None:
+        self._backward()
+
+    def _backward(self) -> _Backward:
+        """The running backward; to be called before it writes the anchor's gradient."""
+        identity = current_backward()
+        if identity not in self._backwards:
+            waiting = {k: v for k, v in self._backwards.items() if not v.has_written}
+            applied = self._anchor.still_applied(self.total)
+            self._backwards = waiting | {identity: _Backward(applied)}
+        return self._backwards[identity]
+
+    def note(self, entry: Tensor) -> None:
+        """Note one micro-batch within a backward.
+
+        Args:
+            entry: its statistics, `w` first, and behind them 1, or 0s if it does not count.
+        """
+        backward = self._backward()
+        backward.noted = _sum(backward.noted, entry)
+        self._all_noted = _sum(self._all_noted, entry)
+        if backward.has_written or self._anchor.is_sharded:
+            self._count(backward)
+
+    def _after_write(self, anchor: Tensor) -> None:
+        """The running backward has written the anchor's gradient, so what it notes counts."""
+        backward = self._backward()
+        backward.has_written = True
+        if backward.noted is not None:
+            self._count(backward)
+
+    def _count(self, backward: _Backward) -> None:
+        self.total = _sum(backward.kept, backward.noted)
+        self.has_counted = True
+
+    def drop_unapplied(self) -> None:
+        """Forget what was counted for gradients that have been reset since."""
+        self.total = self._anchor.still_applied(self.total)
+
+    def resume(self, total: Tensor | None) -> None:
+        """Go on from a total of another process, whose gradients the parameters have again."""
+        self.take()
+        self.follow_anchor()
+        self.total = self._all_noted = total
+
+    def take(self) -> Tensor | None:
+        """The total, and forget all; None where no micro-batch was counted."""
+        total, self.total, self._all_noted = self.total, None, None
+        self._anchor.forget_write()
+        self._backwards.clear()
+        return total
+
+
+def mean_of(total: Tensor) -> Tensor:
+    """The mean of the entries that were summed to a total, without the count behind them."""
+    return total[:-1] / total[-1:].clamp(min=1)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
