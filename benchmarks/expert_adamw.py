@@ -19,7 +19,7 @@ import tyro
 from torch import nn
 
 import exfusion_param as exf
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from experts import expert_stacks
 from tables import markdown_table, write_results
 from training import DEVICE, synchronized_time

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 
 
 def expert_stacks(model: nn.Module) -> list[Tensor]:

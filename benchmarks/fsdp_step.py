@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import exfusion_param as exf
-from exfusion_param.transformer_blocks import transformer_blocks
+from exfusion_param.sharding.transformer_blocks import transformer_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

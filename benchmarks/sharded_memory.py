@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor, nn
 
 from collectives import on_ranks
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.tensors.shards import local
 from experts import expert_stacks
 from tables import environment, markdown_table, write_csv

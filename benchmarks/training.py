@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 
 import exfusion_param as exf
-from exfusion_param.transformer_blocks import transformer_blocks
+from exfusion_param.sharding.transformer_blocks import transformer_blocks
 from peers import PEERS, replace_ffns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import exfusion_param as exf
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from tables import markdown_table, write_results
 
 

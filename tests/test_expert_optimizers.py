@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import exfusion_param as exf
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.tensors import functional, sliced_sums
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.tensors import functional
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.experts import assert_trained_alike, fusion_weights

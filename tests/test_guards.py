@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.tensors import functional
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import exfusion_param as exf
-from exfusion_param.transformer_blocks import transformer_blocks
+from exfusion_param.sharding.transformer_blocks import transformer_blocks
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import assert_same, mesh_of, whole_state
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from exfusion_param.checkpoint import CheckpointError
-from exfusion_param.parametrization import groups_of
+from exfusion_param.fusion.lookup import groups_of
 from fault_files import run_in, same
 
 STEPS = 4

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from exfusion_param.parametrization import groups_of, original
+from exfusion_param.fusion.lookup import groups_of, original
 from exfusion_param.tensors.shards import whole
 
 

@@ -12,10 +12,10 @@ The method is ExFusion (Ruan et al., 2026, arXiv 2603.27965).
 
 from .api import fuse, wrap
 from .config import ExFusionConfig
-from .distributed import expert_placement, fully_shard
 from .fusion_weights.token_masks import token_mask
-from .metrics import metrics
+from .measures import metrics
 from .optim import no_weight_decay_names, param_groups
+from .sharding.fsdp import expert_placement, fully_shard
 from .state_dict import fused_state_dict, load_dense_state_dict
 from .step.expert_optimizers import ExpertAdamW, ExpertSGD
 from .summary import Summary, summarize

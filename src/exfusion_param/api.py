@@ -12,13 +12,14 @@ from torch import nn
 from .config import ExFusionConfig
 from .expert_config import ENTRY
 from .finding.discovery import Filter
+from .fusion.lookup import groups_of, wrapped_linears
 from .fusion_weights.bank_health import warn_of_empty_banks
 from .fusion_weights.base import Fused, FusionWeights
 from .fusion_weights.variants import fusion_weights_for
-from .parametrization import detach, groups_of, wrapped_linears
 from .step.attach import detach_fused
-from .validation import check_fusable
-from .wrapping import wrap_linears
+from .wrapping.attach import detach
+from .wrapping.checks import check_fusable
+from .wrapping.wrap_linears import wrap_linears
 
 Model = TypeVar("Model", bound=nn.Module)
 

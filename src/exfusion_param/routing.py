@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .finding.projections import projection_of
+from .fusion.lookup import groups_of
 from .fusion_weights.memory_bank import MemoryBank
-from .parametrization import groups_of
 
 
 @contextlib.contextmanager

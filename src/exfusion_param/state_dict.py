@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .fusion_weights.bank_health import warn_of_empty_banks
-from .linear_class import dense_order
-from .parametrization import (
+from .fusion.linear_class import dense_order
+from .fusion.lookup import (
     fused_names,
     fused_tensor,
     fusion_of,
@@ -21,6 +20,7 @@ from .parametrization import (
     original,
     wrapped_linears,
 )
+from .fusion_weights.bank_health import warn_of_empty_banks
 from .tensors.expert_starts import upcycled_experts
 from .tensors.shards import assign, spread, whole
 

@@ -15,8 +15,8 @@ from .api import wrap
 from .config import ExFusionConfig
 from .expert_config import ExpertConfig
 from .finding.discovery import Filter
+from .fusion.lookup import fused_names, fusion_weights_of, groups_of, original, wrapped_linears
 from .fusion_weights.base import FusionWeights
-from .parametrization import fused_names, fusion_weights_of, groups_of, original, wrapped_linears
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
 

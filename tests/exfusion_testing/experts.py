@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import exfusion_param as exf
-from exfusion_param.parametrization import fused_names, groups_of, original, wrapped_linears
+from exfusion_param.fusion.lookup import fused_names, groups_of, original, wrapped_linears
 
 
 def expert_stacks(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

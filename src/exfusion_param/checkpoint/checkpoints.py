@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..finding.outer_modules import unwrapped
-from ..parametrization import groups_of
+from ..fusion.lookup import groups_of
 from .description import describe, write_description
 from .manifest import read_manifest, write_manifest
 from .optimizer_part import OptimizerPart, parameter_names

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..expert_config import ENTRY
 from ..finding.outer_modules import clean_name, unwrapped
+from ..fusion.lookup import fused_names, fusion_weights_of, groups_of
 from ..fusion_weights.base import FusionWeights
-from ..parametrization import fused_names, fusion_weights_of, groups_of
 from ..state_dict import dense_keys
 from ..tensors.shards import local
 from .reader import CONFIG, read_config

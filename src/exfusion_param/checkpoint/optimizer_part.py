@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..finding.outer_modules import clean_name
-from ..parametrization import fused_parameter
+from ..fusion.lookup import fused_parameter
 from ..tensors.shards import as_stack, is_sharded, local, with_memory_of
 from .parts import common, like, refuse_other_shape
 from .quantized import is_quantized

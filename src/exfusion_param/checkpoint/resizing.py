@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ExFusionConfig
+from ..fusion.lookup import groups_of
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.variants import LearnedWeights
-from ..parametrization import groups_of
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import (

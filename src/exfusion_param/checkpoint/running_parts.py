@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fusion.lookup import groups_of
 from ..fusion_weights.memory_bank import MemoryBank
-from ..parametrization import groups_of
 from ..tensors.shards import is_sharded
 from .parts import common, like, refuse_other_shape
 from .plain_values import same

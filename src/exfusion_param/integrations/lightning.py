@@ -19,8 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..checkpoint import describe
 from ..expert_config import ENTRY
-from ..metrics import metrics
-from ..parametrization import wrapped_linears
+from ..fusion.lookup import wrapped_linears
+from ..measures import metrics
 
 
 class ExFusionCallback(Callback):

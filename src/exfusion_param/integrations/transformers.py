@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from ..checkpoint import save_config
+from ..fusion.lookup import wrapped_linears
 from ..history import append_row, drop_rows_after, set_aside
-from ..metrics import metrics
+from ..measures import metrics
 from ..optim import learned_fusion_weights
-from ..parametrization import wrapped_linears
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

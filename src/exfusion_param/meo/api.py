@@ -15,7 +15,7 @@ from ..finding.discovery import FFNGroup, Filter
 from ..finding.projections import projection_of
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype
-from ..wrapping import wrap_linears
+from ..wrapping.wrap_linears import wrap_linears
 from .balance import gates_of
 from .config import MEOConfig
 from .gate import Gate

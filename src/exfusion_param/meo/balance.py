@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..parametrization import groups_of
+from ..fusion.lookup import groups_of
 from ..tensors.ranks import ALONE, Ranks
 from .gate import Gate
 from .gating import squared_variation

@@ -30,7 +30,7 @@ from torch.optim.optimizer import (
 from ..fusion_weights.base import FusionWeights, call_at_birth, living
 from ..fusion_weights.rank_agreement import agree
 from .expert_step import ExpertStep, is_view
-from .guards import finish_looking, look_at
+from .health import finish_looking, look_at
 from .interrupts import DeferredInterrupt
 from .refusals import delegates, refuse_closures, refuse_dense_state, refuse_within_backward
 

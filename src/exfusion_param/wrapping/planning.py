@@ -14,15 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..expert_config import ExpertConfig
+from ..finding.discovery import FFNGroup
+from ..finding.place import PlaceInGroup
+from ..fusion_weights.base import FusionWeights
+from ..step.attach import attach_fused
+from ..tensors.expert_starts import ExpertStart, named_generator
+from ..tensors.sliced_sums import fuse_into
+from .attach import attach, dense_tensors
 from .drop_upcycling import DroppedUnits
-from .expert_config import ExpertConfig
-from .finding.discovery import FFNGroup
-from .finding.place import PlaceInGroup
-from .fusion_weights.base import FusionWeights
-from .parametrization import attach, dense_tensors
-from .step.attach import attach_fused
-from .tensors.expert_starts import ExpertStart, named_generator
-from .tensors.sliced_sums import fuse_into
 
 Config = TypeVar("Config", bound=ExpertConfig)
 MakeWeights = Callable[[FFNGroup, Config, int], FusionWeights]

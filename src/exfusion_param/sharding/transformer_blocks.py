@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .parametrization import groups_of, wrapped_linears
+from ..fusion.lookup import groups_of, wrapped_linears
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .finding.place import MakeForward
-from .finding.projections import projection_of
-from .tensors.shards import is_sharded
+from ..finding.place import MakeForward
+from ..finding.projections import projection_of
+from ..tensors.shards import is_sharded
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 

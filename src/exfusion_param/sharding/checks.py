@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import distributed, nn
 
-from .fusion_weights.base import FusionWeights
-from .tensors.shards import is_sharded
+from ..fusion_weights.base import FusionWeights
+from ..tensors.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

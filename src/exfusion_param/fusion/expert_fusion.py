@@ -1,4 +1,4 @@
-"""The module that is registered with `torch.nn.utils.parametrize`, see parametrization.py."""
+"""The module that is registered with `torch.nn.utils.parametrize`, see lookup.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fusion_weights.base import FusionWeights
-from .tensors import functional
-from .tensors.expert_starts import upcycled_experts
-from .tensors.shards import assign, is_sharded, local, whole, with_all_experts
+from ..fusion_weights.base import FusionWeights
+from ..tensors import functional
+from ..tensors.expert_starts import upcycled_experts
+from ..tensors.shards import assign, is_sharded, local, whole, with_all_experts
 
 
 class ExpertFusion(nn.Module):

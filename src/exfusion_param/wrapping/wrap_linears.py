@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .finding.discovery import Filter, select_groups
-from .fusion_weights.base import FusionWeights
-from .fusion_weights.token_pool import TokenPool
+from ..finding.discovery import Filter, select_groups
+from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.token_pool import TokenPool
+from .checks import check_wrappable
 from .load_guard import guard_loading
 from .planning import Config, MakeWeights, choose_seed, plan_groups
-from .validation import check_wrappable
 
 
 def wrap_linears(
@@ -61,6 +61,6 @@ def _follow_masks(model: nn.Module, weights: Iterable[FusionWeights]) -> None:
     """Let routers follow attention masks; imports transformers only for its models."""
     pools = [each for each in weights if isinstance(each, TokenPool)]
     if pools and "transformers" in sys.modules:
-        from .integrations.attention_masks import follow_attention_masks
+        from .attention_masks import follow_attention_masks
 
         follow_attention_masks(model, pools)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .fusion_weights.base import living
-from .fusion_weights.memory_bank import MemoryBank
-from .fusion_weights.rank_agreement import require_agreement
-from .parametrization import groups_of
-from .sharding_checks import check_shardable
-from .step.hooks import outdate
-from .tensors.ranks import Ranks
+from ..fusion.lookup import groups_of
+from ..fusion_weights.base import living
+from ..fusion_weights.memory_bank import MemoryBank
+from ..fusion_weights.rank_agreement import require_agreement
+from ..step.hooks import outdate
+from ..tensors.ranks import Ranks
+from .checks import check_shardable
 from .transformer_blocks import transformer_blocks
 
 if TYPE_CHECKING:

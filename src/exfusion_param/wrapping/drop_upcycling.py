@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .finding.discovery import FFNGroup
-from .finding.projections import Projection, projection_of
-from .tensors.expert_starts import Dropped
+from ..finding.discovery import FFNGroup
+from ..finding.projections import Projection, projection_of
+from ..tensors.expert_starts import Dropped
 
 
 class DroppedUnits:

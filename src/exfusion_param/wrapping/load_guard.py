@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .fusion_weights.base import FusionWeights
-from .parametrization import fused_names
+from ..fusion.lookup import fused_names
+from ..fusion_weights.base import FusionWeights
 
 
 def guard_loading(

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .expert_config import ExpertConfig
-from .finding.discovery import FFNGroup
-from .finding.projections import ADAPTED
-from .fusion_weights.base import FusionWeights
-from .parametrization import dense_tensors, fused_names, fusion_weights_of, original
+from ..expert_config import ExpertConfig
+from ..finding.discovery import FFNGroup
+from ..finding.projections import ADAPTED
+from ..fusion.lookup import fused_names, fusion_weights_of, original
+from ..fusion_weights.base import FusionWeights
+from .attach import dense_tensors
 
 
 def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: ExpertConfig) -> None:

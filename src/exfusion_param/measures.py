@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .fusion.lookup import groups_of, original
 from .fusion_weights.base import FusionWeights
 from .fusion_weights.memory_bank import MemoryBank
-from .parametrization import groups_of, original
 from .tensors.precision import accumulation_dtype
 from .tensors.ranks import ALONE, sum_together
 from .tensors.shards import holders_of, local, whole, with_all_experts

@@ -1,0 +1,65 @@
+"""How a linear gets its expert stacks, and gives them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..finding.place import PlaceInGroup
+from ..fusion.expert_fusion import ExpertFusion
+from ..fusion.linear_class import dense_order, share_class
+from ..fusion.lookup import fused_names, fusion_of, fusion_weights_of, original, parametrized_names
+from ..fusion_weights.base import FusionWeights
+
+
+def attach(
+    linear: nn.Module,
+    fusion_weights: FusionWeights,
+    stacks: Mapping[str, Tensor],
+    place: PlaceInGroup,
+) -> None:
+    """Parametrize a linear's tensors with expert stacks.
+
+    Args:
+        linear: the module.
+        fusion_weights: the group's fusion weights.
+        stacks: the expert stack for each tensor's name.
+        place: the linear's place in the group.
+    """
+    order = tuple(name for name, _ in linear.named_parameters(recurse=False))
+    for name, experts in stacks.items():
+        owns_weights = place.is_first and name == "weight"
+        fusion = ExpertFusion(fusion_weights, experts, owns_weights)
+        parametrize.register_parametrization(linear, name, fusion, unsafe=True)
+        holder = linear.get_submodule(f"parametrizations.{name}")
+        fusion_weights.fusions.append((holder, fusion))
+        original(linear, name).grad = None
+    share_class(linear, order, fusion_weights.forward_of(place))
+
+
+def detach(linear: nn.Module) -> None:
+    """Leave the fused tensors as the linear's own parameters, in their first order."""
+    if not parametrized_names(linear):  # they are
+        return
+    order, fused, weights = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
+    for name in fused:
+        fusion = fusion_of(linear, name)
+        parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
+        weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
+        linear.get_parameter(name).grad = None  # it has the stack's shape
+    own = dict(linear.named_parameters(recurse=False))
+    for name in filter(own.__contains__, order):  # removal puts them behind what was not fused
+        parameter = own[name]
+        delattr(linear, name)
+        linear.register_parameter(name, parameter)
+
+
+def dense_tensors(linear: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors of a dense linear that `attach` replaces: the weight, and the bias if it has one.
+
+    A subclass may have further parameters; Eq. 7 holds for these two.
+    """
+    own = dict(linear.named_parameters(recurse=False))
+    return {name: own[name] for name in ("weight", "bias") if name in own}
