@@ -82,7 +82,7 @@ def plot(
 ) -> None:
     """Draw a run's metrics.csv: fusion weights, entropy, distances, bank mass, router load.
 
-    Its rows are `{"step": step} | exfusion_param.measures(model)`, as the examples, the callbacks
+    Its rows are `{"step": step} | exfusion_param.metrics(model)`, as the examples, the callbacks
     and Lightning's CSVLogger write them.
 
         exfusion plot runs/quickstart

@@ -7,13 +7,12 @@ before the next step. On a CPU it is looked at at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.base import FusionWeights
 
 
 class _Look(NamedTuple):

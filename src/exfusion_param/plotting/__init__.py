@@ -1,0 +1,20 @@
+"""Plots of a run's history; needs matplotlib.
+
+A history maps the name of a column to its values over the run, as a CSV file of `metrics(model)`
+reads: `{"step": [...], "fusion_weights/blocks.0.mlp/0": [...], ...}`. Every function draws on the
+given axes, or on new ones, and returns them.
+"""
+
+from .axes import OVER_GROUPS, curves, fusion_weights, over_groups, router_load
+from .columns import group_names
+from .run import write_plots
+
+__all__ = [
+    "OVER_GROUPS",
+    "curves",
+    "fusion_weights",
+    "group_names",
+    "over_groups",
+    "router_load",
+    "write_plots",
+]
