@@ -1,4 +1,4 @@
-"""The layers of the source: a folder imports only what lies below it, and no files form a circle."""
+"""The layers of the source: a folder imports what lies below it, and no files form a circle."""
 
 import ast
 import sys

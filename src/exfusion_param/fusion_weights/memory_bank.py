@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from ..config import ExFusionConfig
 from ..finding.place import MakeForward, PlaceInGroup
-from ..finding.projections import projection_of
 from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
-from ..tensors.shards import assign, local, local_to_differentiate
+from ..tensors.shards import assign, local
 from .bank_health import problems, shares_of
 from .base import Linears
-from .reached import is_transformed, reached
 from .routed_forward import Observed
 from .token_pool import TokenPool
 from .votes import Votes, mean_of
@@ -65,7 +63,6 @@ class MemoryBank(TokenPool):
         self.votes = Votes(self._anchor, self._find_ranks)
         self.is_bypassed = False
         self._stepped: Tensor | None = None  # what `health` says of the step
-        self._step_total: Tensor | None = None  # of the last step, under `fuse_on="step"`
         self._warned: set[str] = set()
         self.reset_parameters(generator)
 
@@ -93,10 +90,7 @@ class MemoryBank(TokenPool):
         self.votes.follow_anchor()
 
     def forward(self) -> Tensor:
-        """In a training forward the moved bank, otherwise the bank, shape (N,).
-
-        Under `fuse_on="step"` the bank, which is that of the step before.
-        """
+        """In a training forward the moved bank, otherwise the bank, shape (N,)."""
         return self.current if self.training and self.current is not None else self.bank
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
@@ -124,73 +118,6 @@ class MemoryBank(TokenPool):
             weights = functional.route(x, self.router, self.mask_for(x))
             weights = self.votes.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
-
-    def follow_forward(
-        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> Tensor | None:
-        """Under `fuse_on="step"`: note the router's output for a micro-batch, with its gradient."""
-        if not self.training or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        if torch.compiler.is_exporting():  # the program is the dense model's
-            return None
-        x = local(args[0] if args else next(iter(kwargs.values())))
-        if torch.compiler.is_compiling():  # which traces no hook
-            return self._followed_by_compiler(x.movedim(self._feature_dim, -1), output)
-        if is_transformed(output):
-            return None
-        self._step_total = None
-        if x.numel() == 0:  # no token, no vote
-            return reached(output, self.router)
-        noted = self._statistics_of(x.movedim(self._feature_dim, -1))
-        self.votes.follow_anchor()
-        return reached(output, self.router, lambda: self.votes.note(noted))
-
-    def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return reached(output, self.router)
-        probe = self.router if self.router.requires_grad else self.trained()[0]
-        part = local_to_differentiate(probe).flatten()[:1]
-        return output + self.votes.token(self._statistics_of(x), part).to(output.dtype)
-
-    @torch.no_grad()
-    def _statistics_of(self, x: Tensor) -> Tensor:
-        """The router's statistics of a micro-batch, and behind them 1, one dimension."""
-        statistics = functional.router_statistics(x, local(self.router), self.mask_for(x))
-        return torch.cat([statistics, statistics.new_ones(1)])
-
-    @property
-    def _feature_dim(self) -> int:
-        projection = projection_of(self.linears[0])
-        return -1 if projection is None else projection.feature_dim
-
-    def statistics(self, products: Tensor) -> Tensor:
-        """`dL/dw`, shape (N,); the sums of the step's micro-batches, and how many they are."""
-        self.votes.follow_anchor()  # FSDP2 may have had a gathered one in its place
-        total = self.votes.total if self.votes.total is not None else self._step_total
-        if total is None:
-            count, features = self.router.shape
-            pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
-            total = products.new_zeros(count + pairs * features + 1)
-        return torch.cat([products, total.to(products)])
-
-    def drop_unapplied(self) -> None:
-        """Forget micro-batches whose gradients have been thrown away."""
-        self.votes.follow_anchor()
-        self.votes.drop_unapplied()
-
-    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The router's gradient from the statistics of the step's tokens."""
-        router: nn.Parameter = self.router
-        count, features = router.shape
-        gradient, total = sums.split([count, sums.shape[0] - count])
-        is_known = self.votes.total is None and self._step_total is not None
-        self._step_total = total  # for another optimizer's step on the same gradients
-        if not is_known:  # also where only other ranks have votes
-            self.votes.total = total
-        if not router.requires_grad:
-            return {}
-        pooled = functional.router_gradient(mean_of(total), gradient, features)
-        return {router: (1 - self.config.momentum) * pooled}
 
     def require_observed(self) -> None:
         """Raise if a linear of the group trains without the one whose input is routed."""
@@ -268,20 +195,13 @@ class MemoryBank(TokenPool):
 
     def _experts_alone_have_gradients(self) -> bool:
         """No for the zeros that distributed checkpoints step on, which the router has as well."""
-        if self.config.fuse_on == "forward":
-            gradients = [stack.grad for stack in self.expert_stacks()]
-            return self.router.grad is None and any(grad is not None for grad in gradients)
-        gradients = [fused.parameter.grad for fused in self.fused]
-        return any(local(gradient).any() for gradient in gradients if gradient is not None)
+        gradients = [stack.grad for stack in self.expert_stacks()]
+        return self.router.grad is None and any(grad is not None for grad in gradients)
 
     def _find_ranks(self) -> Ranks:
         return self.ranks
 
     def _anchor(self) -> nn.Parameter | None:
         """A parameter of the group that gets a gradient, or None if all are frozen."""
-        for fused in self.fused:  # not the router, to which autograd gives zeros on "step"
-            parameter = fused.parameter
-            if parameter.requires_grad:
-                return parameter
-        candidates = [] if self.fused else [self.router, *self.expert_stacks()]
+        candidates = [self.router, *self.expert_stacks()]
         return next((tensor for tensor in candidates if tensor.requires_grad), None)

@@ -14,6 +14,7 @@ from ..finding.projections import projection_of
 from ..tensors.expert_starts import named_generator, uniform_weights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import assign, local
+from .bank_on_step import BankOnStep
 from .base import FusionWeights, Linears
 from .memory_bank import MemoryBank
 from .reached import reached
@@ -37,7 +38,8 @@ def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> Fu
         return StaticWeights(*shared)
     if config.variant == "dw":
         return LearnedWeights(*shared, device=device, dtype=dtype)
-    return MemoryBank(
+    kind = BankOnStep if config.fuse_on == "step" else MemoryBank
+    return kind(
         *shared,
         in_features=projection.in_features,
         device=device,

@@ -1,0 +1,101 @@
+"""The memory bank under `fuse_on="step"`, whose router learns at the optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..finding.projections import projection_of
+from ..tensors import functional
+from ..tensors.shards import local, local_to_differentiate
+from .memory_bank import MemoryBank
+from .reached import is_transformed, reached
+from .votes import mean_of
+
+
+class BankOnStep(MemoryBank):
+    """A memory bank whose group fuses with the bank of the step before.
+
+    A forward keeps, in place of the tokens, the statistics from which the step computes the
+    router's gradient (`functional.router_statistics`). They count as votes do.
+    """
+
+    _step_total: Tensor | None = None  # of the last step
+
+    def follow_forward(
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        """Note the router's output for a micro-batch, with its gradient."""
+        if not self.training or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        if torch.compiler.is_exporting():  # the program is the dense model's
+            return None
+        x = local(args[0] if args else next(iter(kwargs.values())))
+        if torch.compiler.is_compiling():  # which traces no hook
+            return self._followed_by_compiler(x.movedim(self._feature_dim, -1), output)
+        if is_transformed(output):
+            return None
+        self._step_total = None
+        if x.numel() == 0:  # no token, no vote
+            return reached(output, self.router)
+        noted = self._statistics_of(x.movedim(self._feature_dim, -1))
+        self.votes.follow_anchor()
+        return reached(output, self.router, lambda: self.votes.note(noted))
+
+    def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return reached(output, self.router)
+        probe = self.router if self.router.requires_grad else self.trained()[0]
+        part = local_to_differentiate(probe).flatten()[:1]
+        return output + self.votes.token(self._statistics_of(x), part).to(output.dtype)
+
+    @torch.no_grad()
+    def _statistics_of(self, x: Tensor) -> Tensor:
+        """The router's statistics of a micro-batch, and behind them 1, one dimension."""
+        statistics = functional.router_statistics(x, local(self.router), self.mask_for(x))
+        return torch.cat([statistics, statistics.new_ones(1)])
+
+    @property
+    def _feature_dim(self) -> int:
+        projection = projection_of(self.linears[0])
+        return -1 if projection is None else projection.feature_dim
+
+    def statistics(self, products: Tensor) -> Tensor:
+        """`dL/dw`, shape (N,); the sums of the step's micro-batches, and how many they are."""
+        self.votes.follow_anchor()  # FSDP2 may have had a gathered one in its place
+        total = self.votes.total if self.votes.total is not None else self._step_total
+        if total is None:
+            count, features = self.router.shape
+            pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
+            total = products.new_zeros(count + pairs * features + 1)
+        return torch.cat([products, total.to(products)])
+
+    def drop_unapplied(self) -> None:
+        """Forget micro-batches whose gradients have been thrown away."""
+        self.votes.follow_anchor()
+        self.votes.drop_unapplied()
+
+    def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The router's gradient from the statistics of the step's tokens."""
+        router: nn.Parameter = self.router
+        count, features = router.shape
+        gradient, total = sums.split([count, sums.shape[0] - count])
+        is_known = self.votes.total is None and self._step_total is not None
+        self._step_total = total  # for another optimizer's step on the same gradients
+        if not is_known:  # also where only other ranks have votes
+            self.votes.total = total
+        if not router.requires_grad:
+            return {}
+        pooled = functional.router_gradient(mean_of(total), gradient, features)
+        return {router: (1 - self.config.momentum) * pooled}
+
+    def _experts_alone_have_gradients(self) -> bool:
+        gradients = [fused.parameter.grad for fused in self.fused]
+        return any(local(gradient).any() for gradient in gradients if gradient is not None)
+
+    def _anchor(self) -> nn.Parameter | None:
+        """Not the router, to which autograd gives zeros."""
+        parameters = [fused.parameter for fused in self.fused]
+        return next((parameter for parameter in parameters if parameter.requires_grad), None)
