@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
 from exfusion_param import meo
+from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.meo.gating import squared_variation
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.meo_models import dense, gate_of, with_random_gates, wrap, wrapped
@@ -324,7 +325,7 @@ CAUSAL = {
 @pytest.mark.parametrize("make", CAUSAL)
 def test_decoders_are_causal_by_themselves(make: Any) -> None:
     model = meo.wrap(make(), shared_gate=True, num_experts=3)
-    causal = [weights.is_causal for weights in exf.parametrization.groups_of(model)]
+    causal = [weights.is_causal for weights in groups_of(model)]
     assert causal == CAUSAL[make]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .finding.place import input_of
 from .finding.projections import projection_of
 from .fusion.lookup import groups_of
 from .fusion_weights.memory_bank import MemoryBank
@@ -108,7 +109,7 @@ def _record(
 ) -> None:
     projection = projection_of(linear)
     assert projection is not None
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = input_of(args, kwargs)
     x = x.detach().movedim(projection.feature_dim, -1)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         shares[name] = (x.to(bank.router.dtype) @ bank.router.T).softmax(-1)

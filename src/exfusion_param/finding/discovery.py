@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .ffn_shapes import ATTENTION, FFN_SHAPES, MIXTURES, FFNShape
-from .projections import Projection, projection_of
+from .projections import CONVOLUTIONS, Projection, projection_of
 
 Filter = Callable[[nn.Module, str], bool] | Sequence[str]
 NamedLinears = Mapping[str, nn.Module]
@@ -134,7 +134,7 @@ def _is_ffn(maps: Sequence[Projection]) -> bool:
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module can be part of an FFN by its structure: convolutions need a name."""
     projection = projection_of(module)
-    return projection is not None and not isinstance(module, nn.modules.conv._ConvNd)
+    return projection is not None and not isinstance(module, CONVOLUTIONS)
 
 
 def _is_attention(fqn: str, module: nn.Module) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from .projections import Projection
 
@@ -27,3 +29,9 @@ class PlaceInGroup:
     is_first: bool
     reads_input: bool
     is_last: bool
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a linear's call."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x

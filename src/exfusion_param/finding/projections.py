@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADAPTED = "base_layer"
 """Name of the linear inside of an adapter of peft, which stands in its place and maps the same."""
 
@@ -42,7 +42,7 @@ def projection_of(module: nn.Module) -> Projection | None:
     """What a module maps, or None if it is no projection."""
     if isinstance(module, nn.Linear):
         return Projection(module.in_features, module.out_features)
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         is_pointwise = math.prod(module.kernel_size) == 1 and module.groups == 1
         dim = -len(module.kernel_size) - 1
         return Projection(module.in_channels, module.out_channels, dim) if is_pointwise else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..finding.place import input_of
 from ..finding.projections import projection_of
 from ..tensors import functional
 from ..tensors.shards import local, local_to_differentiate
@@ -32,7 +33,7 @@ class BankOnStep(MemoryBank):
             return None
         if torch.compiler.is_exporting():  # the program is the dense model's
             return None
-        x = local(args[0] if args else next(iter(kwargs.values())))
+        x = local(input_of(args, kwargs))
         if torch.compiler.is_compiling():  # which traces no hook
             return self._followed_by_compiler(x.movedim(self._feature_dim, -1), output)
         if is_transformed(output):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..finding.place import PlaceInGroup
+from ..finding.place import PlaceInGroup, input_of
 from ..finding.projections import Projection
 
 
@@ -25,7 +25,7 @@ class Observed:
         dense_forward, place, feature_dim = dense.forward, self.place, projection.feature_dim
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             bank = self.parametrizations.weight[0].fusion_weights
             if place.is_first or (place.reads_input and bank.current is None):
                 bank.observe(x.movedim(feature_dim, -1))

@@ -33,10 +33,10 @@ def name_of(counter: Any) -> Tensor:
     return torch.tensor([float(number)], dtype=torch.float64, device="cpu", requires_grad=True)
 
 
-def current_backward() -> int:
-    """A number for the running backward; -1 outside of one."""
+def current_backward() -> int | None:
+    """A number for the running backward, or None outside of one."""
     identity: int = torch._C._current_graph_task_id()
-    return identity
+    return None if identity < 0 else identity
 
 
 # A replayed CUDA graph runs no Python code, so inductor leaves these out of its graphs.

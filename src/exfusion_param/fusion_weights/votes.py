@@ -62,7 +62,7 @@ class Votes:
         self.total: Tensor | None = None  # (N + 1,): the sum of w, and how many it sums
         self._find_ranks = weakref.WeakMethod(find_ranks)
         self._all_noted: Tensor | None = None  # the total, had no gradient been reset
-        self._backwards: dict[int, _Backward] = {}
+        self._backwards: dict[int | None, _Backward] = {}
         self._anchor = Anchor(find_anchor, self._before_write, self._after_write)
         self._name = name_of(self)
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..finding.place import MakeForward, PlaceInGroup
 from ..fusion_weights.base import Linears
 from ..fusion_weights.token_pool import TokenPool
+from ..fusion_weights.vote_ops import current_backward
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from .config import MEOConfig
@@ -153,9 +154,7 @@ class Gate(TokenPool):
         """Keep what the gate said in training, for `balance_loss` and `metrics`."""
         # Activation checkpointing runs the forward again in the backward.
         is_counted = self.training and torch.is_grad_enabled()
-        if is_counted and (
-            torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
-        ):
+        if is_counted and (torch.compiler.is_compiling() or current_backward() is None):
             self.remember("said", (*self.said, gates))
 
     def forget(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..finding.place import PlaceInGroup
+from ..finding.place import PlaceInGroup, input_of
 from ..finding.projections import Projection
 from .merging import merged_linear
 from .pooling import Segments, mean_of_tokens, segments_of
@@ -59,7 +59,7 @@ class GatedBySample:
         place, feature_dim = self.place, projection.feature_dim
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             gate = self.parametrizations.weight[0].fusion_weights
             features_last = x.movedim(feature_dim, -1)
             is_moved = gate.batch_dim > 0 and features_last.ndim > 2

@@ -38,7 +38,7 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
 
 def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
     """Raise if fusion weights need gradients that the running backward has not computed yet."""
-    if current_backward() >= 0 and weights.own_tensors():
+    if current_backward() is not None and weights.own_tensors():
         raise RuntimeError(
             f"{type(optimizer).__name__} steps within a backward, and the fusion weights of "
             f'{weights.group!r} need the gradients of the whole FFN under fuse_on="step". Step '
