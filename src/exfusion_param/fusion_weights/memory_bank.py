@@ -106,7 +106,7 @@ class MemoryBank(TokenPool):
 
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
-        self.remember("current", self._moved_by(x) if self.training else None)
+        self.current = self._moved_by(x) if self.training else None
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""

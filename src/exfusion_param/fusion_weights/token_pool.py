@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -14,22 +15,42 @@ class TokenPool(FusionWeights):
     """Fusion weights that follow the input of an FFN, and leave padding out."""
 
     token_mask: Tensor | None = None  # of the running forward, see token_masks.py
-    current: Tensor | None = None  # what the linears of the running forward fuse with
+    _traced: Tensor | None = None  # `current` while torch.compile traces
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: not the running forward."""
-        return self.__dict__ | {"token_mask": None, "current": None}
+        return self.__dict__ | {"token_mask": None, "_running": {}}
+
+    @property
+    def current(self) -> Tensor | None:
+        """What the linears of this thread's running forward fuse with."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        return self._by_thread().get(threading.get_ident())
+
+    @current.setter
+    def current(self, value: Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self.remember("_traced", value)
+        elif value is None:
+            self._by_thread().pop(threading.get_ident(), None)
+        else:
+            self._by_thread()[threading.get_ident()] = value
+
+    def _by_thread(self) -> dict[int, Tensor]:
+        running: dict[int, Tensor] = self.__dict__.setdefault("_running", {})
+        return running
 
     def release(self) -> None:
         """The group's forward is over."""
-        self.remember("current", None)
+        self.current = None
 
     def remember(self, name: str, value: Any) -> None:
         """Set an attribute within a forward, also within one that is compiled."""
         if torch.compiler.is_compiling():
             # torch.compile refuses attributes that are set within activation checkpointing, as its
-            # backward does not set them anew. `current` is None again when the forward is over. The
-            # function is private, and torch's only way to say so for one attribute.
+            # backward does not set them again. `current` is None again when the forward is over.
+            # The function is private, and torch's only way to say so for one attribute.
             torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer(
                 setattr, self, name, value
             )

@@ -18,6 +18,7 @@ from ..tensors.precision import accumulation_dtype
 from ..wrapping.wrap_linears import wrap_linears
 from .balance import gates_of
 from .config import MEOConfig
+from .course import Course
 from .gate import Gate
 from .surroundings import batch_dim, is_causal
 
@@ -38,6 +39,11 @@ def wrap(
     Merging Experts into One (He et al., EMNLP 2023, arXiv 2310.09832): `W = sum g_i W_i` over the
     experts that a gate has chosen for a sample, at about the cost of one of them.
 
+    The first dimension of an FFN's input runs over samples (`batch_dim` for another one). A model
+    that puts the tokens of all samples into one dimension needs `token_mask(model, mask)`, whose
+    mask of shape (batch, tokens) says which tokens belong together; without it each token is a
+    sample of its own.
+
     Args:
         model: any module. Its classes, code and other parameters stay as they are.
         config: the settings; None takes the paper's.
@@ -55,13 +61,19 @@ def wrap(
     """
     config = MEOConfig.resolve(config, fields)
     make_gate = functools.partial(_gate_for, model)
-    gates = wrap_linears(model, config, make_gate, filter_fn=filter_fn, generator=generator)
-    handle = model.register_forward_pre_hook(functools.partial(_forget, gates))
+    new = wrap_linears(model, config, make_gate, filter_fn=filter_fn, generator=generator)
+    gates = [weights for weights in new if isinstance(weights, Gate)]
+    course = Course(gates)
+    handles = [
+        model.register_forward_pre_hook(course.begin),
+        model.register_forward_hook(course.end),
+    ]
     for gate in gates:
-        gate.handles.append(handle)
+        gate.course = course
+        gate.handles.extend(handles)
         if config.level != "task":
             gate.handles.extend(_kept_off_fast_paths(gate.linears))
-    if any(isinstance(gate, Gate) and gate.is_causal for gate in gates):
+    if any(gate.is_causal for gate in gates):
         gates[0].handles.append(model.register_forward_pre_hook(_refuse_cache, with_kwargs=True))
     return model
 
@@ -192,11 +204,6 @@ def _embedding(gate: Gate, task: Task) -> Tensor:
     one_hot = torch.zeros(size, device=gate.gate.device, dtype=gate.gate.dtype)
     one_hot[task] = 1
     return one_hot
-
-
-def _forget(gates: Iterable[Any], model: nn.Module, args: Any) -> None:
-    for gate in gates:
-        gate.forget()
 
 
 def _kept_off_fast_paths(linears: Iterable[nn.Module]) -> list[Any]:

@@ -23,6 +23,7 @@ from ..fusion_weights.vote_ops import current_backward
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from .config import MEOConfig
+from .course import Course
 from .gated_forward import GatedBySample, GatedByTask
 from .gating import Gates, noisy_top_k, softmax_gates
 from .per_sample import per_sample_weight
@@ -47,6 +48,7 @@ class Gate(TokenPool):
 
     config: MEOConfig
     task: Tensor | None
+    course: Course | None = None
 
     def __init__(
         self,
@@ -155,6 +157,8 @@ class Gate(TokenPool):
         # Activation checkpointing runs the forward again in the backward.
         is_counted = self.training and torch.is_grad_enabled()
         if is_counted and (torch.compiler.is_compiling() or current_backward() is None):
+            if self.course is not None:
+                self.course.record(self)
             self.remember("said", (*self.said, gates))
 
     def forget(self) -> None:

@@ -34,7 +34,7 @@ class GatedByTask:
             if place.is_first or gate.current is None:
                 chosen = gate.choose_for_task(is_noisy=gate.training)
                 gate.record(chosen)
-                gate.remember("current", chosen.gates[0])
+                gate.current = chosen.gates[0]
             try:
                 return dense_forward(self, *args, **kwargs)
             finally:
@@ -113,7 +113,7 @@ def _gates(
     chosen = gate.choose(pooled, is_noisy=gate.training)
     gate.record(chosen)
     if not place.is_last:
-        gate.remember("current", chosen.gates)
+        gate.current = chosen.gates
     gates: Tensor = chosen.gates
     return gates
 
