@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+import exfusion_param as exf
+from exfusion_testing.compilers import COMPILER
 from exfusion_testing.step_models import VARIANTS, assert_same, batch, loss_of, train, wrapped
 
 
@@ -130,3 +133,56 @@ def test_a_gradient_by_hand_moves_a_model_that_is_frozen() -> None:
     optimizer.step()  # each of 4 experts moves by a fourth of the rate
     expected = before - 0.1
     torch.testing.assert_close(model.blocks[0].fc1.weight, expected, rtol=0, atol=1e-12)
+
+
+COMPILED: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+    "expert adamw": lambda p: exf.ExpertAdamW(p, lr=0.02, fused=False),
+    "expert sgd": lambda p: exf.ExpertSGD(p, lr=0.02, momentum=0.9, state_dtype=torch.bfloat16),
+    "stacked": Stacked,
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("variant", ["sw", "mb"])
+@pytest.mark.parametrize("make", COMPILED)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_compiled_step_equals_the_eager_one(variant: str, make: str, is_whole: bool) -> None:
+    model, twin = wrapped(variant), wrapped(variant)
+    ours, theirs = (COMPILED[make](each.parameters()) for each in (model, twin))
+
+    def whole_step(x: torch.Tensor) -> None:
+        loss_of(model, x).backward()
+        ours.step()
+        ours.zero_grad()
+
+    torch.compiler.reset()
+    step = torch.compile(whole_step if is_whole else ours.step, backend=COMPILER)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for seed in range(10):
+            if is_whole:
+                step(batch(seed))
+            else:
+                loss_of(model, batch(seed)).backward()
+                step()
+                ours.zero_grad()
+            train(twin, theirs, [seed])
+    assert_same(model.state_dict(), twin.state_dict(), 1e-12)
+
+
+@pytest.mark.compiled
+def test_what_follows_a_step_is_compiled_again() -> None:
+    model = wrapped("sw")
+    optimizer, counts = torch.optim.SGD(model.parameters(), lr=0.1), []
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter)
+    def step_and_loss(x: torch.Tensor) -> torch.Tensor:
+        optimizer.step()
+        return loss_of(model, x)
+
+    for seed in range(3):
+        loss_of(model, batch(seed)).backward()
+        step_and_loss(batch(seed))
+        counts.append(counter.frame_count)
+    assert counts == [1, 1, 1]

@@ -11,6 +11,13 @@ user's pre-hooks, which may change gradients, and before the user's post-hooks, 
 clamp weights. torch calls global pre-hooks first and global post-hooks last, so the global pre-hook
 registers hooks with the optimizer itself and moves them to the inner ends. Their dicts are private;
 there is no public way to order hooks.
+
+Note [Compiled steps]
+Every step passes the optimizer's own `step` another view of the optimizer, which would make
+torch.compile recompile it each time. So the hooks run eagerly, and so does everything between the
+inner pre-hook and the inner post-hook: they call `set_eval_frame`, as `torch.compiler.disable` does
+around a function. It is private, and so is `_disable_dynamo`, which imports the compiler only when
+the function is called.
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -65,6 +74,7 @@ def outdate(parameters: Iterable[nn.Parameter]) -> None:
     _outdated.update((id(parameter), parameter) for parameter in parameters)
 
 
+@_disable_dynamo
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if is_view(optimizer):
         return
@@ -91,6 +101,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         inner.prepare(optimizer, by_step)
 
 
+@_disable_dynamo
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if is_view(optimizer):
         return
@@ -112,6 +123,7 @@ class _InnerHooks:
         self._interrupt = DeferredInterrupt()
         self._broken: Any = None  # the state that a step has left between before and after
         self._keys: tuple[int, int] | None = None
+        self._compiler: Any = None  # torch.compile's callback, if the step is within its region
 
     def prepare(self, optimizer: Optimizer, groups: list[FusionWeights]) -> None:
         """Expect the optimizer's step on these groups."""
@@ -126,10 +138,12 @@ class _InnerHooks:
         before.move_to_end(self._keys[0])
         after.move_to_end(self._keys[1], last=False)
 
+    @_disable_dynamo(recursive=False)
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         groups, self._groups = self._groups, []
         if is_view(optimizer) or not groups:
             return None
+        self._compiler = set_eval_frame(None)
         if self._broken is optimizer.state:
             raise RuntimeError(
                 f"A step of {type(optimizer).__name__} failed when some experts had moved and "
@@ -148,6 +162,7 @@ class _InnerHooks:
             return (step.view, closure, *args[2:]), kwargs
         return (step.view,), kwargs | {"closure": closure}
 
+    @_disable_dynamo(recursive=False)
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_view(optimizer):
             return
@@ -157,6 +172,8 @@ class _InnerHooks:
             step.finish(_skipped(optimizer))
             self._broken = None
         self._interrupt.end()
+        if step is not None:
+            set_eval_frame(self._compiler)
 
 
 def _skipped(optimizer: Optimizer) -> Tensor | None:
