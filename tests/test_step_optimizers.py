@@ -4,12 +4,20 @@ import copy
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import exfusion_param as exf
 from exfusion_testing.compilers import COMPILER
-from exfusion_testing.step_models import VARIANTS, assert_same, batch, loss_of, train, wrapped
+from exfusion_testing.step_models import (
+    VARIANTS,
+    assert_same,
+    batch,
+    loss_of,
+    train,
+    wrapped,
+)
 
 
 class Stacked(torch.optim.Optimizer):
@@ -186,3 +194,17 @@ def test_what_follows_a_step_is_compiled_again() -> None:
         step_and_loss(batch(seed))
         counts.append(counter.frame_count)
     assert counts == [1, 1, 1]
+
+
+def test_a_momentum_in_bfloat16_is_loaded() -> None:
+    def make(model: Any) -> torch.optim.Optimizer:
+        return timm.optim.AdafactorBigVision(model.parameters(), lr=0.01)
+
+    model, resumed = wrapped("dw"), wrapped("dw")
+    optimizer, again = train(model, make(model)), make(resumed)
+    resumed.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, own in ((model, optimizer), (resumed, again)):
+        train(each, own, range(3, 6))
+    assert_same(resumed.state_dict(), model.state_dict(), 0)
+    assert again.state[resumed.blocks[0].fc1.weight]["experts.exp_avg"].dtype == torch.bfloat16

@@ -69,6 +69,7 @@ class ExpertStep:
                 for weights in groups
             }
         every = [turn for turns in self._turns.values() for turn in turns]
+        self._may_be_loaded = any(known.get(turn.fused) is not turn for turn in every)
         known.update([(turn.fused, turn) for turn in every])
         self._held = [turn for turn in every if turn.group is not None]
         _refuse_tied(every)
@@ -92,6 +93,9 @@ class ExpertStep:
             group | {"params": [p for own in group["params"] for p in seen.get(id(own), (own,))]}
             for group in self.optimizer.param_groups
         ]
+        if self._stand_ins is not None and self._may_be_loaded:
+            # Some optimizers restore dtypes in it, which `load_state_dict` has cast.
+            view.__setstate__({"state": view.state, "param_groups": view.param_groups})
         return view
 
     def closure(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
