@@ -7,15 +7,21 @@ import pytest
 import timm.optim
 import torch
 from torch._dynamo.testing import CompileCounter
+from torchao.optim import AdamW8bit
+from transformers.optimization import Adafactor as TransformersAdafactor
 
 import exfusion_param as exf
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.step_models import (
     VARIANTS,
+    Experts,
+    Net,
+    assert_equals_oracle,
     assert_same,
     batch,
     loss_of,
     train,
+    wrap,
     wrapped,
 )
 
@@ -208,3 +214,40 @@ def test_a_momentum_in_bfloat16_is_loaded() -> None:
         train(each, own, range(3, 6))
     assert_same(resumed.state_dict(), model.state_dict(), 0)
     assert again.state[resumed.blocks[0].fc1.weight]["experts.exp_avg"].dtype == torch.bfloat16
+
+
+ADAFACTORS: dict[str, Any] = {
+    "torch": lambda p: torch.optim.Adafactor(p, lr=0.02),
+    "transformers": lambda p: TransformersAdafactor(p, lr=0.02, relative_step=False),
+    "timm": lambda p: timm.optim.Adafactor(p, lr=0.02, min_dim_size_to_factor=4),
+    "timm bv": lambda p: timm.optim.AdafactorBigVision(p, lr=0.02, min_dim_size_to_factor=4),
+}
+
+
+@pytest.mark.parametrize("name", ADAFACTORS)
+def test_each_expert_copies_the_factored_state_of_dense_training(name: str) -> None:
+    model = Net()
+    ours = train(model, ADAFACTORS[name](model.parameters()))
+    oracle = Experts(wrap(model, "sw", expert_init="upcycle", upcycle_noise=0.1))
+    theirs = ADAFACTORS[name](oracle.parameters())
+    plain = {leaf: model.get_parameter(path) for path, leaf in oracle.plain().items()}
+    experts = {e: model.get_parameter(path) for path, own in oracle.leaves.items() for e in own}
+    for leaf, parameter in (plain | experts).items():
+        theirs.state[leaf] = copy.deepcopy(ours.state[parameter])
+    for seed in range(3, 8):
+        for each, optimizer in ((model, ours), (oracle, theirs)):
+            each.zero_grad()
+            loss_of(each, batch(seed)).backward()
+            optimizer.step()
+    assert_equals_oracle(model, oracle)
+
+
+def test_a_state_of_dense_training_that_cannot_be_copied_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Net(dim=64, hidden=64)
+    optimizer = train(model, AdamW8bit(model.parameters()))
+    wrap(model, "sw", expert_init="upcycle")
+    with pytest.raises(TypeError, match="OptimState8bit, which cannot be copied.*after wrap"):
+        train(model, optimizer)
+    model.zero_grad()
+    train(model, AdamW8bit(model.parameters()))

@@ -9,6 +9,7 @@ loaded, the experts are fused for the comparison.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -148,12 +149,29 @@ class FusedParameter:
             )
 
     def _share(self, state: dict[str, Any], count: int) -> None:
-        """Give each expert what the optimizer has for the parameter, as Adagrad from the start."""
-        for name, value in list(state.items()):
-            if isinstance(value, Tensor) and value.ndim and value.shape == self.parameter.shape:
-                copies = local(value).expand(count, *local(value).shape).clone()
-                state[f"{EXPERTS}.{name}"] = as_stack(copies, self.parameter)
-                del state[name]
+        """Give each expert a copy of the parameter's state, as of Adagrad or of dense training."""
+        copies: dict[str, Any] = {}
+        for name, value in state.items():
+            if not isinstance(value, (Tensor, list, dict)) or getattr(value, "ndim", 1) == 0:
+                continue
+            if isinstance(value, Tensor) and type(local(value)) is Tensor:
+                stack = local(value).expand(count, *local(value).shape).clone()
+                copies[name] = as_stack(stack, value)
+            else:
+                copies[name] = [self._copied(name, value) for _ in range(count)]
+        for name, value in copies.items():
+            del state[name]
+            state[f"{EXPERTS}.{name}"] = value
+
+    def _copied(self, name: str, value: Any) -> Any:
+        try:
+            return copy.deepcopy(value)
+        except NotImplementedError as error:
+            raise TypeError(
+                f"The optimizer was made before wrap(), and its state {name!r} of "
+                f"{self.start.name!r} is a {type(value).__name__}, which cannot be copied for each "
+                "expert. Make the optimizer after wrap()."
+            ) from error
 
     def has_stepped(self) -> bool:
         """Whether an optimizer has moved the experts, as far as this process knows."""

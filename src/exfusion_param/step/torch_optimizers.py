@@ -151,17 +151,13 @@ def _states(
             continue
         name = key.removeprefix(f"{EXPERTS}.")
         if is_whole or name == key:
-            values = [value.clone() if _counts(key, value) else value for _ in units]
+            values = [value.clone() if isinstance(value, Tensor) else value for _ in units]
         else:
             values = unstacked(value) if isinstance(value, Tensor) else value
         for own, single in zip(owns, values, strict=True):
             if single is not None:
                 own[name] = single
     return owns
-
-
-def _counts(key: str, value: Any) -> bool:
-    return key == _SHARED and isinstance(value, Tensor)
 
 
 def _store(state: dict[str, Any], owns: Sequence[dict[str, Any]], is_whole: bool) -> None:
