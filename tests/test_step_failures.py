@@ -14,6 +14,7 @@ from exfusion_testing.step_models import (
     EXACT,
     VARIANTS,
     Experts,
+    Net,
     adamw,
     assert_equals_oracle,
     assert_same,
@@ -202,3 +203,51 @@ def test_an_optimizer_in_backward_is_refused_where_fusion_weights_train(variant:
     assert optimizers
     now = dense_state(model)
     assert all(torch.equal(now[n], before[n]) for n in before if "fc" in n)
+
+
+class OwnList(torch.optim.Optimizer):
+    """SGD on a list that it makes at its start, as some copies of Muon do."""
+
+    def __init__(self, params: Any, *, by_data: bool) -> None:
+        super().__init__(params, {})
+        self.own = [p for group in self.param_groups for p in group["params"]]
+        self.by_data = by_data
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.own:
+            if parameter.grad is not None:
+                written = parameter.data if self.by_data else parameter
+                written.sub_(parameter.grad, alpha=0.1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("by_data", [False, True])
+def test_an_optimizer_with_a_list_of_its_own_is_refused(variant: str, by_data: bool) -> None:
+    model = wrapped(variant)
+    optimizer = OwnList(model.parameters(), by_data=by_data)
+    with pytest.raises(RuntimeError, match="OwnList steps on a list.*fuse_on=.forward"):
+        train(model, optimizer)
+    forward = exf.wrap(Net(), variant=variant, bank_init="uniform")
+    before = copy.deepcopy(forward.state_dict())
+    train(forward, OwnList(forward.parameters(), by_data=by_data))
+    now = forward.state_dict()
+    assert all(not torch.equal(now[n], before[n]) for n in before if n.endswith("original"))
+
+
+def test_a_closure_may_write_to_weights() -> None:
+    model, twin = wrapped("sw"), wrapped("sw")
+    ours, theirs = adamw(model), adamw(twin)
+    for seed in range(3):
+
+        def evaluate(seed: int = seed) -> torch.Tensor:
+            model.zero_grad()
+            model.blocks[0].fc1.weight.data.mul_(0.9)
+            loss = loss_of(model, batch(seed))
+            loss.backward()
+            return loss
+
+        ours.step(evaluate)
+        twin.blocks[0].fc1.weight.data.mul_(0.9)
+        train(twin, theirs, [seed])
+    assert_same(model.state_dict(), twin.state_dict(), 1e-14)

@@ -48,6 +48,8 @@ class ExpertStep:
         self.groups = groups
         self._lent: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         self._is_prepared = False
+        self._versions: list[int] = []
+        self._copies: list[Tensor] = []
         if isinstance(optimizer, ExpertOptimizer):
             optimizer.refuse_unsupported()
         place = {
@@ -130,6 +132,9 @@ class ExpertStep:
         self._lend_gradients()
         if self._stand_ins is not None:
             self._stand_ins.give_gradients()
+        self._versions = [turn.part._version for turn in self._held]
+        if self._may_be_loaded:  # once, as a write to `.data` leaves no trace in the version
+            self._copies = [turn.part.clone() for turn in self._held]
 
     @torch.no_grad()
     def finish(self, skipped: Tensor | None) -> None:
@@ -139,6 +144,7 @@ class ExpertStep:
             skipped: as for `FusionWeights.optimizer_stepped`.
         """
         self.return_gradients()
+        self._refuse_own_lists()
         _copy_back(self.view, self.optimizer)
         for weights in self.groups:
             weights.optimizer_stepped(skipped)
@@ -162,6 +168,19 @@ class ExpertStep:
                 turn.fused.is_fused(turn, now[weights])
                 if turn.gradient is not None:
                     turn.fused.have_moved()
+
+    def _refuse_own_lists(self) -> None:
+        """Raise if the optimizer has written to a parameter that its `step` was not given."""
+        now = [turn.part._version for turn in self._held]
+        pairs = zip(self._held, self._copies, strict=False)  # no copies after the first step
+        is_same = self._versions in ([], now) and all(_is_same(t.part, copy) for t, copy in pairs)
+        self._copies.clear()
+        if not is_same:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} steps on a list of parameters of its own, not on "
+                "its param_groups, and wrote to weights that are fused from experts. Load them "
+                'again, and wrap with fuse_on="forward".'
+            )
 
     def _lend_gradients(self) -> None:
         """Add the step's gradients to what autograd gave routers and learned fusion weights."""
@@ -211,6 +230,10 @@ def _warn_of_starts(groups: Sequence[FusionWeights]) -> None:
             'mass. Wrap with bank_init="uniform" to start from the weights as they are.',
             stacklevel=2,
         )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or bool(((one == other) | one.isnan()).all())
 
 
 def _refuse_graph(optimizer: Optimizer) -> None:
