@@ -1,12 +1,15 @@
 """Under `fuse_on="step"`: optimizers as public repositories have them, several at once, resumed."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm.optim
 import torch
+import torch.distributed.checkpoint as dcp
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torchao.optim import AdamW8bit
 from transformers.optimization import Adafactor as TransformersAdafactor
 
@@ -251,3 +254,25 @@ def test_a_state_of_dense_training_that_cannot_be_copied_is_refused() -> None:
         train(model, optimizer)
     model.zero_grad()
     train(model, AdamW8bit(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*:FutureWarning")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adagrad_loads_a_distributed_checkpoint_after_a_step_on_zeros(
+    variant: str, tmp_path: Path
+) -> None:
+    model, resumed = wrapped(variant), wrapped(variant)
+    optimizer = train(model, torch.optim.Adagrad(model.parameters(), lr=0.01))
+    saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(saved, checkpoint_id=tmp_path)
+    again = torch.optim.Adagrad(resumed.parameters(), lr=0.01)
+    for parameter in resumed.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    again.step()
+    again.zero_grad()
+    states = get_state_dict(resumed, again)
+    dcp.load(dict(zip(saved, states, strict=True)), checkpoint_id=tmp_path)
+    set_state_dict(resumed, again, model_state_dict=states[0], optim_state_dict=states[1])
+    for each, own in ((model, optimizer), (resumed, again)):
+        train(each, own, range(3, 6))
+    assert_same(resumed.state_dict(), model.state_dict(), 0)
