@@ -103,6 +103,65 @@ def test_a_loop_without_an_optimizer_is_noticed_when_the_model_is_fused(variant:
     assert torch.equal(model.blocks[0].fc1.weight, shipped)
 
 
+def by_hand(model: nn.Module, steps: int, *, by_data: bool = False) -> None:
+    for _ in range(steps):
+        loss_of(model, inputs()).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                written = parameter.data if by_data else parameter
+                written.sub_(parameter.grad, alpha=0.01)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("by_data", [False, True])
+def test_a_loop_without_an_optimizer_is_noticed_within_twelve_steps(
+    variant: str, by_data: bool
+) -> None:
+    model = wrapped(variant)
+    by_hand(model, 11, by_data=by_data)
+    with pytest.warns(UserWarning, match="'blocks.*' have changed over 12 backwards") as caught:
+        by_hand(model, 30, by_data=by_data)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="2 FFN groups .* changed since wrap"):
+        exf.fuse(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loops_with_an_optimizer_are_not_warned_of(variant: str) -> None:
+    model, teacher = wrapped(variant), wrapped(variant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(40):  # micro-batches before the first step
+        loss_of(model, inputs()).backward()
+    optimizer.step()
+    by_hand(model, 20)  # between two steps of an optimizer
+    for _ in range(20):
+        x = inputs().requires_grad_()
+        with torch.no_grad():
+            for average, parameter in zip(teacher.parameters(), model.parameters(), strict=True):
+                average.lerp_(parameter, 0.1)
+        with torch.no_grad():
+            teacher(x)
+        step(model, optimizer)
+
+
+def test_frozen_weights_that_are_written_are_not_warned_of() -> None:
+    model = wrapped("sw").requires_grad_(False)
+    for _ in range(20):
+        model(inputs().requires_grad_()).sum().backward()
+        for parameter in model.parameters():
+            parameter.mul_(0.99)
+
+
+def test_sam_before_its_first_step_is_not_warned_of() -> None:
+    model = wrapped("sw")
+    for _ in range(2):
+        for _ in range(6):
+            loss_of(model, inputs()).backward()
+        for parameter in model.parameters():
+            parameter.data.mul_(1.01)
+
+
 def test_a_checkpoint_that_is_only_shipped_warns_of_nothing() -> None:
     model, other = wrapped(), wrapped(seed=2)
     step(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -110,8 +110,8 @@ def _warn_of_experts_that_never_moved(groups: Iterable[FusionWeights]) -> None:
 
 def _is_trained_without_experts(fused: Fused) -> bool:
     # An average of the weights has no gradients, and is shipped without a step of its own.
-    has_gradient = fused.parameter.grad is not None
-    return has_gradient and not fused.has_stepped() and not fused.is_untouched()
+    is_trained = fused.parameter.grad is not None or fused.weights.is_in_own_loop
+    return is_trained and not fused.has_stepped() and not fused.is_untouched()
 
 
 def _warn_of_bank(config: ExFusionConfig) -> None:

@@ -93,6 +93,7 @@ class FusionWeights(nn.Module):
         self.sharing: Ranks | None = None  # set by fully_shard
         self.was_loaded = False  # with the model's state dict
         self.starts_around_changed = False  # weights, which `wrap` has not made so
+        self.is_in_own_loop = False  # which no optimizer steps in, on "step"
         self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__["linears"] = linears

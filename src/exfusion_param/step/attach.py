@@ -13,6 +13,7 @@ from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.variants import StaticWeights
 from ..tensors.expert_starts import ExpertStart
 from .fused_parameter import FusedParameter
+from .own_loops import OwnLoopCheck
 
 NAME = "fusion_weights"
 _BEFORE_MOVES = "fusion_weights_before_moves"
@@ -47,6 +48,8 @@ def attach_fused(
     first = next(iter(group.linears))
     home, name = _home(model, first, group.name)
     home.add_module(name, weights)
+    check = group.linears[first].register_forward_hook(OwnLoopCheck(weights))
+    weights.handles.append(check)
     if not isinstance(weights, StaticWeights):
         hook = group.linears[first].register_forward_hook(weights.follow_forward, with_kwargs=True)
         weights.handles.append(hook)

@@ -1,0 +1,79 @@
+"""Warns where a loop trains weights without a `torch.optim.Optimizer`, so that no expert moves.
+
+Only a forward hook runs in such a loop. Until an optimizer's first step, it samples one weight in
+every fourth backward of its FFN group, and warns when two samples in a row differ from the ones
+before. Gradient accumulation changes no sample, and SAM changes one before its first step. Each
+unchanged sample doubles the interval, because the comparison synchronizes a GPU. A compiled forward
+is not checked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fusion_weights import FusionWeights, watched
+from ..reached import is_transformed
+from ..shards import local
+
+PERIOD = 4
+"""Backwards between the first samples."""
+SIZE = 64
+"""Numbers in a sample, at least."""
+
+
+class OwnLoopCheck:
+    """A hook on the forward of a group's first linear.
+
+    Args:
+        weights: the group's fusion weights.
+    """
+
+    def __init__(self, weights: FusionWeights) -> None:
+        self.weights = weights
+        self._changes = 0
+        self._forwards = 0
+        self._period = PERIOD
+        self._sample: Tensor | None = None
+
+    def __call__(self, linear: nn.Module, args: Any, output: Any) -> None:
+        """Take a sample in this forward's backward, if one is due."""
+        if torch.compiler.is_compiling() or not isinstance(output, Tensor):
+            return
+        weights, fused = self.weights, self.weights.fused[0]
+        if fused.has_stepped() or weights.was_loaded or weights.is_in_own_loop:
+            return
+        if not (weights.training and output.requires_grad and fused.parameter.requires_grad):
+            return
+        self._forwards += 1
+        if self._forwards % self._period == 0 and not is_transformed(output):
+            output.register_hook(self._take_sample)
+
+    @torch.no_grad()
+    def _take_sample(self, gradient: Tensor) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return
+        numbers = local(self.weights.fused[0].parameter).flatten()
+        before, self._sample = self._sample, numbers[:: max(1, len(numbers) // SIZE)].clone()
+        if before is None or self.weights.is_in_own_loop:
+            return
+        if before.device == self._sample.device and torch.equal(before, self._sample):
+            self._changes, self._period = 0, 2 * self._period
+            return
+        self._changes += 1
+        if self._changes == 2:
+            self._warn()
+
+    def _warn(self) -> None:
+        for other in watched():
+            if other.config is self.weights.config:  # of the same wrap()
+                other.is_in_own_loop = True
+        warnings.warn(
+            f"The weights of {self.weights.group!r} have changed over {self._forwards} backwards "
+            'without a step of a torch.optim.Optimizer on them. Under fuse_on="step" their experts '
+            'need one to move; otherwise wrap with fuse_on="forward".',
+            stacklevel=2,
+        )
