@@ -212,23 +212,70 @@ def test_experts_of_another_number_are_refused() -> None:
         step(other, again)
 
 
-def test_a_step_that_failed_between_two_experts_cannot_go_on(
-    monkeypatch: pytest.MonkeyPatch,
+def refuses_until_it_is_loaded(
+    model: Any, optimizer: torch.optim.Optimizer, saved: list[Any]
 ) -> None:
-    model = wrapped("sw")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(model, optimizer)
-    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
-
-    def fails(*_: Any) -> None:
-        raise torch.OutOfMemoryError("no memory left")
-
-    monkeypatch.setattr("exfusion_param.step.torch_optimizers._store", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        step(model, optimizer)
-    monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="A step of SGD failed when some experts had moved"):
-        optimizer.step()
+    message = f"A step of {type(optimizer).__name__} failed when some experts had moved"
+    for refused in (
+        optimizer.step,
+        lambda: exf.fuse(model),
+        lambda: exf.fused_state_dict(model),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            refused()
+    with pytest.warns(UserWarning, match=message):
+        optimizer.state_dict()
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
+    exf.fused_state_dict(model)
     step(model, optimizer)
+    optimizer.state_dict()
+    exf.fuse(model)
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("no memory left")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, exf.ExpertSGD])
+def test_a_step_that_failed_between_two_experts_cannot_go_on(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped("sw")
+    optimizer = make(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    with monkeypatch.context() as patch:
+        patch.setattr("exfusion_param.step.torch_optimizers._store", fails)
+        patch.setattr("exfusion_param.step.stack_step.torch.addmv", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(model, optimizer)
+    refuses_until_it_is_loaded(model, optimizer, saved)
+
+
+class FailsAtTheTenth(torch.optim.Optimizer):
+    """SGD that fails among the experts."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        self.fails = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        every = [p for group in self.param_groups for p in group["params"]]
+        for index, parameter in enumerate(every):
+            if self.fails and index == 10:
+                fails()
+            parameter.sub_(parameter.grad, alpha=0.1)
+
+
+def test_an_optimizer_that_failed_between_two_experts_cannot_go_on() -> None:
+    model = wrapped("sw")
+    optimizer = FailsAtTheTenth(model.parameters())
+    step(model, optimizer)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    optimizer.fails = True
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model, optimizer)
+    optimizer.fails = False
+    refuses_until_it_is_loaded(model, optimizer, saved)

@@ -17,6 +17,7 @@ from .fusion_weights.bank_health import warn_of_empty_banks
 from .fusion_weights.base import Fused, FusionWeights
 from .fusion_weights.variants import fusion_weights_for
 from .step.attach import detach_fused
+from .step.expert_step import refuse_half_done
 from .wrapping.attach import detach
 from .wrapping.checks import check_fusable
 from .wrapping.wrap_linears import wrap_linears
@@ -73,12 +74,14 @@ def fuse(model: Model) -> Model:
     Raises:
         ValueError: nothing is wrapped, a linear is sharded, or experts hold NaN or inf. The model
             is then unchanged.
+        RuntimeError: the last step failed when some experts had moved.
     """
     linears = wrapped_linears(model)
     groups = groups_of(model)
     for weights in groups:
         weights.release()
     check_fusable(model, linears, groups)
+    refuse_half_done(groups)
     warn_of_empty_banks(groups)
     _warn_of_experts_that_never_moved(groups)
     for linear in linears.values():

@@ -21,6 +21,7 @@ from .fusion.lookup import (
     wrapped_linears,
 )
 from .fusion_weights.bank_health import warn_of_empty_banks
+from .step.expert_step import refuse_half_done
 from .tensors.expert_starts import upcycled_experts
 from .tensors.shards import assign, spread, whole
 
@@ -54,6 +55,7 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     groups = groups_of(model)
     for weights in groups:
         weights.require_fusable()
+    refuse_half_done(groups)
     warn_of_empty_banks(groups)
     return OrderedDict(
         (key, fused_tensor(value.linear, value.name) if isinstance(value, _Fused) else value)

@@ -20,6 +20,11 @@ expert_step.py):
    pass over the stack (expert_optimizers.py).
 6. `W = sum_i w_i E_i` with the new fusion weights.
 
+A step that fails before experts move leaves everything as it was, and a later Ctrl-C waits for its
+end. A step that fails among the experts, say without memory, cannot be undone without a copy of all
+experts and states, which no step makes. The optimizer's next step, `fuse` and `fused_state_dict`
+then raise, and its `state_dict` warns, until it loads a state.
+
 Static and learned fusion weights train as under "forward". A memory bank fuses with the bank of the
 step before, and its router sends no gradient into the FFN's input.
 """

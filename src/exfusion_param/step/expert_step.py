@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,19 @@ _turns: weakref.WeakKeyDictionary[Optimizer, dict[FusedParameter, Turn]] = (
     weakref.WeakKeyDictionary()
 )
 
+# The last one of each FFN group, which its optimizer's hooks keep if it failed.
+_steps: weakref.WeakKeyDictionary[FusionWeights, weakref.ref[ExpertStep]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def refuse_half_done(groups: Iterable[FusionWeights]) -> None:
+    """Raise if the last step on one of these groups moved some experts and not others."""
+    for weights in groups:
+        step = ref() if (ref := _steps.get(weights)) is not None else None
+        if step is not None:
+            step.refuse_half_done()
+
 
 def is_view(optimizer: Optimizer) -> bool:
     """Whether a step runs already, and this is a call of a base class's `step` within it."""
@@ -48,6 +61,9 @@ class ExpertStep:
         self.groups = groups
         self._lent: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         self._is_prepared = False
+        self._state = optimizer.state
+        self._is_under_way = False
+        self.is_done = False
         self._versions: list[int] = []
         self._copies: list[Tensor] = []
         if isinstance(optimizer, ExpertOptimizer):
@@ -78,6 +94,16 @@ class ExpertStep:
         _warn_of_starts(groups)
         self._stand_ins = self._make_stand_ins()
         self.view = self._make_view()
+        _steps.update((weights, weakref.ref(self)) for weights in groups)
+
+    def refuse_half_done(self) -> None:
+        """Raise if the step failed when some experts had moved, and nothing was loaded since."""
+        has_moved = self._is_under_way or (self._stand_ins and self._stand_ins.have_moved())
+        if has_moved and not self.is_done and self.optimizer.state is self._state:
+            raise RuntimeError(
+                f"A step of {type(self.optimizer).__name__} failed when some experts had moved and "
+                "others had not. Load the last checkpoint, model and optimizer."
+            )
 
     def _make_stand_ins(self) -> StandIns | None:
         if isinstance(self.optimizer, ExpertOptimizer) or steps_one_by_one(self.optimizer):
@@ -145,6 +171,7 @@ class ExpertStep:
         """
         self.return_gradients()
         self._refuse_own_lists()
+        self._is_under_way = True
         _copy_back(self.view, self.optimizer)
         for weights in self.groups:
             weights.optimizer_stepped(skipped)

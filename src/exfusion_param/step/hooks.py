@@ -121,7 +121,6 @@ class _InnerHooks:
         self._groups: list[FusionWeights] = []
         self._step: ExpertStep | None = None
         self._interrupt = DeferredInterrupt()
-        self._broken: Any = None  # the state that a step has left between before and after
         self._keys: tuple[int, int] | None = None
         self._compiler: Any = None  # torch.compile's callback, if the step is within its region
 
@@ -135,6 +134,7 @@ class _InnerHooks:
                 optimizer.register_step_pre_hook(self._before).id,
                 optimizer.register_step_post_hook(self._after).id,
             )
+            optimizer.register_state_dict_pre_hook(self._warn_of_half_done)
         before.move_to_end(self._keys[0])
         after.move_to_end(self._keys[1], last=False)
 
@@ -144,14 +144,10 @@ class _InnerHooks:
         if is_view(optimizer) or not groups:
             return None
         self._compiler = set_eval_frame(None)
-        if self._broken is optimizer.state:
-            raise RuntimeError(
-                f"A step of {type(optimizer).__name__} failed when some experts had moved and "
-                "others had not. Load the last checkpoint, model and optimizer."
-            )
-        self._interrupt.begin()
         if self._step is not None:  # it has failed
+            self._step.refuse_half_done()
             self._step.return_gradients()
+        self._interrupt.begin()
         self._step = step = ExpertStep(optimizer, groups)
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         if given is None:
@@ -162,15 +158,23 @@ class _InnerHooks:
             return (step.view, closure, *args[2:]), kwargs
         return (step.view,), kwargs | {"closure": closure}
 
+    def _warn_of_half_done(self, optimizer: Optimizer) -> None:
+        # Not an error: checkpoints take a state dict to load into, too.
+        try:
+            if self._step is not None:
+                self._step.refuse_half_done()
+        except RuntimeError as error:
+            warnings.warn(str(error), stacklevel=3)
+
     @_disable_dynamo(recursive=False)
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_view(optimizer):
             return
-        step, self._step = self._step, None
+        step = self._step
         if step is not None:
-            self._broken = optimizer.state  # until the step is done
             step.finish(_skipped(optimizer))
-            self._broken = None
+            step.is_done = True
+        self._step = None  # unless it has failed
         self._interrupt.end()
         if step is not None:
             set_eval_frame(self._compiler)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion_weights import FusionWeights, watched
-from ..reached import is_transformed
-from ..shards import local
+from ..fusion_weights.base import FusionWeights, living
+from ..fusion_weights.reached import is_transformed
+from ..tensors.shards import local
 
 PERIOD = 4
 """Backwards between the first samples."""
@@ -68,7 +68,7 @@ class OwnLoopCheck:
             self._warn()
 
     def _warn(self) -> None:
-        for other in watched():
+        for other in living():
             if other.config is self.weights.config:  # of the same wrap()
                 other.is_in_own_loop = True
         warnings.warn(
