@@ -37,9 +37,11 @@ def reached(y: Tensor, parameter: Tensor | None, note: Note | None = None) -> Te
 
 
 def is_transformed(y: Tensor) -> bool:
-    """Whether `torch.func` or forward-mode differentiation sees this tensor."""
+    """Whether `torch.func`, forward-mode differentiation or a tracer sees this tensor."""
     if torch.compiler.is_compiling():
         return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
     is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(y)
     return is_wrapped or forward_ad._current_level >= 0
 

@@ -15,9 +15,10 @@ from torch.optim.optimizer import Optimizer
 from ..fusion_weights.base import FusionWeights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import local
+from .fused_parameter import EXPERTS
 from .stack_step import Stack, StackPlan, StackStep
 from .state_storage import StateDtype, check_state_dtype, stored
-from .turn import EXPERTS, Turn
+from .turn import Turn
 
 OWN_SETTINGS = ("state_dtype", "expert_dtype", "fused", "foreach")
 """Of a group, which a loaded state dict does not change."""
@@ -95,6 +96,9 @@ class ExpertOptimizer(Optimizer):
         for group, settings in zip(self.param_groups, own, strict=True):
             group.update(settings)
         self._take_uncast(state_dict)
+
+    def make_ready(self) -> None:
+        """A step begins, for which wrapped parameters have experts."""
 
     def refuse_unsupported(self) -> None:
         """Raise a ValueError if a group asks for what experts cannot have."""

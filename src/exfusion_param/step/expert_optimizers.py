@@ -67,11 +67,9 @@ class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
         return {"exp_avg": True, "exp_avg_sq": False}
 
     def _count_of(self, turn: Turn) -> Tensor:
-        if "step" not in turn.state:
-            is_fused = any(group["fused"] for group in self.param_groups)
-            device = turn.experts.device if is_fused else "cpu"
-            turn.state["step"] = torch.zeros((), device=device)
-        count: Tensor = turn.state["step"]
+        is_fused = any(group["fused"] for group in self.param_groups)
+        count: Tensor = turn.state.get("step", torch.zeros(()))
+        count = turn.state["step"] = count.to(turn.experts.device) if is_fused else count
         return count
 
     def _update(
@@ -145,6 +143,17 @@ class ExpertSGD(ExpertOptimizer, torch.optim.SGD):
             fused=fused,
         )
         self._set_up(state_dtype, expert_dtype)
+
+    def make_ready(self) -> None:
+        """Start running sums of zero where torch's kernel would take uninitialised memory.
+
+        It makes them at its first step, and fills none if a GradScaler skips that one.
+        """
+        for group in self.param_groups:
+            if group["fused"] and group["momentum"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None and not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _kinds_of_state(self, group: dict[str, Any]) -> dict[str, bool]:
         return {"momentum_buffer": True} if group["momentum"] else {}

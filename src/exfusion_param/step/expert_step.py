@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -17,8 +16,9 @@ from ..tensors.sliced_sums import fuse_into
 from .expert_optimizer import ExpertOptimizer
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned
+from .starts import refuse_graph, refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
-from .turn import Turn
+from .turn import Turn, turn_of
 
 _IS_VIEW = "_exfusion_is_view"
 """The attribute of an optimizer as its own `step` sees it."""
@@ -80,7 +80,7 @@ class ExpertStep:
             known = _turns.setdefault(optimizer, {})
             self._turns = {
                 weights: [
-                    fused.turn(optimizer, parameter, place.get(id(parameter)), known.get(fused))
+                    turn_of(fused, optimizer, parameter, place.get(id(parameter)), known.get(fused))
                     for fused in cast(list[FusedParameter], weights.fused)
                     for parameter in (fused.parameter,)
                 ]
@@ -90,8 +90,10 @@ class ExpertStep:
         self._may_be_loaded = any(known.get(turn.fused) is not turn for turn in every)
         known.update([(turn.fused, turn) for turn in every])
         self._held = [turn for turn in every if turn.group is not None]
-        _refuse_tied(every)
-        _warn_of_starts(groups)
+        refuse_tied(every)
+        warn_of_starts(optimizer, groups)
+        if isinstance(optimizer, ExpertOptimizer):
+            optimizer.make_ready()
         self._stand_ins = self._make_stand_ins()
         self.view = self._make_view()
         _steps.update((weights, weakref.ref(self)) for weights in groups)
@@ -149,12 +151,12 @@ class ExpertStep:
         for turn in self._held:
             gradient = turn.parameter.grad
             if gradient is not None and gradient.requires_grad:
-                _refuse_graph(self.optimizer)
+                refuse_graph(self.optimizer)
         for weights, turns in self._turns.items():
             weights.drop_unapplied()
             now = weights.current_weights()
             for turn in turns:
-                turn.fused.take_writes(turn, now)
+                turn.take_writes(now)
         self._lend_gradients()
         if self._stand_ins is not None:
             self._stand_ins.give_gradients()
@@ -192,9 +194,11 @@ class ExpertStep:
                     continue  # as it was, which an optimizer in backward relies on
                 if turn not in is_fused:
                     fuse_into(turn.part, turn.experts, now[weights])
-                turn.fused.is_fused(turn, now[weights])
-                if turn.gradient is not None:
-                    turn.fused.have_moved()
+                turn.is_fused(now[weights])
+                if (gradient := turn.gradient) is not None:
+                    turn.fused.have_taken(gradient)
+                elif turn.group is not None:
+                    turn.allow_loading()
 
     def _refuse_own_lists(self) -> None:
         """Raise if the optimizer has written to a parameter that its `step` was not given."""
@@ -225,49 +229,8 @@ class ExpertStep:
         self._lent.clear()
 
 
-def _refuse_tied(turns: Sequence[Turn]) -> None:
-    names: dict[int, str] = {}
-    for turn in turns:
-        name = turn.fused.start.name
-        if (other := names.setdefault(id(turn.parameter), name)) != name:
-            raise RuntimeError(
-                f"{other!r} and {name!r} were tied after wrap(), and one parameter cannot be fused "
-                "from two stacks of experts. Tie them before wrap(), which takes one of them."
-            )
-
-
-def _warn_of_starts(groups: Sequence[FusionWeights]) -> None:
-    """Warn if experts have just started around other weights than those that `wrap` made."""
-    changed = [weights for weights in groups if weights.starts_around_changed]
-    for weights in changed:
-        weights.starts_around_changed = False
-    if loaded := [weights for weights in changed if weights.was_loaded]:
-        for weights in loaded:
-            weights.was_loaded = False
-        warnings.warn(
-            f"The weights of {len(loaded)} FFN groups ({loaded[0].group!r} first) were loaded "
-            "without their experts, which are optimizer state. New experts are drawn around the "
-            "weights. To continue a run, load the optimizer's state, too.",
-            stacklevel=2,
-        )
-    if empty := [weights for weights in changed if weights.is_empty()]:
-        warnings.warn(
-            f"The memory bank of {len(empty)} FFN groups ({empty[0].group!r} first) is zero, and "
-            "their weights were written after wrap(): this step scales them down to the bank's "
-            'mass. Wrap with bank_init="uniform" to start from the weights as they are.',
-            stacklevel=2,
-        )
-
-
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.is_meta or bool(((one == other) | one.isnan()).all())
-
-
-def _refuse_graph(optimizer: Optimizer) -> None:
-    raise RuntimeError(
-        f"{type(optimizer).__name__} got gradients with a graph (create_graph=True), which "
-        'those of experts under fuse_on="step" cannot have. Wrap with fuse_on="forward".'
-    )
 
 
 def _copy_back(view: Optimizer, optimizer: Optimizer) -> None:

@@ -60,10 +60,11 @@ def _take_gradients(turns: Sequence[Turn], needs_all: bool, ranks: Ranks) -> boo
             continue
         version = local(gradient)._version
         is_new = getattr(gradient, _SEEN, None) != version
+        if is_new:  # before a bank moves, whichever optimizer steps first
+            turn.fused.note_gradient(gradient)
         if turn.group is None and not (needs_all and is_new):
             continue
         setattr(gradient, _SEEN, version)
-        turn.fused.note_gradient()
         is_any = True
         if not isinstance(turn.fused.weights, StaticWeights):
             products = products_with(turn.experts, local(gradient))

@@ -24,8 +24,8 @@ from torch import Tensor, nn, optim
 
 from ..tensors.shards import as_stack, is_sharded, local, stacked, unstacked
 from ..tensors.sliced_sums import fuse_into
-from .fused_parameter import FusedParameter
-from .turn import EXPERTS, Turn
+from .fused_parameter import EXPERTS, FusedParameter
+from .turn import Turn, have_stepped
 
 _ELEMENTWISE = {
     optim.ASGD,
@@ -146,6 +146,8 @@ def _states(
 ) -> list[dict[str, Any]]:
     """The states of experts as an optimizer knows them, in the memory of the stored ones."""
     owns: list[dict[str, Any]] = [{} for _ in units]
+    if not have_stepped(state):
+        return owns
     for key, value in state.items():
         if key == EXPERTS or f"{EXPERTS}.{key}" in state:  # of the parameter itself
             continue

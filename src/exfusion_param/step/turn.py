@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from .fused_parameter import FusedParameter
+from ..tensors.shards import local
+from .dense_states import share_among_experts
+from .fused_parameter import EXPERTS, FusedParameter
+from .writes import Identity
 
-EXPERTS = "experts"
-"""The key of the expert stack in an optimizer's state of a parameter."""
+_LOADED_BY = ("step", "mu_product", "eta", "mu")  # the latter by NAdam and ASGD
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -47,7 +51,7 @@ class Turn:
             and parameter.dtype == self.part.dtype
         )
 
-    def identity(self) -> tuple[int, int]:
+    def identity(self) -> Identity:
         """Which experts these are; a load in place changes the version."""
         return id(self.stack), self.experts._version
 
@@ -55,3 +59,61 @@ class Turn:
     def gradient(self) -> Tensor | None:
         """`G` of the parameter, if this step moves its experts; a DTensor if the parameter is."""
         return self.parameter.grad if self.group is not None else None
+
+    def take_writes(self, now: Tensor) -> None:
+        """Add to the experts what was written to the parameter since the last step."""
+        self.fused.writes.take(self.part, self.experts, self.identity(), now)
+
+    def is_fused(self, now: Tensor) -> None:
+        """The parameter has just been fused with these fusion weights, shape (N,)."""
+        self.fused.writes.leave(self.part, self.identity(), now)
+
+    def allow_loading(self) -> None:
+        """Give the experts of a parameter without a gradient what torch's optimizers load by.
+
+        They take no state that has entries, such as the experts, and not these.
+        """
+        if len(self.state) == 1:
+            self.state |= {name: torch.zeros(()) for name in _LOADED_BY}
+
+
+def turn_of(
+    fused: FusedParameter,
+    optimizer: Optimizer,
+    parameter: nn.Parameter,
+    group: int | None,
+    before: Turn | None,
+) -> Turn:
+    """A fused parameter's turn in a step.
+
+    Args:
+        fused: itself.
+        optimizer: about to step.
+        parameter: as the linear has it now.
+        group: index of its parameter group that holds the parameter, if one does.
+        before: the turn in the step before, which may serve again.
+    """
+    owner = optimizer if group is not None else fused.optimizer
+    state = fused.own_state() if owner is None else owner.state[parameter]
+    if before is not None and before.state is state and before.is_of(parameter, group):
+        return before
+    fused.refuse_flat(parameter)
+    if EXPERTS not in state:
+        experts = fused.own_state().get(EXPERTS)
+        if experts is None:
+            experts = fused.drawn(is_start=True)
+        share_among_experts(state, fused.start.name, len(experts))
+        state[EXPERTS] = experts
+    elif before is None or before.stack is not state[EXPERTS]:
+        fused.weights.starts_around_changed = False  # the experts were loaded
+    if group is not None:
+        fused.belong_to(optimizer)
+    experts = state[EXPERTS]
+    fused.keep(experts)
+    return Turn(fused, parameter, local(parameter), state, experts, local(experts), group)
+
+
+def have_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether experts have states of their own; False for what `Turn.allow_loading` put there."""
+    has_own = any(key.startswith(f"{EXPERTS}.") for key in state)
+    return has_own or "step" not in state or float(state["step"]) > 0

@@ -1,0 +1,64 @@
+"""What is wrong where experts start, or their gradients come from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..fusion_weights.base import FusionWeights
+from .turn import Turn
+
+
+def refuse_tied(turns: Sequence[Turn]) -> None:
+    """Raise if two of the parameters are one, tied after `wrap`."""
+    names: dict[int, str] = {}
+    for turn in turns:
+        name = turn.fused.start.name
+        if (other := names.setdefault(id(turn.parameter), name)) != name:
+            raise RuntimeError(
+                f"{other!r} and {name!r} were tied after wrap(), and one parameter cannot be fused "
+                "from two stacks of experts. Tie them before wrap(), which takes one of them."
+            )
+
+
+def warn_of_starts(optimizer: Optimizer, groups: Sequence[FusionWeights]) -> None:
+    """Warn if experts have just started around other weights than those that `wrap` made."""
+    if _is_for_states_alone(optimizer):
+        return
+    changed = [weights for weights in groups if weights.starts_around_changed]
+    for weights in changed:
+        weights.starts_around_changed = False
+    if loaded := [weights for weights in changed if weights.was_loaded]:
+        for weights in loaded:
+            weights.was_loaded = False
+        warnings.warn(
+            f"The weights of {len(loaded)} FFN groups ({loaded[0].group!r} first) were loaded "
+            "without their experts, which are optimizer state. New experts are drawn around the "
+            "weights. To continue a run, load the optimizer's state, too.",
+            stacklevel=2,
+        )
+    if empty := [weights for weights in changed if weights.is_empty()]:
+        warnings.warn(
+            f"The memory bank of {len(empty)} FFN groups ({empty[0].group!r} first) is zero, and "
+            "their weights were written after wrap(): this step scales them down to the bank's "
+            'mass. Wrap with bank_init="uniform" to start from the weights as they are.',
+            stacklevel=2,
+        )
+
+
+def _is_for_states_alone(optimizer: Optimizer) -> bool:
+    """Whether torch's distributed checkpoints make states to load into, by a step of rate zero."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    on_cpu = [rate for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]
+    return all(rate is not None and float(rate) == 0 for rate in on_cpu) and bool(on_cpu)
+
+
+def refuse_graph(optimizer: Optimizer) -> None:
+    """Raise for gradients that have a graph."""
+    raise RuntimeError(
+        f"{type(optimizer).__name__} got gradients with a graph (create_graph=True), which "
+        'those of experts under fuse_on="step" cannot have. Wrap with fuse_on="forward".'
+    )

@@ -1,0 +1,99 @@
+"""What was written to a fused parameter since the last step.
+
+Note [Writes from outside]
+Whatever the parameter holds when a step begins is what its experts fuse to. What was written since
+the last step is found by comparison with a copy, so it does not matter how it was written, and is
+added to every expert. Where the copy cannot be trusted, because experts or fusion weights were
+loaded, the experts are fused for the comparison.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..fusion_weights.base import FusionWeights
+from ..tensors.shards import local
+from ..tensors.sliced_sums import fuse_into
+
+Identity = tuple[int, int]
+"""Which experts these are: the id of a stack, and its version."""
+
+
+class Writes:
+    """Compares this rank's part of a parameter with what the last step has left.
+
+    Args:
+        weights: the group's fusion weights.
+    """
+
+    def __init__(self, weights: FusionWeights) -> None:
+        self.fused_with: Tensor | None = None
+        """The fusion weights that the parameter is fused with now, shape (N,)."""
+        self._weights = weights
+        self._left: Tensor | None = None
+        self._fused_from: tuple[int, int, object] | None = None
+
+    def know_of_a_step(self) -> bool:
+        """Whether an optimizer has moved the experts, as far as this process knows."""
+        return self._left is not None
+
+    def take(self, part: Tensor, experts: Tensor, identity: Identity, now: Tensor) -> None:
+        """Add to the experts what was written to the parameter since the last step.
+
+        Args:
+            part: of the parameter, shape (*S).
+            experts: this rank's part of them, shape (N, *S).
+            identity: theirs.
+            now: the group's fusion weights, shape (N,).
+        """
+        if self._left is None or not self._is_fused_from(identity, now):
+            self.fused_with = now.clone()
+            shift(experts, difference(part, experts, now), now)
+            return
+        left = self._left.to(part.device, part.dtype)
+        if not _is_known_equal(part, left):
+            shift(experts, part.to(now.dtype) - left, now)
+
+    def leave(self, part: Tensor, identity: Identity, now: Tensor) -> None:
+        """Remember what the parameter was fused from, and what it is at the end of a step."""
+        left = self._left
+        if left is None or left.shape != part.shape or left.device != part.device:
+            left = self._left = torch.empty_like(part)
+        left.copy_(part)
+        self.fused_with = now
+        versions = None if now.device.type == "cpu" else self._versions()
+        self._fused_from = (*identity, versions)
+
+    def _is_fused_from(self, identity: Identity, now: Tensor) -> bool:
+        """Whether experts and fusion weights are those of the last step."""
+        if self._fused_from is None or self._fused_from[:2] != identity:
+            return False
+        if now.device.type == "cpu":
+            return self.fused_with is not None and torch.equal(self.fused_with, now)
+        return self._versions() == self._fused_from[2]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Which fusion weights these are; a load in place changes a version."""
+        return [(id(tensor), local(tensor)._version) for tensor in self._weights.own_tensors()]
+
+
+def difference(part: Tensor, experts: Tensor, now: Tensor) -> Tensor | None:
+    """A parameter less what its experts fuse to, shape (*S); None for nothing."""
+    fused = torch.empty_like(part)
+    fuse_into(fused, experts, now)
+    return None if _is_known_equal(part, fused) else part.to(now.dtype) - fused
+
+
+def shift(experts: Tensor, difference: Tensor | None, now: Tensor) -> None:
+    """Have experts, shape (N, *S), fuse to as much more, shape (*S)."""
+    if difference is None:
+        return
+    total = now.sum()
+    total = torch.where(total == 0, 1, total)  # an empty bank: they fuse to it as it fills
+    experts.add_(difference / total.to(difference))
+
+
+def _is_known_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; False on a GPU, which would have to be waited for."""
+    return one.is_meta or (one.device.type == "cpu" and torch.equal(one, other))
