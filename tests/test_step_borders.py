@@ -144,3 +144,19 @@ def test_a_model_in_training_is_traced(variant: str) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.compiled
+def test_blocks_with_a_router_use_no_graph_of_those_without() -> None:
+    model = wrapped(layers=(-1,), bank_init="uniform")
+    twin = copy.deepcopy(model)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for each in (model, twin):
+        train(each, torch.optim.AdamW(each.parameters(), lr=0.01))
+    assert_alike(model, twin)
+
+
+def test_fuse_leaves_no_forward_of_its_own() -> None:
+    model = exf.fuse(wrapped(bank_init="uniform"))
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -53,6 +53,7 @@ def attach_fused(
     if not isinstance(weights, StaticWeights):
         hook = group.linears[first].register_forward_hook(weights.follow_forward, with_kwargs=True)
         weights.handles.append(hook)
+        _tell_apart(group.linears[first])
     if isinstance(weights, MemoryBank):
         group.linears[first].add_module(_BEFORE_MOVES, _BeforeMoves(weights))
 
@@ -61,6 +62,9 @@ def detach_fused(model: nn.Module, weights: FusionWeights) -> None:
     """Leave the linears of a group dense."""
     if _BEFORE_MOVES in dict(weights.linears[0].named_children()):
         delattr(weights.linears[0], _BEFORE_MOVES)
+    first = weights.linears[0]
+    if getattr(first.__dict__.get("forward"), "__func__", None) is type(first).forward:
+        del first.__dict__["forward"]
     for fused in weights.fused:
         fused.leave()
     weights.fused.clear()
@@ -68,6 +72,16 @@ def detach_fused(model: nn.Module, weights: FusionWeights) -> None:
         for name, child in list(module.named_children()):
             if child is weights:
                 delattr(module, name)
+
+
+def _tell_apart(linear: nn.Module) -> None:
+    """Let torch.compile tell a linear with our hook from one without.
+
+    It takes no notice of hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`), and would run a
+    graph that it has made of the same code for a dense model. It does look for a forward of the
+    module's own.
+    """
+    linear.__dict__.setdefault("forward", linear.forward)
 
 
 class _BeforeMoves(nn.Module):
