@@ -147,6 +147,7 @@ def test_a_model_in_training_is_traced(variant: str) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_blocks_with_a_router_use_no_graph_of_those_without() -> None:
     model = wrapped(layers=(-1,), bank_init="uniform")
     twin = copy.deepcopy(model)
