@@ -6,19 +6,20 @@ import torch
 from torch import Tensor, nn
 
 import exfusion_param as exf
+from exfusion_param.fusion_weights.memory_bank import MemoryBank
 from exfusion_param.tensors import functional
 from exfusion_testing.models import FFNs, inputs, loss_of
 
 MOMENTUM = 0.9
 
 
-def make(**kwargs: Any) -> FFNs:
+def make(fuse_on: Any = "forward", **kwargs: Any) -> FFNs:
     model = FFNs(depth=1, **kwargs).double()
-    return exf.wrap(model, momentum=MOMENTUM, bank_init="uniform", seed=0)
+    return exf.wrap(model, momentum=MOMENTUM, bank_init="uniform", seed=0, fuse_on=fuse_on)
 
 
 def bank_of(model: nn.Module) -> nn.Module:
-    return model.blocks[0].fc1.parametrizations.weight[0].fusion_weights
+    return next(module for module in model.modules() if isinstance(module, MemoryBank))
 
 
 def current(model: nn.Module, x: Tensor) -> Tensor:

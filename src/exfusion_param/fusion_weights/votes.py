@@ -33,15 +33,13 @@ from .vote_ops import current_backward, name_of
 
 @dataclasses.dataclass
 class _Backward:
-    """What one backward has noted.
+    """What one backward has noted and not counted yet.
 
     Args:
-        kept: of what was counted before it, shape (N + 1,), or None.
         noted: the sum of its w and how many it sums, shape (N + 1,), or None.
         has_written: whether it has written the anchor's gradient.
     """
 
-    kept: Tensor | None
     noted: Tensor | None = None
     has_written: bool = False
 
@@ -124,9 +122,11 @@ class Votes:
         """The running backward; to be called before it writes the anchor's gradient."""
         identity = current_backward()
         if identity not in self._backwards:
+            # Another one that has not written yet may be running around this one: reentrant
+            # checkpointing runs backwards within a backward.
             waiting = {k: v for k, v in self._backwards.items() if not v.has_written}
-            applied = self._anchor.still_applied(self.total)
-            self._backwards = waiting | {identity: _Backward(applied)}
+            self._backwards = waiting | {identity: _Backward()}
+            self.drop_unapplied()
         return self._backwards[identity]
 
     def note(self, entry: Tensor) -> None:
@@ -145,12 +145,12 @@ class Votes:
         """The running backward has written the anchor's gradient, so what it notes counts."""
         backward = self._backward()
         backward.has_written = True
-        if backward.noted is not None:
-            self._count(backward)
+        self._count(backward)
 
     def _count(self, backward: _Backward) -> None:
-        self.total = _sum(backward.kept, backward.noted)
-        self.has_counted = True
+        if backward.noted is not None:
+            self.total, backward.noted = _sum(self.total, backward.noted), None
+            self.has_counted = True
 
     def drop_unapplied(self) -> None:
         """Forget what was counted for gradients that have been reset since."""
