@@ -25,6 +25,7 @@ class Anchor:
             weakly.
         before_write: called in a backward with the anchor's new gradient.
         after_write: called with the anchor once its `.grad` has it.
+        before_switch: called before another parameter becomes the anchor.
     """
 
     def __init__(
@@ -32,15 +33,18 @@ class Anchor:
         find: Callable[[], Tensor | None],
         before_write: Callable[[Tensor], None],
         after_write: Callable[[Tensor], None],
+        before_switch: Callable[[], None],
     ) -> None:
         self.is_sharded = False
         """Autograd writes to gathered parameters, so writes to this one come late or never."""
         self._find = weakref.WeakMethod(find)
         self._before_write = before_write
         self._after_write = after_write
+        self._before_switch = before_switch
         self._parameter: weakref.ref[Tensor] | None = None
         self._hooks: list[RemovableHandle] = []
         self._was_written: Tensor | None = None  # whether the gradient was not zero
+        self._is_new = False  # it took over in the middle of an accumulation, without a gradient
 
     def refresh(self) -> bool:
         """Follow the anchor that the group has now; returns as `follow` does."""
@@ -59,6 +63,9 @@ class Anchor:
         if parameter is not None and before is not None and _is_gathered(parameter, before):
             self.is_sharded = True
             return False
+        if parameter is not None and before is not None:
+            self._before_switch()
+            self._is_new = True
         for hook in self._hooks:
             hook.remove()
         self._parameter, self._hooks, self._was_written = None, [], None
@@ -75,16 +82,20 @@ class Anchor:
     def _wrote(self, parameter: Tensor) -> None:
         self._after_write(parameter)
         self._was_written = None if parameter.grad is None else local(parameter.grad).any()
+        self._is_new = False
 
     def forget_write(self) -> None:
         """A step has applied the gradient."""
         self._was_written = None
+        self._is_new = False
 
     def still_applied(self, total: Tensor | None) -> Tensor | None:
         """What was counted for the gradient as it was last written, if it has not been reset."""
         parameter = None if self._parameter is None else self._parameter()
         if total is None or parameter is None:
             return None
+        if self._is_new:
+            return total
         if self._was_written is None and (self.is_sharded or parameter.grad is not None):
             return total
         if self._was_written is None or parameter.grad is None:

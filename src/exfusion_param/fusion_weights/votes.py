@@ -61,7 +61,9 @@ class Votes:
         self._find_ranks = weakref.WeakMethod(find_ranks)
         self._all_noted: Tensor | None = None  # the total, had no gradient been reset
         self._backwards: dict[int | None, _Backward] = {}
-        self._anchor = Anchor(find_anchor, self._before_write, self._after_write)
+        self._anchor = Anchor(
+            find_anchor, self._before_write, self._after_write, self.drop_unapplied
+        )
         self._name = name_of(self)
 
     def mark(self, weights: Tensor, vote: float, counts: bool) -> Tensor:
