@@ -1,14 +1,25 @@
 """The memory bank at its borders: unusual loops count right, and what cannot is said."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from exfusion_param.tensors import functional
-from exfusion_testing.banks import MOMENTUM, X, assert_bank, backward, bank_of, make, moved
+from exfusion_testing.banks import (
+    MOMENTUM,
+    X,
+    adamw,
+    assert_bank,
+    backward,
+    bank_of,
+    make,
+    moved,
+)
+from exfusion_testing.models import loss_of
 
 MODES: list[Any] = ["forward", "step"]
 
@@ -61,3 +72,92 @@ def test_votes_stay_when_the_router_thaws_or_freezes_in_mid_accumulation(
         optimizer.step()
         assert_bank(model, expected)
         optimizer.zero_grad()
+
+
+def pcgrad(model: nn.Module, tasks: Sequence[Tensor]) -> None:
+    """Put a mean of projected gradients into `.grad`, as PCGrad does, without `backward`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    of_tasks = [torch.autograd.grad(loss_of(model, x), parameters) for x in tasks]
+    for parameter, *gradients in zip(parameters, *of_tasks, strict=True):
+        first, second = (gradient.flatten() for gradient in gradients)
+        along = (first @ second).clamp(max=0) / second.square().sum().clamp(min=1e-12)
+        parameter.grad = ((first - along * second + second) / 2).view_as(parameter).clone()
+
+
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_gradients_of_several_tasks_that_are_composed_by_hand_count(fuse_on: Any) -> None:
+    model = make(fuse_on=fuse_on)
+    optimizer = adamw(model)
+    backward(model, X[3])  # an ordinary step first
+    optimizer.step()
+    for _ in range(3):
+        expected = moved(model, *X[:2])
+        pcgrad(model, X[:2])
+        optimizer.step()
+        assert_bank(model, expected)
+
+
+def stash(model: nn.Module) -> list[Tensor]:
+    stashed = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [gradient.clone() for gradient in stashed]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_gradients_that_are_stashed_and_summed_by_hand_count(fuse_on: Any, to_none: bool) -> None:
+    model = make(fuse_on=fuse_on)
+    optimizer = adamw(model)
+    for _ in range(2):
+        expected = moved(model, *X)
+        stashed = []
+        for x in X:
+            optimizer.zero_grad(set_to_none=to_none)
+            backward(model, x)
+            stashed.append(stash(model))
+        for parameter, *gradients in zip(model.parameters(), *stashed, strict=True):
+            parameter.grad = torch.stack(gradients).sum(0)
+        optimizer.step()
+        assert_bank(model, expected)
+        optimizer.zero_grad(set_to_none=to_none)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_a_gradient_that_is_thrown_away_right_before_the_step_does_not_count(
+    fuse_on: Any, to_none: bool
+) -> None:
+    model = make(fuse_on=fuse_on)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        expected = bank_of(model).bank.clone()
+        backward(model, *X[:2])
+        optimizer.zero_grad(set_to_none=to_none)
+        optimizer.step()
+        assert_bank(model, expected)
+
+
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_a_step_on_zeros_that_makes_an_optimizers_states_does_not_count(fuse_on: Any) -> None:
+    model = make(fuse_on=fuse_on)
+    expected = bank_of(model).bank.clone()
+    torch.autograd.grad(loss_of(model, X[0]), list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9).step()
+    assert_bank(model, expected)
+
+
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_a_pass_for_other_gradients_between_two_optimizers_of_one_backward_does_not_count(
+    fuse_on: Any,
+) -> None:
+    model = make(fuse_on=fuse_on)
+    router = bank_of(model).router
+    rest = [parameter for parameter in model.parameters() if parameter is not router]
+    optimizers = torch.optim.SGD([router], lr=0.1), torch.optim.SGD(rest, lr=0.1)
+    expected = moved(model, X[0])
+    backward(model, X[0])
+    optimizers[0].step()
+    torch.autograd.grad(loss_of(model, X[1]), list(model.parameters()))
+    optimizers[1].step()
+    assert_bank(model, expected)

@@ -45,6 +45,7 @@ class Anchor:
         self._hooks: list[RemovableHandle] = []
         self._was_written: Tensor | None = None  # whether the gradient was not zero
         self._is_new = False  # it took over in the middle of an accumulation, without a gradient
+        self._written: weakref.ref[Tensor] | None = None  # the gradient that autograd wrote last
 
     def refresh(self) -> bool:
         """Follow the anchor that the group has now; returns as `follow` does."""
@@ -68,7 +69,7 @@ class Anchor:
             self._is_new = True
         for hook in self._hooks:
             hook.remove()
-        self._parameter, self._hooks, self._was_written = None, [], None
+        self._parameter, self._hooks, self._was_written, self._written = None, [], None, None
         if parameter is None or not parameter.is_leaf or parameter.is_meta:
             return False
         self.is_sharded = is_sharded(parameter)
@@ -81,7 +82,9 @@ class Anchor:
 
     def _wrote(self, parameter: Tensor) -> None:
         self._after_write(parameter)
-        self._was_written = None if parameter.grad is None else local(parameter.grad).any()
+        gradient = parameter.grad
+        self._was_written = None if gradient is None else local(gradient).any()
+        self._written = None if gradient is None else weakref.ref(gradient)
         self._is_new = False
 
     def forget_write(self) -> None:
@@ -103,6 +106,22 @@ class Anchor:
         # `zero_grad(set_to_none=False)` leaves zeros; to ask for them would stall a GPU.
         is_reset = self._was_written & ~local(parameter.grad).any()
         return torch.where(is_reset, 0, total)
+
+    def composed(self, is_counted: bool) -> Tensor | None:
+        """The gradient, if not autograd wrote it but the user's code, out of those of backwards.
+
+        DDP puts a view of its buckets in the place of what autograd wrote.
+
+        Args:
+            is_counted: whether anything was counted for a gradient that autograd wrote.
+        """
+        parameter = None if self._parameter is None else self._parameter()
+        gradient = None if parameter is None else parameter.grad
+        if gradient is None or self.is_sharded or gradient._is_view():
+            return None
+        if self._written is None:  # by a parameter that was the anchor before, if anything counted
+            return None if is_counted else gradient
+        return None if self._written() is gradient else gradient
 
 
 def _is_gathered(parameter: Tensor, before: Tensor) -> bool:

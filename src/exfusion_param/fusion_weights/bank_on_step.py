@@ -65,18 +65,12 @@ class BankOnStep(MemoryBank):
 
     def statistics(self, products: Tensor) -> Tensor:
         """`dL/dw`, shape (N,); the sums of the step's micro-batches, and how many they are."""
-        self.votes.follow_anchor()  # FSDP2 may have had a gathered one in its place
         total = self.votes.total if self.votes.total is not None else self._step_total
         if total is None:
             count, features = self.router.shape
             pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
             total = products.new_zeros(count + pairs * features + 1)
         return torch.cat([products, total.to(products)])
-
-    def drop_unapplied(self) -> None:
-        """Forget micro-batches whose gradients have been thrown away."""
-        self.votes.follow_anchor()
-        self.votes.drop_unapplied()
 
     def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
         """The router's gradient from the statistics of the step's tokens."""

@@ -162,8 +162,8 @@ class FusionWeights(nn.Module):
         sharded = [parameter for parameter in every if type(parameter) is not nn.Parameter]
         return ranks_of(sharded[0]) if sharded else None
 
-    def drop_unapplied(self) -> None:
-        """Under `fuse_on="step"`: forget what was noted for gradients that no step applies."""
+    def settle(self) -> None:
+        """An optimizer is about to step: decide which micro-batches its step applies."""
 
     def statistics(self, products: Tensor) -> Tensor:
         """Under `fuse_on="step"`: this rank's share of the step's statistics, to be summed.

@@ -147,6 +147,10 @@ class MemoryBank(TokenPool):
         """Whether the bank is all zeros."""
         return not self.bank.is_meta and not self.bank.any()
 
+    def settle(self) -> None:
+        """Decide which micro-batches the step applies."""
+        self.votes.settle()
+
     @torch.no_grad()
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""

@@ -13,6 +13,9 @@ through it:
 - What one backward has noted counts when that backward writes the gradient of the anchor, one
   parameter of the group (anchor.py). If the anchor's gradient was reset since the last backward,
   what was counted before is dropped: it is None now, or it is zero and was not.
+- Code that composes gradients by hand (PCGrad, gradients that are stashed and summed) leaves a
+  tensor in the anchor's `.grad` that autograd did not write. Then all that was noted since the last
+  step counts.
 - `mark` and its backward are custom operators, opaque to torch.compile (vote_ops.py): the graph
   calls them, and the Python code in them runs each time, in eager and compiled mode alike.
 """
@@ -157,6 +160,16 @@ class Votes:
     def drop_unapplied(self) -> None:
         """Forget what was counted for gradients that have been reset since."""
         self.total = self._anchor.still_applied(self.total)
+
+    def settle(self) -> None:
+        """Have in the total what the step that is about to begin applies."""
+        self.follow_anchor()  # FSDP2 may have had a gathered one in its place
+        self.drop_unapplied()
+        gradient = self._anchor.composed(self.total is not None)
+        if gradient is not None and self._all_noted is not None:
+            # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
+            self.total = torch.where(gradient.any(), self._all_noted, 0)
+            self.has_counted = True
 
     def resume(self, total: Tensor | None) -> None:
         """Go on from a total of another process, whose gradients the parameters have again."""

@@ -91,6 +91,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             refuse_within_backward(optimizer, weights)
         else:
             refuse_dense_state(optimizer, weights)
+            weights.settle()
     _holds[optimizer] = (held, groups)
     agree(groups)
     by_step = [weights for weights in groups if weights.fused]
