@@ -161,3 +161,34 @@ def test_a_pass_for_other_gradients_between_two_optimizers_of_one_backward_does_
     torch.autograd.grad(loss_of(model, X[1]), list(model.parameters()))
     optimizers[1].step()
     assert_bank(model, expected)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_optimizer_of_each_parameter_that_steps_in_the_backward_does_not_warn(
+    is_first: bool,
+) -> None:
+    model = make()
+    if is_first:  # so that its hook precedes the bank's own
+        bank_of(model).votes.follow(None)
+
+    def use(x: Tensor) -> Tensor:
+        x = model.stem(x)
+        for _ in range(2):  # the first stack is stepped before the router's last vote
+            x = x + model.blocks[0](x)
+        return model.head(x).square().mean()
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    optimizers = {p: torch.optim.AdamW([p], lr=0.01) for p in model.parameters()}
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step)
+    for _ in range(12):
+        bank, router, x = bank_of(model), bank_of(model).router, model.stem(X[0])
+        with torch.no_grad():
+            first = functional.route(x, router)
+            second = functional.route(x + model.blocks[0](x), router)
+        expected = MOMENTUM * bank.bank + (1 - MOMENTUM) * (first + second) / 2
+        use(X[0]).backward()
+        assert_bank(model, expected)

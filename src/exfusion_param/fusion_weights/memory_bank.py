@@ -20,6 +20,7 @@ from .bank_health import problems, shares_of
 from .base import Linears
 from .routed_forward import Observed
 from .token_pool import TokenPool
+from .vote_ops import current_backward
 from .votes import Votes, mean_of
 
 
@@ -186,8 +187,8 @@ class MemoryBank(TokenPool):
                 warnings.warn(problem, stacklevel=2)
 
     def _warn_if_bypassed(self) -> None:
-        if self.is_bypassed or self.bank.is_meta:
-            return
+        if self.is_bypassed or self.bank.is_meta or current_backward() >= 0:
+            return  # within a backward the router's turn comes after the experts'
         if self._experts_alone_have_gradients():
             self.is_bypassed = True
             warnings.warn(

@@ -170,6 +170,7 @@ class Votes:
             # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
             self.total = torch.where(gradient.any(), self._all_noted, 0)
             self.has_counted = True
+            self._backwards.clear()
 
     def resume(self, total: Tensor | None) -> None:
         """Go on from a total of another process, whose gradients the parameters have again."""
@@ -178,10 +179,16 @@ class Votes:
         self.total = self._all_noted = total
 
     def take(self) -> Tensor | None:
-        """The total, and forget all; None where no micro-batch was counted."""
+        """The total, and forget all; None where no micro-batch was counted.
+
+        A step within a backward leaves what that backward has noted and may still count.
+        """
         total, self.total, self._all_noted = self.total, None, None
         self._anchor.forget_write()
-        self._backwards.clear()
+        if current_backward() < 0:
+            self._backwards.clear()
+        for backward in self._backwards.values():
+            self._all_noted = _sum(self._all_noted, backward.noted)
         return total
 
 
