@@ -13,8 +13,8 @@ from .config import ExFusionConfig
 from .expert_config import ENTRY
 from .finding.discovery import Filter
 from .fusion.lookup import groups_of, wrapped_linears
-from .fusion_weights.bank_health import warn_of_empty_banks
 from .fusion_weights.base import Fused, FusionWeights
+from .fusion_weights.empty_banks import share_alarm, warn_of_empty_banks
 from .fusion_weights.variants import fusion_weights_for
 from .step.attach import detach_fused
 from .step.expert_step import refuse_half_done
@@ -54,7 +54,9 @@ def wrap(
             frozen, sharded, wrapped already, not floating). The model is then unchanged.
     """
     config = ExFusionConfig.resolve(config, fields)
-    wrap_linears(model, config, fusion_weights_for, filter_fn=filter_fn, generator=generator)
+    share_alarm(
+        wrap_linears(model, config, fusion_weights_for, filter_fn=filter_fn, generator=generator)
+    )
     _warn_of_bank(config)
     return model
 

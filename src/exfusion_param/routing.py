@@ -1,4 +1,4 @@
-"""What the routers of memory banks say of single tokens, for plots over classes or positions."""
+"""Router outputs for single tokens, for plots over classes or positions; averages of banks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .finding.place import input_of
+from .finding.outer_modules import unwrapped
 from .finding.projections import projection_of
 from .fusion.lookup import groups_of
 from .fusion_weights.memory_bank import MemoryBank
@@ -80,6 +82,57 @@ def router_load(
             label = names[kind] if names else kind
             load |= {f"router_load/{group}/{label}/{i}": value for i, value in enumerate(mean)}
     return load
+
+
+@torch.no_grad()
+def average_banks(target: nn.Module, source: nn.Module, *, decay: float = 0.0) -> None:
+    """Move the memory banks of an average towards those of the model that trains.
+
+    For EMA models, key encoders, teachers and target networks that average `parameters()` only: a
+    bank is a buffer, and moves by itself only where an optimizer steps on its own model.
+
+        teacher = copy.deepcopy(model).eval()
+        for x in batches:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for average, new in zip(teacher.parameters(), model.parameters()):
+                    average.lerp_(new, 0.01)
+            average_banks(teacher, model)
+
+    Args:
+        target: a wrapped model, such as a copy of `source`; its banks are changed in place.
+        source: a wrapped model with the same FFN groups.
+        decay: what the target's banks keep: `decay * target + (1 - decay) * source`. The default
+            copies, which also fills a bank that starts from zeros at once.
+
+    Raises:
+        ValueError: `decay` is not between 0 and 1, or the two models do not have the same memory
+            banks, by names and shapes. The target is then unchanged.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be between 0 and 1, got {decay}.")
+    averages, new = _banks_by_name(target), _banks_by_name(source)
+    if not new:
+        raise ValueError(f"{type(source).__name__} has no memory bank, so nothing to average.")
+    for name in [*new, *averages]:
+        shapes = [tuple(banks[name].shape) if name in banks else None for banks in (averages, new)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"The memory bank of {name!r} has shape {shapes[0]} in the target and {shapes[1]} "
+                "in the source. Both models must be wrapped alike; copy.deepcopy(source) is."
+            )
+    for name, bank in averages.items():
+        bank.copy_(decay * bank + (1 - decay) * new[name].to(bank))
+
+
+def _banks_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The memory banks of a model, by the names of their FFN groups in it."""
+    inner = unwrapped(model.module if isinstance(model, AveragedModel) else model)
+    return {
+        name: bank.bank for bank, name in groups_of(inner).items() if isinstance(bank, MemoryBank)
+    }
 
 
 def _check_labels(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import FusionWeights
+from .reached import is_transformed
 
 COLLAPSED = 0.99
 """A router's weight from which on the other experts count for nothing."""
@@ -46,11 +47,31 @@ def problems(group: str, routed: Tensor, shares: Tensor) -> Iterator[tuple[str, 
         )
 
 
-def warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:
-    """Warn if what is about to be shipped or loaded is multiplied by zero."""
-    if empty := sorted(weights.group for weights in groups if weights.is_empty()):
+class EmptyBankAlarm:
+    """Warns, once for all banks of a model, of an eval forward that fuses with zeros."""
+
+    def __init__(self) -> None:
+        self.is_given = False
+
+    def __getstate__(self) -> dict[str, Any]:  # for a copy, which is another model
+        return {"is_given": False}
+
+    def give(self, group: str) -> None:
+        """Warn of the model's first bank that was found empty."""
+        self.is_given = True
         warnings.warn(
-            f"The memory bank of {len(empty)} FFN groups ({empty[0]!r} first) is still zero, and "
-            'so are their fused weights. Train first, or wrap with bank_init="uniform".',
-            stacklevel=3,
+            f"The memory bank of {group!r} is still zero, so its FFN's fused weights are zero in "
+            "this eval forward. Banks move when an optimizer steps on the model, and are buffers: "
+            "an average, a copy or a checkpoint of parameters() only leaves them out. Use "
+            "exfusion_param.routing.average_banks(target, source) or a whole state_dict(), "
+            'evaluate after the first step, or wrap with bank_init="uniform".',
+            stacklevel=2,
         )
+
+
+def can_be_read(bank: Tensor) -> bool:
+    """Whether a bank's numbers can be looked at here without disturbing what runs."""
+    if type(bank) is not Tensor or bank.is_meta or is_transformed(bank):
+        return False
+    is_capturing = bank.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (is_capturing or torch.jit.is_tracing())  # type: ignore[attr-defined]

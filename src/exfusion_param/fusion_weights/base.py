@@ -20,6 +20,7 @@ from ..expert_config import ExpertConfig
 from ..finding.place import MakeForward, PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import ExpertStart, named_generator
+from ..tensors.precision import raise_precision
 from ..tensors.ranks import Ranks, all_ranks
 from ..tensors.shards import ranks_of, whole
 
@@ -96,9 +97,7 @@ class FusionWeights(nn.Module):
         self.is_in_own_loop = False  # which no optimizer steps in, on "step"
         self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
-        self.__dict__["linears"] = linears
-        self.__dict__["fusions"] = []
-        self.__dict__["fused"] = []
+        self.__dict__.update(linears=linears, fusions=[], fused=[])
         self._live()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
@@ -248,4 +247,5 @@ class FusionWeights(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        raise_precision(self)  # what `assign=True` has taken from a file in bfloat16
         self.was_loaded = True

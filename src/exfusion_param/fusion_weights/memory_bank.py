@@ -16,7 +16,7 @@ from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
-from .bank_health import problems, shares_of
+from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of
 from .base import Linears
 from .routed_forward import Observed
 from .token_pool import TokenPool
@@ -62,7 +62,9 @@ class MemoryBank(TokenPool):
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
         self.votes = Votes(self._anchor, self._find_ranks)
+        self.alarm = EmptyBankAlarm()
         self.is_bypassed = False
+        self._is_filled = False  # as far as is known without reading the bank again
         self._stepped: Tensor | None = None  # what `health` says of the step
         self._warned: set[str] = set()
         self.reset_parameters(generator)
@@ -87,12 +89,27 @@ class MemoryBank(TokenPool):
         assign(self.router, router)
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
         nn.init.constant_(self.bank, start)
+        self._is_filled = False
         self.votes.take()
         self.votes.follow_anchor()
 
     def forward(self) -> Tensor:
         """In a training forward the moved bank, otherwise the bank, shape (N,)."""
         return self.current if self.training and self.current is not None else self.bank
+
+    def fuse(self, experts: Tensor) -> Tensor:
+        """The fused tensor; warns of an empty bank in eval, unless it is compiled."""
+        if not (torch.compiler.is_compiling() or self.training or self._is_filled):
+            self._warn_if_empty()
+        return super().fuse(experts)
+
+    def _warn_if_empty(self) -> None:
+        """Reads the bank, which synchronizes a GPU, until it is filled or the warning given."""
+        if self.alarm.is_given or not can_be_read(self.bank):
+            return
+        self._is_filled = not self.is_empty()
+        if not self._is_filled:
+            self.alarm.give(self.group)
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
         """Observes each forward."""

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import nn
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are taken in: float32, or float64 for float64 experts."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def raise_precision(module: nn.Module) -> None:
+    """Cast a module's own tensors to float32 where they are in less."""
+    both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in both:
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+                raised = tensor.detach().float()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensors[name] = (
+                    nn.Parameter(raised, tensor.requires_grad) if is_parameter else raised
+                )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

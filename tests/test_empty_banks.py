@@ -1,0 +1,168 @@
+"""A memory bank that stays empty where its experts train says so, and can be averaged."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import exfusion_param as exf
+from exfusion_param.fusion_weights.memory_bank import MemoryBank
+from exfusion_param.routing import average_banks
+from exfusion_testing.models import FFNs, inputs, loss_of
+
+X = inputs(seed=0)
+
+
+def make(**kwargs: Any) -> FFNs:
+    return exf.wrap(FFNs().double(), seed=0, **kwargs)
+
+
+def banks_of(model: nn.Module) -> list[Tensor]:
+    return [module.bank for module in model.modules() if isinstance(module, MemoryBank)]
+
+
+def train(model: nn.Module, steps: int = 3, after: Callable[[], None] = lambda: None) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        loss_of(model, X).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+
+
+@torch.no_grad()
+def average(target: nn.Module, source: nn.Module) -> None:
+    for mean, new in zip(target.parameters(), source.parameters(), strict=True):
+        mean.lerp_(new, 0.1)
+
+
+def warned(run: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught]
+
+
+def of_parameters(source: nn.Module) -> nn.Module:
+    model = make()
+    model.load_state_dict(dict(source.named_parameters()), strict=False)
+    return model
+
+
+@pytest.mark.parametrize("make_teacher", [copy.deepcopy, of_parameters])
+def test_an_eval_forward_with_an_empty_bank_warns_once_per_model(make_teacher: Any) -> None:
+    model = make()
+    teacher = make_teacher(model).eval()
+    train(model, after=lambda: average(teacher, model))
+    for each in (teacher, copy.deepcopy(teacher)):
+        messages = warned(lambda each=each: [each(X) for _ in range(3)])
+        assert len(messages) == 1
+        assert "'blocks.0' is still zero" in messages[0]
+        assert "average_banks(target, source)" in messages[0]
+    average_banks(teacher, model)  # the way out that it names
+    assert not warned(lambda: copy.deepcopy(teacher)(X))
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+def test_banks_that_are_filled_and_dense_weights_do_not_warn(fuse_on: Any) -> None:
+    model = make(fuse_on=fuse_on)
+    if fuse_on == "forward":
+        train(model)
+    assert not warned(lambda: model.eval()(X))
+
+
+def test_an_eval_before_training_warns_once_and_fuse_does_not_repeat_it() -> None:
+    model = make().eval()
+    assert len(warned(lambda: model(X))) == 1  # as Lightning's sanity check
+    train(model.train())
+    assert not warned(lambda: model.eval()(X))
+    untrained = make().eval()
+    assert len(warned(lambda: exf.fused_state_dict(untrained))) == 1
+    assert not warned(lambda: untrained(X))
+
+
+def test_a_full_bank_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(bank_init="uniform").eval()
+    reads: list[MemoryBank] = []
+    is_empty = MemoryBank.is_empty
+    monkeypatch.setattr(
+        MemoryBank, "is_empty", lambda bank: (reads.append(bank), is_empty(bank))[1]
+    )
+    for _ in range(3):
+        model(X)
+    assert len(reads) == len(set(reads)) == 2
+
+
+def test_an_empty_bank_does_not_disturb_vmap_and_export() -> None:
+    model = make().eval()
+    states, buffers = torch.func.stack_module_state([model, copy.deepcopy(model)])
+    torch.vmap(lambda *state: torch.func.functional_call(model, state, (X,)))(states, buffers)
+    torch.export.export(model, (X,))
+    assert len(warned(lambda: model(X))) == 1
+
+
+@pytest.mark.compiled
+def test_an_empty_bank_breaks_no_compiled_graph() -> None:
+    model = make().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(X)
+    with pytest.warns(UserWarning, match="is still zero"):
+        torch.testing.assert_close(compiled, model(X))
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+@pytest.mark.parametrize("around", [copy.deepcopy, AveragedModel])
+def test_average_banks_copies_or_averages(fuse_on: Any, around: Any) -> None:
+    source = make(fuse_on=fuse_on, bank_init="uniform")
+    target = around(source)
+    train(source)
+    starts = [bank.clone() for bank in banks_of(target)]
+    average_banks(target, source, decay=0.25)
+    for bank, start, new in zip(banks_of(target), starts, banks_of(source), strict=True):
+        torch.testing.assert_close(bank, 0.25 * start + 0.75 * new)
+    average_banks(target, source)
+    for bank, new in zip(banks_of(target), banks_of(source), strict=True):
+        assert torch.equal(bank, new)
+
+
+def test_average_banks_refuses_other_models_and_changes_nothing() -> None:
+    target = make()
+    train(other := make(bank_init="uniform"))
+    fewer = exf.wrap(FFNs(depth=1).double(), bank_init="uniform")
+    sixteen = exf.wrap(FFNs().double(), num_experts=16)
+    for source in (fewer, sixteen):
+        with pytest.raises(ValueError, match=r"'blocks\.\d' has shape \(4,\) in the target"):
+            average_banks(target, source)
+    with pytest.raises(ValueError, match="has no memory bank"):
+        average_banks(target, make(variant="sw"))
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        average_banks(target, other, decay=1.5)
+    assert not any(bank.any() for bank in banks_of(target))
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+@pytest.mark.parametrize("variant", ["mb", "dw"])
+def test_a_state_dict_in_bfloat16_that_is_assigned_leaves_fusion_weights_in_float32(
+    fuse_on: Any, variant: Any
+) -> None:
+    model = exf.wrap(FFNs(), variant=variant, fuse_on=fuse_on, seed=0)
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    dtypes = {
+        name.rsplit(".")[-1]: tensor.dtype
+        for name, tensor in model.state_dict().items()
+        if "fusion_weights" in name
+    }
+    assert set(dtypes.values()) == {torch.float32}
+    assert model.stem.weight.dtype == torch.bfloat16
+    if variant == "mb":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for _ in range(200):
+            loss_of(model, X.bfloat16()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(bank.sum() > 0.999 for bank in banks_of(model))
