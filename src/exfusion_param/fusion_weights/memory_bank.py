@@ -18,6 +18,7 @@ from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
 from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of
 from .base import Linears
+from .ordered_sums import text_of_difference
 from .routed_forward import Observed
 from .token_pool import TokenPool
 from .vote_ops import current_backward
@@ -61,7 +62,7 @@ class MemoryBank(TokenPool):
         shape = (config.num_experts, in_features)
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
-        self.votes = Votes(self._anchor, self._find_ranks)
+        self.votes = self._new_votes()
         self.alarm = EmptyBankAlarm()
         self.is_bypassed = False
         self._is_filled = False  # as far as is known without reading the bank again
@@ -75,7 +76,12 @@ class MemoryBank(TokenPool):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.votes = Votes(self._anchor, self._find_ranks)
+        self.votes = self._new_votes()
+
+    def _new_votes(self) -> Votes:
+        return Votes(
+            self._anchor, self._find_ranks, f"{self.group}.{self.first_linear}".lstrip(".")
+        )
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
@@ -191,13 +197,23 @@ class MemoryBank(TokenPool):
         bank.copy_(torch.where(stays, bank, moved))
 
     def health(self) -> Tensor | None:
-        """What the router said at the step, whether it is finite, and the bank times N, 2 N + 1."""
+        """For `warn_of`: router outputs at the step, whether finite, bank shares, ranks' order."""
         stepped, self._stepped = self._stepped, None
-        return None if stepped is None else torch.cat([stepped, shares_of(self.bank)])
+        if stepped is None:
+            return None
+        differed, self.votes.sums.has_differed = self.votes.sums.has_differed, None
+        order = stepped.new_zeros(1) if differed is None else differed[None].to(stepped)
+        return torch.cat([stepped, shares_of(self.bank), order])
 
     def warn_of(self, health: Tensor) -> None:
-        """Warn once if the router chooses a single expert, or an expert is never chosen."""
-        routed, _, shares = health.split([len(self.bank), 1, len(self.bank)])
+        """Warn once if the router chooses a single expert, or an expert is never chosen.
+
+        Raises:
+            RuntimeError: ranks on GPUs ran different FFNs at the same time.
+        """
+        routed, _, shares, order = health.split([len(self.bank), 1, len(self.bank), 1])
+        if order.any():
+            raise RuntimeError(text_of_difference())
         for kind, problem in problems(self.group, routed, shares):
             if kind not in self._warned:
                 self._warned.add(kind)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..tensors.ranks import Ranks
 from .anchor import Anchor
+from .ordered_sums import OrderedSums
 from .vote_ops import current_backward, name_of
 
 
@@ -54,14 +55,19 @@ class Votes:
         find_anchor: a bound method that gives a trainable parameter of the group, or None; it is
             held weakly.
         find_ranks: a bound method that gives the ranks that train the group; it is held weakly.
+        name: of the group, alike on all ranks.
     """
 
     def __init__(
-        self, find_anchor: Callable[[], Tensor | None], find_ranks: Callable[[], Ranks]
+        self,
+        find_anchor: Callable[[], Tensor | None],
+        find_ranks: Callable[[], Ranks],
+        name: str,
     ) -> None:
         self.has_counted = False  # ever
         self.total: Tensor | None = None  # (N + 1,): the sum of w, and how many it sums
-        self._find_ranks = weakref.WeakMethod(find_ranks)
+        held_weakly = weakref.WeakMethod(find_ranks)
+        self.sums = OrderedSums(name, lambda: (find := held_weakly()) and find())
         self._all_noted: Tensor | None = None  # the total, had no gradient been reset
         self._backwards: dict[int | None, _Backward] = {}
         self._anchor = Anchor(
@@ -94,7 +100,7 @@ class Votes:
 
     def average(self, weights: Tensor, vote: float) -> Tensor:
         """The mean of `w` over the ranks with a vote, and how many those are, shape (N + 1,)."""
-        entry = self._sum_over_ranks(torch.cat([weights, weights.new_ones(1)]) * vote)
+        entry = self.sums.sum(torch.cat([weights, weights.new_ones(1)]) * vote, "forward")
         return torch.cat([entry[:-1] / entry[-1:].clamp(min=1), entry[-1:]])
 
     def average_gradient(self, gradient: Tensor, marked: Tensor, vote: float) -> Tensor:
@@ -103,12 +109,8 @@ class Votes:
         The loss is the mean of the ranks' losses, and each rank differentiates its own, as DDP and
         FSDP have it.
         """
-        summed = self._sum_over_ranks(gradient[:-1].clone())
+        summed = self.sums.sum(gradient, "backward")[:-1]
         return vote * summed / marked[-1:].clamp(min=1)
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        find_ranks = self._find_ranks()
-        return tensor if find_ranks is None else find_ranks().sum(tensor)
 
     def follow_anchor(self) -> None:
         """Count with the gradient of the anchor that the group has now."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+_own_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,13 @@ class Ranks:
             distributed.all_reduce(tensor, group=group)
         return tensor
 
+    def apart(self) -> Ranks:
+        """The same ranks with process groups that nothing else uses.
+
+        Made at the first call, which all of the ranks have to take part in.
+        """
+        return dataclasses.replace(self, groups=tuple(_own_group(group) for group in self.groups))
+
     def broadcast(self, tensor: Tensor) -> None:
         """Give every rank the tensor of the first one, in place."""
         for group in self.groups:
@@ -53,6 +63,15 @@ class Ranks:
             distributed.all_gather_object(gathered, values, group=group)
             values = [value for part in gathered for value in part]
         return values
+
+
+def _own_group(group: Any) -> Any:
+    own = _own_groups.get(group)
+    if own is None:
+        ranks = distributed.get_process_group_ranks(group)
+        own = distributed.new_group(ranks, use_local_synchronization=True)
+        _own_groups[group] = own
+    return own
 
 
 ALONE = Ranks()
