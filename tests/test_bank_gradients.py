@@ -217,3 +217,42 @@ def test_a_router_that_never_sees_an_input_warns_once(fuse_on: Any) -> None:
     with pytest.warns(UserWarning, match="router has seen no input"):
         optimizer.step()
     optimizer.step()
+
+
+def directional(model: nn.Module) -> dict[str, Tensor]:
+    """The derivative of the summed output along ones, by forward-mode differentiation."""
+    return {
+        "jvp": torch.func.jvp(lambda x: model(x).sum(), (X[0],), (torch.ones_like(X[0]),))[1],
+        "jacfwd": torch.func.jacfwd(lambda x: model(x).sum())(X[0]).sum(),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("shared_router", [True, False])
+def test_forward_mode_is_refused_in_training_and_right_in_eval_and_under_step(
+    shared_router: bool,
+) -> None:
+    def wrapped(fuse_on: Any = "forward") -> nn.Module:
+        settings: Any = {"bank_init": "uniform", "seed": 0, "fuse_on": fuse_on}
+        return exf.wrap(FFNs(depth=1).double(), shared_router=shared_router, **settings)
+
+    def ones(x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+    model, x = wrapped(), X[0]
+    parameters = dict(model.named_parameters())
+    for run in (
+        lambda: torch.func.jvp(model, (x,), (ones(x),)),
+        lambda: torch.func.jacfwd(model)(x),
+        lambda: torch.func.grad(lambda x: model(x).sum())(x),
+        lambda: torch.func.grad(lambda p: torch.func.functional_call(model, p, x).sum())(
+            parameters
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=r"router of 'blocks.*Call model.eval\(\)"):
+            run()
+    for other in (wrapped().eval(), wrapped("step"), wrapped("step").eval()):
+        x = X[0].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(other(x).sum(), x)
+        for value in directional(other).values():
+            torch.testing.assert_close(value, expected.sum())

@@ -19,6 +19,7 @@ from ..tensors.shards import assign, local
 from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of
 from .base import Linears
 from .ordered_sums import text_of_difference
+from .reached import refuse_torch_func
 from .routed_forward import Observed
 from .token_pool import TokenPool
 from .vote_ops import current_backward
@@ -140,6 +141,7 @@ class MemoryBank(TokenPool):
             weights = self.votes.mark(weights, 0.0, counts)
         else:
             weights = functional.route(x, self.router, self.mask_for(x))
+            refuse_torch_func(weights, self.group)
             weights = self.votes.mark(weights, 1.0, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
 

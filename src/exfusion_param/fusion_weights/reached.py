@@ -46,6 +46,29 @@ def is_transformed(y: Tensor) -> bool:
     return is_wrapped or forward_ad._current_level >= 0
 
 
+def refuse_torch_func(weights: Tensor, group: str) -> None:
+    """Raise if `torch.func` or forward-mode differentiation differentiates a router's output.
+
+    Args:
+        weights: `w`, shape (N,).
+        group: name of the FFN group.
+    """
+    if not torch.compiler.is_compiling() and is_transformed(weights) and _has_derivative(weights):
+        raise RuntimeError(
+            f"torch.func or forward-mode differentiation reached the router of {group!r} in "
+            "training, where it would miss the router's part. Call model.eval(), in which the "
+            'memory bank is constant; use torch.autograd; or wrap with fuse_on="step".'
+        )
+
+
+def _has_derivative(y: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(y):
+        if torch._C._functorch.is_gradtrackingtensor(y):
+            return True
+        y = torch._C._functorch.get_unwrapped(y)
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(y).tangent is not None
+
+
 class _Reached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, parameter: Tensor | None, note: Note | None) -> Tensor:
