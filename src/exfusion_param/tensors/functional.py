@@ -168,7 +168,7 @@ def _token_weights(mask: Tensor, shares: Tensor) -> Tensor:
 
 
 def update_bank(bank: Tensor, weights: Tensor, momentum: float) -> Tensor:
-    """Move the memory bank: `m <- delta m + (1 - delta) w` (Eq. 11).
+    """Move the memory bank: `m <- delta m + (1 - delta) w` (Eq. 10).
 
     Args:
         bank: `m`, shape (N,).
