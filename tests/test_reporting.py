@@ -1,6 +1,7 @@
 """summarize and metrics."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_param.plotting.columns import columns_of, group_names
+from exfusion_param.routing import record_routing, router_load
 from exfusion_testing.models import FFNs, inputs, loss_of
 
 
@@ -122,3 +125,19 @@ def test_metrics_change_nothing() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     exf.metrics(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("around", [lambda model: model, torch.compile])
+def test_a_model_that_is_one_ffn_is_reported_by_its_class(around: Any) -> None:
+    model = exf.wrap(timm.layers.Mlp(4, 6), num_experts=2, bank_init="uniform", seed=0)
+    shown = around(model)
+    with record_routing(model) as shares, torch.no_grad():
+        model(torch.randn(3, 5, 4))
+    row = exf.metrics(shown) | router_load(shares, torch.arange(3))
+    assert {name.split("/")[1] for name in row} == {"Mlp"}
+    assert {"fusion_weights/Mlp/0", "bank_mass/Mlp", "router_load/Mlp/2/1"} <= row.keys()
+    history = {name: [value] for name, value in row.items()}
+    for measure in ("fusion_weights", "router_load"):
+        assert group_names(history, measure) == ["Mlp"]
+        assert columns_of(history, measure, "Mlp")
+    assert {linear.group for linear in exf.summarize(shown).linears} == {"Mlp"}

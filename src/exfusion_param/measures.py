@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .fusion.lookup import groups_of, original
+from .fusion.lookup import labels_of, original
 from .fusion_weights.base import FusionWeights
 from .fusion_weights.memory_bank import MemoryBank
 from .tensors.precision import accumulation_dtype
@@ -19,7 +19,8 @@ from .tensors.shards import holders_of, local, whole, with_all_experts
 def metrics(model: nn.Module) -> dict[str, float]:
     """What the experts of a wrapped model do, as a flat dict that any tracker takes.
 
-    For each FFN group (linear, with one router each) of name `g`:
+    For each FFN group (linear, with one router each) of name `g`; the class of a model that is one
+    FFN itself:
 
     - `fusion_weights/g/i`: fusion weight of expert i, in a memory bank as it is now.
     - `effective_experts/g`: exp of the entropy of the fusion weights scaled to sum one: N if they
@@ -35,7 +36,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: nothing is wrapped.
     """
-    groups = groups_of(model)
+    groups = labels_of(model)
     if not groups:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to measure.")
     values: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from .finding.place import input_of
 from .finding.outer_modules import unwrapped
 from .finding.projections import projection_of
-from .fusion.lookup import groups_of
+from .fusion.lookup import groups_of, labels_of
 from .fusion_weights.memory_bank import MemoryBank
 
 
@@ -32,7 +32,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Raises:
         ValueError: the model has no memory bank.
     """
-    banks = {bank: name for bank, name in groups_of(model).items() if isinstance(bank, MemoryBank)}
+    banks = {bank: name for bank, name in labels_of(model).items() if isinstance(bank, MemoryBank)}
     if not banks:
         raise ValueError(f"{type(model).__name__} has no memory bank, so no router to record.")
     shares: dict[str, Tensor] = {}

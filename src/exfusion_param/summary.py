@@ -15,7 +15,7 @@ from .api import wrap
 from .config import ExFusionConfig
 from .expert_config import ExpertConfig
 from .finding.discovery import Filter
-from .fusion.lookup import fused_names, fusion_weights_of, groups_of, original, wrapped_linears
+from .fusion.lookup import fused_names, fusion_weights_of, labels_of, original, wrapped_linears
 from .fusion_weights.base import FusionWeights
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
@@ -124,7 +124,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _summary(model: nn.Module) -> Summary:
-    groups = groups_of(model)
+    groups = labels_of(model)
     linears = []
     for fqn, linear in wrapped_linears(model).items():
         weights = fusion_weights_of(linear)

@@ -7,7 +7,7 @@ from collections import Counter
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..finding.outer_modules import clean_name
+from ..finding.outer_modules import clean_name, unwrapped
 from ..fusion_weights.base import Fused, FusionWeights, living
 from ..tensors import shards
 from .expert_fusion import ExpertFusion
@@ -72,6 +72,14 @@ def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     return {
         weights: name if taken[name] == 1 else first_of.get(weights, f"{name}.{i}")
         for i, (weights, name) in enumerate(names.items())
+    }
+
+
+def labels_of(model: nn.Module) -> dict[FusionWeights, str]:
+    """As `groups_of`, for columns and tables: a model that is one FFN goes by its class."""
+    return {
+        weights: name or type(unwrapped(model)).__name__
+        for weights, name in groups_of(model).items()
     }
 
 
