@@ -1,6 +1,7 @@
 """The memory bank at its borders: unusual loops count right, and what cannot is said."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from exfusion_testing.banks import (
     moved,
 )
 from exfusion_testing.models import loss_of
+from exfusion_testing.processes import run
 
 MODES: list[Any] = ["forward", "step"]
 
@@ -192,3 +194,33 @@ def test_an_optimizer_of_each_parameter_that_steps_in_the_backward_does_not_warn
         expected = MOMENTUM * bank.bank + (1 - MOMENTUM) * (first + second) / 2
         use(X[0]).backward()
         assert_bank(model, expected)
+
+
+AGAIN = """
+import sys
+import torch
+from exfusion_testing.banks import X, adamw, assert_bank, backward, bank_of, make, moved
+
+model = make()
+for name in [name for name in sys.modules if name.split(".")[0] == "exfusion_param"]:
+    del sys.modules[name]
+import exfusion_param as again
+from torch import nn
+
+other = again.wrap(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)), seed=0)
+optimizer = adamw(model)
+for _ in range(2):
+    expected = moved(model, *X)
+    other(X[0].float()).sum().backward()
+    backward(model, *X)
+    optimizer.step()
+    assert_bank(model, expected)
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.processes
+def test_a_model_trains_on_when_the_package_is_imported_a_second_time(tmp_path: Path) -> None:
+    script = tmp_path / "again.py"
+    script.write_text(AGAIN)
+    run(script)

@@ -39,13 +39,26 @@ def current_backward() -> int | None:
     return None if identity < 0 else identity
 
 
+def _free_namespace() -> str:
+    """The operators' namespace: one of its own where the package is imported a second time.
+
+    Models of the first import count through its operators, which must not be replaced.
+    """
+    names = itertools.chain(["exfusion_param"], (f"exfusion_param_{i}" for i in itertools.count(2)))
+    return next(name for name in names if not hasattr(getattr(torch.ops, name), "mark"))
+
+
+_namespace = _free_namespace()
+ops: Any = getattr(torch.ops, _namespace)
+"""The operators by their names."""
+
 # A replayed CUDA graph runs no Python code, so inductor leaves these out of its graphs.
 _custom_op = functools.partial(
     torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
 )
 
 
-@_custom_op("exfusion_param::mark")
+@_custom_op(f"{_namespace}::mark")
 def _mark(weights: Tensor, vote: float, name: Tensor) -> Tensor:
     if (counter := _live.get(int(name))) is None:
         return torch.cat([weights, weights.new_ones(1)])
@@ -53,7 +66,7 @@ def _mark(weights: Tensor, vote: float, name: Tensor) -> Tensor:
     return counter.average(weights, vote)
 
 
-@_custom_op("exfusion_param::note")
+@_custom_op(f"{_namespace}::note")
 def _note(gradient: Tensor, marked: Tensor, vote: float, name: Tensor) -> Tensor:
     if (counter := _live.get(int(name))) is None:
         return gradient[:-1].clone()
@@ -62,14 +75,14 @@ def _note(gradient: Tensor, marked: Tensor, vote: float, name: Tensor) -> Tensor
     return counter.average_gradient(gradient, marked, vote)
 
 
-@_custom_op("exfusion_param::token")
+@_custom_op(f"{_namespace}::token")
 def _token(statistics: Tensor, probe: Tensor, name: Tensor) -> Tensor:
     if (counter := _live.get(int(name))) is not None:
         counter.follow_anchor()
     return torch.zeros_like(probe)
 
 
-@_custom_op("exfusion_param::note_token")
+@_custom_op(f"{_namespace}::note_token")
 def _note_token(gradient: Tensor, statistics: Tensor, name: Tensor) -> Tensor:
     if (counter := _live.get(int(name))) is not None:
         counter.note(statistics.clone())  # whose memory a compiled graph uses again
@@ -105,8 +118,7 @@ def _note_in_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]
     # The result passes through the operator, or torch.compile would drop it as unused. The name's
     # gradient is zero and not None, which compiled autograd cannot add up over two forwards.
     marked, name = ctx.saved_tensors
-    note = torch.ops.exfusion_param.note
-    return note(gradient, marked, ctx.vote, name), None, torch.zeros_like(name)
+    return ops.note(gradient, marked, ctx.vote, name), None, torch.zeros_like(name)
 
 
 def _save_for_second_derivative(
@@ -125,7 +137,7 @@ def _save_for_note_token(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output
 
 
 def _note_token_in_backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-    return None, torch.ops.exfusion_param.note_token(gradient, *ctx.saved_tensors), None
+    return None, ops.note_token(gradient, *ctx.saved_tensors), None
 
 
 _token.register_autograd(_note_token_in_backward, setup_context=_save_for_note_token)

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..tensors.ranks import Ranks
 from .anchor import Anchor
 from .ordered_sums import OrderedSums
-from .vote_ops import current_backward, name_of
+from .vote_ops import current_backward, name_of, ops
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ class Votes:
             counts: whether a gradient is to flow back, whatever `weights` requires.
         """
         name = self._name if counts else self._name.detach()
-        marked: Tensor = torch.ops.exfusion_param.mark(weights, vote, name)
+        marked: Tensor = ops.mark(weights, vote, name)
         return marked[:-1]
 
     def token(self, statistics: Tensor, probe: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Votes:
             probe: a part of a parameter, shape (1,), which gets the gradient zero. torch.compile
                 would drop a backward that no parameter gets.
         """
-        zero: Tensor = torch.ops.exfusion_param.token(statistics, probe, self._name)
+        zero: Tensor = ops.token(statistics, probe, self._name)
         return zero
 
     def average(self, weights: Tensor, vote: float) -> Tensor:
