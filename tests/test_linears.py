@@ -53,13 +53,6 @@ def test_a_weight_assigned_under_a_bank_of_zeros_shows_once_the_bank_is_full() -
     torch.testing.assert_close(linear.weight, weight)
 
 
-def test_in_place_initialisation_of_the_fused_weight_does_nothing() -> None:
-    linear = wrapped("sw").blocks[0].fc1
-    before = linear.weight
-    nn.init.ones_(linear.weight)  # writes to a temporary tensor; documented in the README
-    assert torch.equal(linear.weight, before)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_reset_parameters_draws_every_expert_like_the_dense_class(bias: bool) -> None:
     model = exf.wrap(FFNs(dim=50, hidden=100, bias=bias), variant="sw")

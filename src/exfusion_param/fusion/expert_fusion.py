@@ -32,6 +32,7 @@ class ExpertFusion(nn.Module):
         else:  # past nn.Module's registration, so that the state dict names them once
             self.__dict__["fusion_weights"] = fusion_weights
         self._first_experts: Tensor | None = experts
+        self.is_unfilled = False  # see outside_access.py
 
     def forward(self, experts: Tensor) -> Tensor:
         """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""

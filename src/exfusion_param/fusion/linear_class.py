@@ -2,13 +2,15 @@
 
 Note [The class of a wrapped linear]
 `torch.nn.utils.parametrize` gives each parametrized module a class of its own, with a property for
-each parametrized tensor. We replace it by one that differs in three ways:
+each parametrized tensor. We replace it by one that differs in these ways:
 - It is shared by all linears of one kind. torch.compile guards on the class of each module: with
   classes of their own, the blocks of a model that is compiled block by block would each be compiled
   anew, up to the eighth, and the others not at all.
 - `forward` of linears whose fusion weights follow the input shows it to them first. A hook could,
   but `nn.TransformerEncoderLayer` leaves its eval fast path where a module in it has hooks.
-- `reset_parameters` draws every expert anew. The inherited one would write to a temporary weight.
+- `reset_parameters` draws every expert again. The inherited one would write to a temporary weight.
+- Its properties and its `forward` notice writes that would be lost (outside_access.py).
+- `_apply` marks stacks that get memory without contents.
 All of it goes away with the class when the parametrizations are removed.
 
 Note [Properties that outlive a parametrization]
@@ -21,6 +23,7 @@ AttributeError, and `nn.Module.__getattr__` finds the plain parameter.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ from torch import Tensor, nn
 from ..finding.place import MakeForward
 from ..finding.projections import projection_of
 from ..tensors.shards import is_sharded
+from . import outside_access
+from .expert_fusion import ExpertFusion
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -45,6 +50,7 @@ def share_class(
             class if theirs are equal.
     """
     own, projection = type(linear), projection_of(linear)
+    dense: Any
     (dense,) = own.__bases__
     assert projection is not None
     fused = tuple(name for name, member in vars(own).items() if isinstance(member, property))
@@ -55,8 +61,9 @@ def share_class(
         members |= {"_dense_order": dense_order, "_fused": fused}
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
-        if make_forward is not None:
-            members["forward"] = make_forward(dense, projection)
+        forward = dense.forward if make_forward is None else make_forward(dense, projection)
+        members["forward"] = outside_access.watched(forward)
+        members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
         shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
     linear.__class__ = shared
 
@@ -90,12 +97,43 @@ def _property(name: str) -> property:
     def get(self: Any) -> Tensor:
         if name not in self.parametrizations:
             raise AttributeError(name)
-        return self.parametrizations[name]()
+        return outside_access.read(self, name)
 
     def set_originals(self: Any, value: Tensor) -> None:
-        self.parametrizations[name].right_inverse(value)
+        outside_access.assign(self, name, value)
 
     return property(get, set_originals)
+
+
+def _moving(dense: Any) -> Callable[..., Any]:
+    """The `_apply` for a dense class: `to_empty` leaves no stack that looks like experts."""
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        holders = [holder for holder in self.parametrizations.values() if _is_on_meta(holder)]
+        dense._apply(self, *args, **kwargs)
+        for holder in holders:
+            if not _is_on_meta(holder):
+                outside_access.spoil(holder.original, holder[0])
+        return self
+
+    return _apply
+
+
+def _registering(dense: Any) -> Callable[..., None]:
+    """The `register_parameter` for a dense class: `linear.weight = nn.Parameter(t)` ends there."""
+
+    def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and name in self.__dict__["_modules"].get("parametrizations", ()):
+            outside_access.assign(self, name, param)
+            return
+        outside_access.require_own_parameter(self, name, param)
+        dense.register_parameter(self, name, param)
+
+    return register_parameter
+
+
+def _is_on_meta(holder: Any) -> bool:
+    return isinstance(holder[0], ExpertFusion) and holder.original.is_meta
 
 
 def _reset_experts(self: Any) -> None:

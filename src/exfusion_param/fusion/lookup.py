@@ -11,6 +11,7 @@ from ..finding.outer_modules import clean_name, unwrapped
 from ..fusion_weights.base import Fused, FusionWeights, living
 from ..tensors import shards
 from .expert_fusion import ExpertFusion
+from .outside_access import require_sound
 
 
 def original(linear: nn.Module, name: str) -> nn.Parameter:
@@ -22,10 +23,11 @@ def fused_tensor(linear: nn.Module, name: str) -> Tensor:
     """A copy of the fused tensor as the experts have it now; a DTensor if they are."""
     if not parametrize.is_parametrized(linear, name):
         return linear.get_parameter(name).detach().clone()
+    require_sound(linear, name)
     stack = original(linear, name)
     if shards.is_sharded(stack):
         return fusion_of(linear, name).dense(stack)
-    fused: Tensor = getattr(linear, name)
+    fused: Tensor = linear.get_submodule(f"parametrizations.{name}")()
     return fused
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..finding.place import PlaceInGroup, input_of
 from ..finding.projections import Projection
+from ..fusion.outside_access import require_sound
 from .merging import merged_linear
 from .pooling import Segments, mean_of_tokens, segments_of
 
@@ -86,6 +87,8 @@ def _gated(linear: Any, gate: Any, place: PlaceInGroup, projection: Projection, 
         tokens = block(tokens)
         if segments is not None:
             segments = dataclasses.replace(segments, x=block(segments.x))
+    for name in linear.parametrizations:
+        require_sound(linear, name)
     stacks = {name: fusions.original for name, fusions in linear.parametrizations.items()}
     arguments: dict[str, Any] = {
         "gates": gates,

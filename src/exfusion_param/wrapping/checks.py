@@ -16,7 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
 from ..finding.projections import ADAPTED
-from ..fusion.lookup import fused_names, fusion_weights_of, original
+from ..fusion.lookup import fused_names, fusion_weights_of, original, parametrized_names
+from ..fusion.outside_access import require_sound
 from ..fusion_weights.base import FusionWeights
 from .attach import dense_tensors
 
@@ -75,6 +76,9 @@ def check_fusable(
         raise ValueError(f"{type(model).__name__} has no wrapped linear, so nothing to fuse.")
     for weights in groups:
         weights.require_fusable()
+    for linear in linears.values():
+        for name in parametrized_names(linear):
+            require_sound(linear, name)
     _refuse(
         linears,
         is_sharded,
