@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .precision import accumulation_dtype, without_autocast
+from .shards import is_sharded, replicated
 from .sliced_sums import fuse_into, products_with
 
 
@@ -32,7 +33,9 @@ def fuse(experts: Tensor, weights: Tensor) -> Tensor:
     dtype = accumulation_dtype(experts.dtype)
     with without_autocast(experts.device):
         weights = weights.to(experts.device, dtype)
-        if experts.dtype != dtype and not torch.compiler.is_compiling():
+        if is_sharded(experts):  # between forwards, in which FSDP2 has the whole stack
+            weights = replicated(weights, experts)
+        elif experts.dtype != dtype and not torch.compiler.is_compiling():
             fused: Tensor = _FuseLowPrecision.apply(experts, weights)
             return fused
         # tensordot is a matrix-vector product over the flat stack: ten times faster on a CPU than

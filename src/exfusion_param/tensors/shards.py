@@ -88,6 +88,17 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return result
 
 
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, on the mesh of the DTensor `like`."""
+    if is_sharded(tensor):
+        return tensor
+    module = sys.modules["torch.distributed.tensor"]
+    mesh: Any = like
+    places = [module.Replicate()] * mesh.device_mesh.ndim
+    result: Tensor = module.DTensor.from_local(tensor, mesh.device_mesh, places, run_check=False)
+    return result
+
+
 def assign(target: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor, which every rank has, into one that may be spread over the ranks."""
     local(target).copy_(local(spread(tensor, target)))
