@@ -90,6 +90,7 @@ class FusionWeights(nn.Module):
         self.group = group
         self.first_linear = first_linear
         self.config = config
+        self.seed = 0  # of the draws; `wrap` sets it
         self.handles: list[RemovableHandle] = []  # of hooks that serve this group
         self.sharing: Ranks | None = None  # set by fully_shard
         self.was_loaded = False  # with the model's state dict
@@ -235,15 +236,14 @@ class FusionWeights(nn.Module):
 
         was_meta = any(tensor.is_meta for tensor in self.own_tensors())
         super()._apply(keep_precision, recurse)
-        if was_meta and self.fused and not any(tensor.is_meta for tensor in self.own_tensors()):
+        if was_meta and not any(tensor.is_meta for tensor in self.own_tensors()):
             self._start_from_meta()
         return self
 
     def _start_from_meta(self) -> None:
         """Fill what has just got memory, as nothing else knows how."""
-        device = self.own_tensors()[0].device
-        seed = self.fused[0].start.seed
-        self.reset_parameters(named_generator(seed, f"{self.group}.router", device))
+        name, device = f"{self.group}.router", self.own_tensors()[0].device
+        self.reset_parameters(named_generator(self.seed, name, device))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -95,6 +95,7 @@ def plan_groups(
         starts = _starts(group, config, seed)
         for part in _routed_together(group, config):
             weights = make_weights(part, config, seed)
+            weights.seed = seed
             tensors = {
                 fqn: {
                     name: _planned(tensor, starts[fqn][name], weights)
