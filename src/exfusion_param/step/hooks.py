@@ -39,9 +39,10 @@ from torch.optim.optimizer import (
 from ..fusion_weights.base import FusionWeights, call_at_birth, living
 from ..fusion_weights.rank_agreement import agree
 from .expert_step import ExpertStep, is_view
+from .first_look import look_once
 from .health import finish_looking, look_at
 from .interrupts import DeferredInterrupt
-from .refusals import delegates, refuse_closures, refuse_dense_state, refuse_within_backward
+from .refusals import delegates, refuse_closures, refuse_within_backward
 
 _outdated: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 _warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
@@ -90,8 +91,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             refuse_closures(optimizer, weights)
             refuse_within_backward(optimizer, weights)
         else:
-            refuse_dense_state(optimizer, weights)
             weights.settle()
+    look_once(optimizer, groups)
     _holds[optimizer] = (held, groups)
     agree(groups)
     by_step = [weights for weights in groups if weights.fused]

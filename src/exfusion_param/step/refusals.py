@@ -49,11 +49,13 @@ def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -
 def refuse_dense_state(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
     """Raise if the optimizer remembers the dense tensor that a stack has taken the place of."""
     for stack in weights.expert_stacks():
-        for value in optimizer.state.get(stack, {}).values():
-            is_dense = isinstance(value, Tensor) and value.shape == stack.shape[1:]
-            if is_dense and stack.ndim > 1:  # FSDP1 makes it flat
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} holds state of shape {tuple(value.shape)} for an "
-                    f"expert stack of shape {tuple(stack.shape)} in {weights.group!r}: it was made "
-                    "before wrap(). Make the optimizer after wrap()."
-                )
+        values = [v for v in optimizer.state.get(stack, {}).values() if isinstance(v, Tensor)]
+        shapes = [value.shape for value in values]
+        if stack.ndim == 1 or stack.shape[:-1] in shapes:  # flat under FSDP1; factored (Adafactor)
+            continue
+        if stack.shape[1:] in shapes:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} holds state of shape {tuple(stack.shape[1:])} for an "
+                f"expert stack of shape {tuple(stack.shape)} in {weights.group!r}: it was made "
+                "before wrap(). Make the optimizer after wrap()."
+            )
