@@ -135,6 +135,11 @@ class MemoryBank(TokenPool):
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
+        if self.router.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"The router of {self.group!r} is on the meta device in a training forward. "
+                "accelerate's offloading is for inference: call model.eval()."
+            )
         counts = torch.is_grad_enabled() and self._anchor() is not None
         if x.numel() == 0:  # no token, no vote; other ranks may have some
             weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
@@ -155,8 +160,9 @@ class MemoryBank(TokenPool):
         if not has_graph:
             raise RuntimeError(
                 f"A linear of {self.group!r} ran without the one whose input its shared router "
-                "reads: before it, or outside of its checkpoint. Checkpoint the whole FFN, or give "
-                "each linear a router of its own: wrap(model, shared_router=False)."
+                "reads: before it, outside of its checkpoint, or replaced after wrap(). Checkpoint "
+                "the whole FFN, put the wrapped linear back, or give each linear a router of its "
+                "own: wrap(model, shared_router=False)."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:

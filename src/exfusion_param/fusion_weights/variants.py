@@ -11,6 +11,7 @@ from ..config import ExFusionConfig
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
 from ..finding.projections import projection_of
+from ..tensors import functional
 from ..tensors.expert_starts import named_generator, uniform_weights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import assign, local
@@ -57,6 +58,12 @@ class StaticWeights(FusionWeights):
         like: Any = self.fusions[0][0].original if self.fusions else self.linears[0].weight
         dtype = accumulation_dtype(like.dtype)
         return uniform_weights(self.config.num_experts, local(like).device, dtype)
+
+    def fuse(self, experts: Tensor) -> Tensor:
+        """The experts' mean, shape (*S), also while the group's other stacks are offloaded."""
+        dtype = accumulation_dtype(experts.dtype)
+        weights = uniform_weights(len(experts), local(experts).device, dtype)
+        return functional.fuse(experts, weights)
 
 
 class LearnedWeights(FusionWeights):

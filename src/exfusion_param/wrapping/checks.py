@@ -34,7 +34,13 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
     _refuse(
         linears,
         lambda linear: ADAPTED in dict(linear.named_children()),
-        "inside an adapter (peft). Merge it first, model.merge_and_unload(), or wrap before peft.",
+        "inside an adapter (peft). Merge it first, model.merge_and_unload(); or wrap before peft, "
+        "and call fuse(model) before merging.",
+    )
+    _refuse(
+        linears,
+        _is_offloaded,
+        "offloaded by accelerate. Wrap first, offload after.",
     )
     _refuse(linears, is_parametrized, "parametrized by something else. Remove that first.")
     _refuse(
@@ -66,6 +72,13 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
             "read without being called, so that a router sees no input. "
             'Use variant="sw" or "dw", or leave them out with filter_fn.',
         )
+    if config.follows_inputs and config.fuse_on == "forward":
+        _refuse(
+            linears,
+            lambda linear: "forward" in vars(linear),
+            "given a forward of their own, past their class, so that a router sees no input. Set "
+            'it after wrap(), or use fuse_on="step".',
+        )
 
 
 def check_fusable(
@@ -76,6 +89,12 @@ def check_fusable(
         raise ValueError(f"{type(model).__name__} has no wrapped linear, so nothing to fuse.")
     for weights in groups:
         weights.require_fusable()
+    _refuse(
+        linears,
+        _is_offloaded,
+        "offloaded by accelerate. Call accelerate.hooks.remove_hook_from_module(model, "
+        "recurse=True) first.",
+    )
     for linear in linears.values():
         for name in parametrized_names(linear):
             require_sound(linear, name)
@@ -90,7 +109,9 @@ def check_fusable(
         if any(id(other) not in inside for other in weights.linears):
             raise ValueError(
                 f"{fqn!r} shares its fusion weights with linears outside of "
-                f"{type(model).__name__}. Fuse a module that holds all of {weights.group!r}."
+                f"{type(model).__name__}. Fuse a module that holds all of {weights.group!r}. If a "
+                "linear was replaced after wrap(), as by modules_to_save of peft, put the wrapped "
+                "one back, or load fused_state_dict(model) into a dense model."
             )
     _refuse_non_finite(linears)
 
@@ -102,6 +123,15 @@ def is_sharded(linear: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in linear.parameters())
+
+
+def _is_offloaded(linear: nn.Module) -> bool:
+    """Whether accelerate moves the linear's tensors to the device for each forward only."""
+    return any(
+        hasattr(module, "_hf_hook") and tensor.is_meta
+        for module in linear.modules()
+        for tensor in module.parameters(recurse=False)
+    )
 
 
 @torch.no_grad()
