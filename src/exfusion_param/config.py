@@ -31,11 +31,11 @@ class ExFusionConfig(ExpertConfig):
         momentum: delta of the memory bank, in [0, 1).
         shared_router: one router for each FFN group, on the FFN's input; otherwise one for each
             linear, on that linear's own input (Table IX). `"mb"` only.
-        expert_init: `"independent"`: expert 0 keeps the model's own weight, the others are fresh
-            draws of the same distribution; `"upcycle"`: every expert is the model's weight plus
-            noise that leaves the fused weight as it was, for pretrained models; `"drop_upcycle"`:
-            every expert is the model's weight, but for a share of the FFN's hidden units that are
-            drawn anew (arXiv 2502.19261).
+        expert_init: `"independent"`: expert 0 keeps the model's own weight, the others have its
+            rows and columns in random order, so the same distribution and singular values;
+            `"upcycle"`: every expert is the model's weight plus noise that leaves the fused weight
+            as it was, for pretrained models; `"drop_upcycle"`: every expert is the model's weight,
+            but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
         upcycle_noise: standard deviation of that noise, as a share of the weight's own.
         drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
         bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,

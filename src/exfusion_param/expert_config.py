@@ -20,11 +20,11 @@ class ExpertConfig:
 
     Args:
         num_experts: N, the experts of each linear, at least 2.
-        expert_init: `"independent"`: expert 0 keeps the model's own weight, the others are fresh
-            draws of the same distribution; `"upcycle"`: every expert is the model's weight plus
-            noise that leaves the fused weight as it was, for pretrained models; `"drop_upcycle"`:
-            every expert is the model's weight, but for a share of the FFN's hidden units that are
-            drawn anew (arXiv 2502.19261).
+        expert_init: `"independent"`: expert 0 keeps the model's own weight, the others have its
+            rows and columns in random order, so the same distribution and singular values;
+            `"upcycle"`: every expert is the model's weight plus noise that leaves the fused weight
+            as it was, for pretrained models; `"drop_upcycle"`: every expert is the model's weight,
+            but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
         upcycle_noise: standard deviation of that noise, as a share of the weight's own.
         drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count

@@ -61,14 +61,15 @@ class ExpertStart:
 def independent_experts(
     tensor: Tensor, num_experts: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Expert 0 is `tensor` itself, the others are fresh draws of the same distribution.
+    """Expert 0 is `tensor` itself; the others are its rows and columns in random order.
 
-    The model's own initialisation is known by its result alone, be it normal, truncated, uniform
-    or constant. Each other expert is drawn from that result, entry by entry with replacement: its
-    distribution is the empirical one, with the same mean, standard deviation and bounds.
+    The model's own initialization is known only by its result, be it normal, truncated, orthogonal
+    or constant. A random order keeps what that result has: its entries, and so their mean, standard
+    deviation and bounds, and its singular values. Experts are uncorrelated on average over the
+    orders, so that the mean of N of them has 1/N of the variance of one.
 
     Args:
-        tensor: shape (*S).
+        tensor: shape (*S). The first two dimensions are permuted, of a bias its only one.
         num_experts: N.
         generator: on the device of `tensor`; None takes torch's global one.
 
@@ -78,12 +79,17 @@ def independent_experts(
     experts = tensor.new_empty(num_experts, *tensor.shape)
     if tensor.is_meta:
         return experts
-    values = tensor.detach().reshape(-1)
     experts[0] = tensor.detach()
     for expert in experts[1:]:
-        index = torch.randint(len(values), expert.shape, generator=generator, device=tensor.device)
-        torch.take(values, index, out=expert)
+        expert.copy_(_permuted(tensor.detach(), generator))
     return experts
+
+
+def _permuted(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+    for dim, size in enumerate(tensor.shape[:2]):
+        order = torch.randperm(size, generator=generator, device=tensor.device)
+        tensor = tensor.index_select(dim, order)
+    return tensor
 
 
 def upcycled_experts(
@@ -97,7 +103,7 @@ def upcycled_experts(
     Args:
         tensor: `W`, shape (*S).
         weights: the fusion weights `w` that the experts start with, shape (N,), of non-zero sum.
-        noise: standard deviation of the noise, as a share of the standard deviation of `tensor`.
+        noise: standard deviation of the `n_i`, over all experts, as a share of that of `tensor`.
         generator: on the device of `tensor`; None takes torch's global one.
 
     Returns:
@@ -114,7 +120,9 @@ def upcycled_experts(
     if weights.sum() == 0:
         raise ValueError("The fusion weights sum to zero. Set them before the dense weight.")
     dense = tensor.detach().to(dtype)
-    scale = noise * dense.std(correction=0)
+    # The constraint on the noise takes a part of its variance, 1/N for equal weights.
+    left = 1 - 2 / len(weights) + (weights / weights.sum()).square().sum()
+    scale = noise * dense.std(correction=0) / left.sqrt()
     experts = torch.randn(shape, generator=generator, device=tensor.device, dtype=dtype)
     experts.mul_(scale)  # in place: new memory costs more than the numbers in it
     experts.add_((dense - torch.tensordot(weights, experts, dims=1)) / weights.sum())
