@@ -60,6 +60,8 @@ def select_groups(
     if filter_fn is None:
         _refuse_mixtures(model)
     groups = find_ffns(model)
+    if filter_fn is None:
+        _refuse_shared(model, groups)
     if filter_fn is not None:
         groups = _group(_filtered(linears, filter_fn), groups)
     if not groups:
@@ -74,18 +76,19 @@ def candidate_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_ffns(model: nn.Module) -> list[FFNGroup]:
     """All FFNs of the model, in its order; each linear in one, held by the smallest module."""
-    modules = list(model.named_modules())
+    modules = dict(model.named_modules())
     groups: list[FFNGroup] = []
     taken: set[nn.Module] = set()
-    for fqn, module in reversed(modules):  # what is inside of a module comes before it
+    for fqn, module in reversed(modules.items()):  # what is inside of a module comes before it
         if _is_attention(fqn, module):
             continue
         found = _by_name(module) or _by_structure(module)
-        if found and taken.isdisjoint(found.values()):
+        linears = {_join(fqn, name): linear for name, linear in found.items()}
+        # A linear that several modules hold belongs to the first, by whose name it is known.
+        if linears and linears.keys() <= modules.keys() and taken.isdisjoint(found.values()):
             taken.update(found.values())
-            linears = {_join(fqn, name): linear for name, linear in found.items()}
             groups.append(FFNGroup(fqn, linears, tuple(linears)[:-1]))
-    rank = {fqn: index for index, (fqn, _) in enumerate(modules)}
+    rank = {fqn: index for index, fqn in enumerate(modules)}
     return sorted(groups, key=lambda group: rank[group.inputs[0]])
 
 
@@ -166,6 +169,23 @@ def _refuse_mixtures(model: nn.Module) -> None:
             raise ValueError(
                 f"{type(model).__name__} is a mixture of experts already: {fqn or 'the model'} is "
                 f"a {_class_name(module)}. Choose among its dense linears with filter_fn."
+            )
+
+
+def _refuse_shared(model: nn.Module, groups: Iterable[FFNGroup]) -> None:
+    """Raise if two FFNs have some of their linears in common; they may have all."""
+    own = {linear: (fqn, group) for group in groups for fqn, linear in group.linears.items()}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        name, group = own.get(module, (fqn, None))
+        if name == fqn or group is None:
+            continue
+        holder = model.get_submodule(fqn.rpartition(".")[0])
+        found = set((_by_name(holder) or _by_structure(holder)).values())
+        if module in found and found != set(group.linears.values()):
+            raise ValueError(
+                f"{fqn} is the same module as {name}, and the two FFNs would share one of their "
+                "linears, but not the experts' fusion weights. Give each its own, or choose the "
+                "linears of one FFN with filter_fn."
             )
 
 

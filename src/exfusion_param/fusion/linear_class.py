@@ -106,11 +106,19 @@ def _property(name: str) -> property:
 
 
 def _moving(dense: Any) -> Callable[..., Any]:
-    """The `_apply` for a dense class: `to_empty` leaves no stack that looks like experts."""
+    """The `_apply` for a dense class; `to_empty` leaves no stack that looks like experts."""
 
-    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        stacks = {holder.original.shape for holder in self.parametrizations.values()}
+
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor.ndim < 4 or tensor.shape not in stacks or is_sharded(tensor):
+                return fn(tensor)
+            # A stack of a convolution, moved as the dense weight is: to channels_last, for one.
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
         holders = [holder for holder in self.parametrizations.values() if _is_on_meta(holder)]
-        dense._apply(self, *args, **kwargs)
+        dense._apply(self, apply, recurse)
         for holder in holders:
             if not _is_on_meta(holder):
                 outside_access.spoil(holder.original, holder[0])

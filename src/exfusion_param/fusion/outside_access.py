@@ -69,7 +69,7 @@ def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
 def read(linear: Any, name: str) -> Tensor:
     """The value of a parametrized tensor; raises if something went wrong before."""
     holder = linear.parametrizations[name]
-    if torch.compiler.is_compiling() or not isinstance(holder[0], ExpertFusion):
+    if _is_recorded() or not isinstance(holder[0], ExpertFusion):
         return holder()
     require_sound(linear, name)
     fused: Tensor = holder()
@@ -80,7 +80,7 @@ def read(linear: Any, name: str) -> Tensor:
 
 def require_sound(linear: Any, name: str) -> None:
     """Raise a RuntimeError if a write to a fused tensor was lost, or its stack was never filled."""
-    if torch.compiler.is_compiling():
+    if _is_recorded():
         return
     holder = linear.parametrizations[name]
     fusion = holder[0]
@@ -162,6 +162,11 @@ def _is_unchanged(handed_out: _HandedOut) -> bool:
     if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
         return False
     return torch.equal(now, before) or torch.equal(now.nan_to_num(), before.nan_to_num())
+
+
+def _is_recorded() -> bool:
+    """Whether what runs is compiled, exported or traced, and nothing else may be in it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -23,6 +23,7 @@ from ..tensors.expert_starts import ExpertStart, named_generator
 from ..tensors.precision import raise_precision
 from ..tensors.ranks import Ranks, all_ranks
 from ..tensors.shards import ranks_of, whole
+from .one_model import OneModel
 
 Linears = tuple[nn.Module, ...]
 
@@ -67,7 +68,7 @@ class Fused(Protocol):
         """Take the experts away from their optimizer."""
 
 
-class FusionWeights(nn.Module):
+class FusionWeights(OneModel):
     """What all variants share. Calling the module gives the `w` to fuse with now.
 
     Args:
@@ -237,13 +238,10 @@ class FusionWeights(nn.Module):
         was_meta = any(tensor.is_meta for tensor in self.own_tensors())
         super()._apply(keep_precision, recurse)
         if was_meta and not any(tensor.is_meta for tensor in self.own_tensors()):
-            self._start_from_meta()
+            # Fill what has just got memory, as nothing else knows how.
+            device = self.own_tensors()[0].device
+            self.reset_parameters(named_generator(self.seed, f"{self.group}.router", device))
         return self
-
-    def _start_from_meta(self) -> None:
-        """Fill what has just got memory, as nothing else knows how."""
-        name, device = f"{self.group}.router", self.own_tensors()[0].device
-        self.reset_parameters(named_generator(self.seed, name, device))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

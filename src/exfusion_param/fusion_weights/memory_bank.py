@@ -91,7 +91,7 @@ class MemoryBank(TokenPool):
         """
         router = torch.zeros(self.router.shape, dtype=self.router.dtype, device=self.bank.device)
         if self.config.expert_init == "independent":
-            bound = 1 / math.sqrt(router.shape[1])
+            bound = 1 / math.sqrt(max(1, router.shape[1]))
             nn.init.uniform_(router, -bound, bound, generator=generator)
         assign(self.router, router)
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0

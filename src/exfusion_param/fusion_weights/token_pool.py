@@ -18,8 +18,9 @@ class TokenPool(FusionWeights):
     _traced: Tensor | None = None  # `current` while torch.compile traces
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: not the running forward."""
-        return self.__dict__ | {"token_mask": None, "_running": {}}
+        """What a deepcopy takes along: not the running forward, nor handles of a model gone."""
+        handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
+        return self.__dict__ | {"token_mask": None, "_running": {}, "handles": handles}
 
     @property
     def current(self) -> Tensor | None:

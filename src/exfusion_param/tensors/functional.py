@@ -146,8 +146,10 @@ def router_gradient(statistics: Tensor, gradient: Tensor, features: int) -> Tens
         Shape (N, D).
     """
     count = len(gradient)
-    weights, inputs = statistics[:count], statistics[count:].view(-1, features)
-    if not is_exact(count, features):
+    exact = is_exact(count, features)
+    rows = count * (count + 1) // 2 if exact else count
+    weights, inputs = statistics[:count], statistics[count:].view(rows, features)
+    if not exact:
         return (gradient - weights @ gradient).unsqueeze(1) * inputs
     i, j = torch.triu_indices(count, count, device=statistics.device)
     moves = (gradient[i] - gradient[j]).unsqueeze(1) * inputs  # (pairs, D)

@@ -56,8 +56,9 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
     )
     _refuse(
         linears,
-        lambda linear: any(not t.is_floating_point() for t in dense_tensors(linear).values()),
-        "not of a floating dtype. Experts are trained: wrap before quantising.",
+        lambda linear: not all(map(_is_trainable, dense_tensors(linear).values())),
+        "not of a floating dtype of 16 bits or more, and experts are trained. Wrap before "
+        "quantizing, or leave them out with filter_fn or layers.",
     )
     _refuse(
         linears,
@@ -123,6 +124,10 @@ def is_sharded(linear: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in linear.parameters())
+
+
+def _is_trainable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def _is_offloaded(linear: nn.Module) -> bool:
