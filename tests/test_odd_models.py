@@ -196,3 +196,13 @@ def test_replicas_and_torchscript_are_refused_with_the_way_out(settings: Any) ->
     expected = model.eval()(x)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
     torch.testing.assert_close(torch.jit.script(exf.fuse(copy.deepcopy(model)))(x), expected)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_printed_model_says_what_is_attached_to_it(settings: Any) -> None:
+    text = repr(wrapped(FFNs(), settings))
+    variant = settings["variant"]
+    expected = f"ExFusion {variant}, num_experts=4, group='blocks.1'"
+    assert expected + (", momentum=0.95)" if variant == "mb" else ")") in text
+    assert text.count("4 x (6, 4)") == (2 if settings["fuse_on"] == "forward" else 0)
+    assert text.count("4 x (4,)") == (2 if settings["fuse_on"] == "forward" else 0)

@@ -50,6 +50,12 @@ class ExpertFusion(nn.Module):
         weights = self.fusion_weights
         return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
 
+    def extra_repr(self) -> str:
+        """N and the shape of the fused tensor."""
+        stacks = [holder.original for holder, own in self.fusion_weights.fusions if own is self]
+        shapes = [f"{stack.shape[0]} x {tuple(stack.shape[1:])}" for stack in stacks if stack.ndim]
+        return ", ".join(shapes)
+
     def dense(self, stack: Tensor) -> Tensor:
         """The fused tensor as the stack has it now, shape (*S); a DTensor if the stack is one."""
         return _fuse(stack, self.fusion_weights())

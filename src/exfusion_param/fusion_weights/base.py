@@ -153,9 +153,7 @@ class FusionWeights(OneModel):
     @property
     def ranks(self) -> Ranks:
         """The ranks that train the model together: those of its mesh, or else all of the job."""
-        if (ranks := self._ranks_of_mesh()) is not None:
-            return ranks
-        return self.sharing or all_ranks()
+        return self._ranks_of_mesh() or self.sharing or all_ranks()
 
     def _ranks_of_mesh(self) -> Ranks | None:
         """Those of the first sharded parameter that the experts fuse into."""
@@ -215,6 +213,10 @@ class FusionWeights(OneModel):
         _living.pop(self, None)
         for handle in self.handles:
             handle.remove()
+
+    def extra_repr(self) -> str:
+        """What tells these fusion weights from others."""
+        return f"{self.config.label}, num_experts={self.config.num_experts}, group={self.group!r}"
 
     def is_empty(self) -> bool:
         """Whether all fusion weights are zero, as in a bank before its first move."""

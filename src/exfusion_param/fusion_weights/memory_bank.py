@@ -204,6 +204,10 @@ class MemoryBank(TokenPool):
         stays = stays | ~self._stepped.isfinite().all()
         bank.copy_(torch.where(stays, bank, moved))
 
+    def extra_repr(self) -> str:
+        """What tells this bank from others."""
+        return f"{super().extra_repr()}, momentum={self.config.momentum}"
+
     def health(self) -> Tensor | None:
         """For `warn_of`: router outputs at the step, whether finite, bank shares, ranks' order."""
         stepped, self._stepped = self._stepped, None

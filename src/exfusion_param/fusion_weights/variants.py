@@ -62,7 +62,7 @@ class StaticWeights(FusionWeights):
     def fuse(self, experts: Tensor) -> Tensor:
         """The experts' mean, shape (*S), also while the group's other stacks are offloaded."""
         dtype = accumulation_dtype(experts.dtype)
-        weights = uniform_weights(len(experts), local(experts).device, dtype)
+        weights = uniform_weights(self.config.num_experts, local(experts).device, dtype)
         return functional.fuse(experts, weights)
 
 
