@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .fusion_weights.base import FusionWeights
 from .fusion_weights.variants import LearnedWeights
 
+_STACK = re.compile(r"(^|\.)parametrizations\.(\w+)\.original$")
+
 
 def param_groups(
     model: nn.Module,
-    weight_decay: float,
+    weight_decay: float | None = None,
     *,
     no_weight_decay: Collection[str] = (),
     fusion_lr: float | None = None,
+    groups: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups without weight decay on biases, norms and learned fusion weights.
+
+    Your own groups stay as they are with `groups`, except for expert stacks and fusion weights that
+    your rule could not know:
+
+        groups = timm.optim.param_groups_layer_decay(model, 0.05)  # with lr_scale
+        optimizer = torch.optim.AdamW(exf.param_groups(model, groups=groups))
 
     Args:
         model: a wrapped or a dense model.
@@ -28,32 +37,83 @@ def param_groups(
         no_weight_decay: globs for the names of more parameters that are not to decay; a stack has
             its dense name too, such as "blocks.0.mlp.fc1.weight".
         fusion_lr: learning rate of learned fusion weights and routers; None takes the optimizer's.
+        groups: your own groups in place of `weight_decay`, such as `optimizer.param_groups` of an
+            optimizer that has not stepped. Stacked biases, learned fusion weights and stacks that
+            `model.no_weight_decay()` names leave groups that decay, for one more group without
+            decay and with the same other keys.
 
     Returns:
-        A group without decay and one with it, and two more of the fusion weights and routers if
-        they have a learning rate of their own; trainable parameters alone, and no empty group.
+        The group with decay first, as schedules of it expect, then the one without, and two more of
+        fusion weights and routers if they have a learning rate of their own; only trainable
+        parameters, and no empty group. With `groups`, those first, then what left them.
 
     Raises:
+        TypeError: both or neither of `weight_decay` and `groups` are given.
         ValueError: `weight_decay` or `fusion_lr` is negative, or a glob matches no parameter.
     """
+    if (weight_decay is None) == (groups is None):
+        raise TypeError("param_groups needs weight_decay, or groups that have their own.")
     for name, value in (("weight_decay", weight_decay), ("fusion_lr", fusion_lr)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}.")
-    without_decay = no_weight_decay_names(model, no_weight_decay)
+    names = no_weight_decay_names(model, no_weight_decay)
+    if groups is not None:
+        names &= _unknown_to_rules(model) | _matched(model, no_weight_decay)
+    else:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trained, "weight_decay": weight_decay}]
+    exempt = {id(p) for name, p in model.named_parameters() if name in names}
     fusion = set() if fusion_lr is None else _fusion_parameters(model)
-    groups: list[dict[str, Any]] = []
+    return _split([dict(group) for group in groups], exempt, fusion, fusion_lr)
+
+
+def _split(
+    groups: Iterable[dict[str, Any]], exempt: set[int], fusion: set[int], fusion_lr: float | None
+) -> list[dict[str, Any]]:
+    """Groups by what decays and what has a learning rate of its own; all other keys are kept."""
+    given = [(group, _entries(group), bool(group.get("weight_decay", True))) for group in groups]
+    result = []
     for is_fusion in (False, True):
-        for decays in (False, True):
-            params = [
-                parameter
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-                and (id(parameter) in fusion) == is_fusion
-                and (name not in without_decay) == decays
-            ]
-            group = {"params": params, "weight_decay": weight_decay if decays else 0.0}
-            groups.append(group | ({"lr": fusion_lr} if is_fusion else {}))
-    return [group for group in groups if group["params"]]
+        for is_exempt in (False, True):
+            settings: dict[str, Any] = {"weight_decay": 0.0} if is_exempt else {}
+            settings |= {"lr": fusion_lr} if is_fusion else {}
+            for group, entries, decays in given:
+                chosen = [
+                    index
+                    for index, tensor in enumerate(map(_tensor_of, entries))
+                    if (id(tensor) in fusion) == is_fusion
+                    and (decays and id(tensor) in exempt) == is_exempt
+                ]
+                lists = {"params": entries, "param_names": group.get("param_names", [])}
+                parts = {k: [v[i] for i in chosen] for k, v in lists.items() if k in group}
+                result.append(group | parts | settings)
+    return [group for group in result if group["params"]]
+
+
+def _entries(group: Mapping[str, Any]) -> list[Any]:
+    params = group["params"]
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _tensor_of(entry: Any) -> Tensor:
+    """A parameter that may come with its name."""
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+def _matched(model: nn.Module, globs: Collection[str]) -> set[str]:
+    globs = [globs] if isinstance(globs, str) else globs
+    names = (name for name, _ in model.named_parameters())
+    return {name for name in names if any(_matches(name, glob) for glob in globs)}
+
+
+def _unknown_to_rules(model: nn.Module) -> set[str]:
+    """Names of what a rule for dense models misjudges: expert stacks and learned fusion weights."""
+    learned = learned_fusion_weights(model)
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) in learned or _STACK.search(name)
+    }
 
 
 def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[str]:
@@ -89,7 +149,7 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
 
 
 def _matches(name: str, glob: str) -> bool:
-    dense_name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", name)
+    dense_name = _STACK.sub(r"\1\2", name)
     return fnmatchcase(name, glob) or fnmatchcase(dense_name, glob)
 
 

@@ -166,7 +166,7 @@ def _is_unchanged(handed_out: _HandedOut) -> bool:
 
 def _is_recorded() -> bool:
     """Whether what runs is compiled, exported or traced, and nothing else may be in it."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _is_capturing(tensor: Tensor) -> bool:

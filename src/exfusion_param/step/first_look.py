@@ -100,8 +100,8 @@ def _warn_of_decay(optimizer: Optimizer, new: Sequence[FusionWeights], stacks: s
         warnings.warn(
             f"{decaying} stacked biases or learned fusion weights decay in "
             f"{type(optimizer).__name__}, while {plain} biases or norms of the model do not. Make "
-            "the groups with exfusion_param.param_groups(model, weight_decay), or leave out the "
-            "names in exfusion_param.no_weight_decay_names(model).",
+            "the optimizer of exfusion_param.param_groups(model, groups=groups), with your groups, "
+            "or of exfusion_param.param_groups(model, weight_decay).",
             stacklevel=2,
         )
 
