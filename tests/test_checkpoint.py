@@ -18,7 +18,8 @@ from torch import nn
 
 import exfusion_param as exf
 from exfusion_param import checkpoint, cli
-from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, fusing, save_config
+from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, save_config
+from exfusion_param.checkpoint.dense import fusing
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.strategies import configs, sizes
 

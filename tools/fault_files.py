@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import CheckpointError, Checkpoints, fuse_checkpoint, save_config
-from exfusion_param.checkpoint.manifest import sealed
+from exfusion_param.checkpoint.files.manifest import sealed
 
 SPARE_BYTES = 2**28
 """How much more memory all files together may take than none."""

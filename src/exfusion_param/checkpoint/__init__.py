@@ -1,15 +1,17 @@
 """Checkpoints on disk: those of a run, which it continues from, and wrapped ones made dense.
 
-`Checkpoints` saves and resumes a run, on one process or many. `fuse_checkpoint` makes a dense model
-of a wrapped checkpoint without its code; `save_config` says beside a checkpoint of any trainer what
-that needs to know. Nothing here is ever unpickled but tensors in torch's own files.
+`Checkpoints` saves and resumes a run, on one process or many (`run`). `fuse_checkpoint` makes a
+dense model of a wrapped checkpoint without its code; `save_config` writes beside a checkpoint of
+any trainer what that needs to know (`dense`). How both lie on disk is in `files`.
+
+`files` imports neither of the others; `run` imports `dense` to describe the models it saves.
 """
 
-from .checkpoints import Checkpoints
-from .description import describe, save_config
-from .fusing import fuse_checkpoint
-from .reader import CheckpointError
-from .stop_request import StopRequest
+from .dense.description import describe, save_config
+from .dense.fusing import fuse_checkpoint
+from .files.errors import CheckpointError
+from .run.checkpoints import Checkpoints
+from .run.stop_request import StopRequest
 
 __all__ = [
     "CheckpointError",

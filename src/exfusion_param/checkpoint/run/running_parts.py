@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion.lookup import groups_of
-from ..fusion_weights.memory_bank import MemoryBank
-from ..tensors.shards import is_sharded
+from ...fusion.lookup import groups_of
+from ...fusion_weights.memory_bank import MemoryBank
+from ...tensors.shards import is_sharded
+from ..files.errors import CheckpointError
+from ..files.plain_values import same
+from ..files.tensor_spec import TensorSpec
 from .parts import common, like, refuse_other_shape
-from .plain_values import same
-from .reader import CheckpointError
-from .safetensors_writer import TensorSpec
 
 
 class RandomNumbers:

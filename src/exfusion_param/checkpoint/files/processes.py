@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from .reader import CheckpointError
+from .errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .errors import CheckpointError, read_json
 from .plain_values import join, split
-from .reader import CheckpointError, read_json
 from .run_folder import write_file
 
 RANKS = "ranks"

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ExFusionConfig
-from ..tensors.expert_starts import uniform_weights
-from ..tensors.precision import accumulation_dtype
-from .reader import CheckpointError, CheckpointReader
-from .safetensors_writer import TensorSpec
+from ...config import ExFusionConfig
+from ...tensors.expert_starts import uniform_weights
+from ...tensors.precision import accumulation_dtype
+from ..files.errors import CheckpointError
+from ..files.reader import CheckpointReader
+from ..files.tensor_spec import TensorSpec
 
 _OWNED = {"sw": None, "dw": "weights", "mb": "bank"}
 """The tensor that holds the fusion weights to ship."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .safetensors_writer import TensorSpec
+from .tensor_spec import TensorSpec
 
 
 class Piece(NamedTuple):

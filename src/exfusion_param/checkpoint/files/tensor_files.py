@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..tensors.shards import is_sharded, local
+from ...tensors.shards import is_sharded, local
+from .errors import CheckpointError
 from .processes import Processes
-from .reader import CheckpointError
-from .safetensors_writer import TensorSpec
+from .tensor_spec import TensorSpec
 
 FILE_BYTES = 2**32
 """How large a rank's files become, each of which is put together in memory."""

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..finding.outer_modules import unwrapped
-from .plain_values import same
-from .reader import CheckpointError
-from .safetensors_writer import TensorSpec
+from ...finding.outer_modules import unwrapped
+from ..files.errors import CheckpointError
+from ..files.plain_values import same
+from ..files.tensor_spec import TensorSpec
 
 
 class Part(Protocol):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
 from .quantized import flatten, is_quantized, unflatten
-from .reader import CheckpointError
 
 MARK = "__is__"
 """The key of what JSON has no words for; its value says what it is."""

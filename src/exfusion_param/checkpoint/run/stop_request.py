@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from .processes import Processes
+from ..files.processes import Processes
 
 
 class StopRequest:

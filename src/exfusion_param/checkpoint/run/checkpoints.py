@@ -9,31 +9,25 @@ A checkpoint holds, in a folder of its own (run_folder.py):
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ..finding.outer_modules import unwrapped
-from ..fusion.lookup import groups_of
-from .description import describe, write_description
-from .manifest import read_manifest, write_manifest
-from .optimizer_part import OptimizerPart, parameter_names
-from .parts import Module, Part, Stateful
-from .processes import Processes
-from .rank_files import RANKS, RankValues, read_rank
-from .reader import CheckpointError
+from ..files.errors import CheckpointError
+from ..files.manifest import read_manifest, write_manifest
+from ..files.processes import Processes
+from ..files.rank_files import read_rank
+from ..files.run_folder import RunFolder
+from ..files.tensor_files import read_tensors, stored_tensors, write_tensors
+from .optimizer_part import OptimizerPart
+from .parts import Module, Part
 from .resizing import ResizedModule, ResizedOptimizer
-from .run_folder import RunFolder
-from .running_parts import Accumulated, RandomNumbers
-from .tensor_files import read_tensors, stored_tensors, write_tensors
+from .snapshot import Captured, Plan, load_all, parts_of
 
 
 class Checkpoints:
@@ -74,7 +68,7 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, or None for all, got {keep}.")
         self._named = dict(parts)
-        self._parts = _parts_of(parts, Module, OptimizerPart)
+        self._parts = parts_of(parts, Module, OptimizerPart)
         self._run = RunFolder(Path(folder))
         self._keep = keep
         self._processes = Processes()
@@ -145,7 +139,7 @@ class Checkpoints:
                 warnings.warn(f"Passed over a checkpoint: {error}", stacklevel=2)
                 continue
             kinds = (ResizedModule, ResizedOptimizer) if resize_experts else (Module, OptimizerPart)
-            parts = [p for p in _parts_of(self._named, *kinds) if p.name not in leave_out]
+            parts = [p for p in parts_of(self._named, *kinds) if p.name not in leave_out]
             self._load(self._run.of(step), manifest, parts)
             return step
         if damages:
@@ -155,12 +149,12 @@ class Checkpoints:
             )
         return 0
 
-    def _capture(self) -> _Captured:
-        captured: list[_Captured] = []
-        self._processes.together(lambda: captured.append(_Captured(self._parts)))
+    def _capture(self) -> Captured:
+        captured: list[Captured] = []
+        self._processes.together(lambda: captured.append(Captured(self._parts)))
         return captured[0]
 
-    def _write(self, step: int, captured: _Captured) -> None:
+    def _write(self, step: int, captured: Captured) -> None:
         folder, ranks = self._run.partial(step), self._processes
         try:
             ranks.on_first(lambda: self._run.start(step))
@@ -193,15 +187,15 @@ class Checkpoints:
                 f"{folder} holds no {missing[0]!r}, only {manifest['parts']}. Resume without it: "
                 f"resume(leave_out={missing})."
             )
-        plans: list[_Plan] = []
+        plans: list[Plan] = []
         self._processes.together(lambda: plans.extend(self._checked_plans(folder, manifest, parts)))
         for plan in plans:
             read_tensors(folder / plan.part.name, plan.tensors, self._processes)
-        self._processes.together(lambda: _load_all(plans))
+        self._processes.together(lambda: load_all(plans))
 
     def _checked_plans(
         self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]
-    ) -> list[_Plan]:
+    ) -> list[Plan]:
         try:
             return list(self._plans(folder, manifest, parts))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -211,85 +205,11 @@ class Checkpoints:
 
     def _plans(
         self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]
-    ) -> Iterator[_Plan]:
+    ) -> Iterator[Plan]:
         rank, saved = self._processes.rank, manifest["ranks"]
         is_same = saved == self._processes.count
         by_rank = [read_rank(folder, i) for i in ([rank] if is_same else range(saved))]
         for part in parts:
             own = [values[part.name] for values in by_rank]
             values = own[0] if is_same else part.merged(own, rank)
-            yield _Plan(part, part.room_for(stored_tensors(folder / part.name), values), values)
-
-
-class _Plan(NamedTuple):
-    """What a part is to load.
-
-    Args:
-        part: itself.
-        tensors: room to read its tensors into.
-        values: its other values.
-    """
-
-    part: Part
-    tensors: dict[str, Tensor]
-    values: Any
-
-
-def _load_all(plans: Iterable[_Plan]) -> None:
-    for plan in plans:
-        try:
-            plan.part.load(plan.tensors, plan.values)
-        except Exception as error:
-            message = f"{plan.part.name} does not take what was saved of it: {error}"
-            raise CheckpointError(message) from error
-
-
-class _Captured:
-    """All parts at one moment."""
-
-    def __init__(self, parts: Iterable[Part]) -> None:
-        self.tensors = {part.name: part.tensors() for part in parts}
-        self.values = RankValues({part.name: part.values() for part in parts})
-        self.descriptions = {
-            part.name: describe(part.module)
-            for part in parts
-            if isinstance(part, Module) and groups_of(part.module)
-        }
-
-    def describe(self, folder: Path) -> None:
-        """Say beside a wrapped model's tensors how they are fused."""
-        for name, description in self.descriptions.items():
-            write_description(description, folder / name)
-
-    def copy_to_cpu(self) -> None:
-        """Take copies, which the run does not change any more."""
-        for tensors in (*self.tensors.values(), self.values.tensors):
-            tensors.update({name: _cpu_copy(tensor) for name, tensor in tensors.items()})
-
-
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _parts_of(
-    named: Mapping[str, Any], module_kind: type[Module], optimizer_kind: type[OptimizerPart]
-) -> list[Part]:
-    """The parts by their kinds, and what a run has besides them."""
-    modules = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
-    names = parameter_names(modules)
-    parts: list[Part] = []
-    for name, part in named.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (RandomNumbers.name, RANKS):
-            raise ValueError(f"{name!r} is no name for a part: take letters, digits, '_' and '-'.")
-        if isinstance(part, nn.Module):
-            parts.append(module_kind(name, part))
-        elif isinstance(part, Optimizer):
-            parts.append(optimizer_kind(name, part, names))
-        elif hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
-            parts.append(Stateful(name, part))
-        else:
-            raise ValueError(
-                f"{name!r} is a {type(part).__name__}, which has no state_dict and load_state_dict."
-            )
-    accumulated = [Accumulated(name, unwrapped(module)) for name, module in modules.items()]
-    return [*parts, *accumulated, RandomNumbers()]
+            yield Plan(part, part.room_for(stored_tensors(folder / part.name), values), values)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import CheckpointError, read_json
 from .processes import Processes
-from .reader import CheckpointError, read_json
 from .run_folder import write_file
 
 FORMAT = 1

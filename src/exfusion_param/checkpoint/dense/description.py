@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..expert_config import ENTRY
-from ..finding.outer_modules import clean_name, unwrapped
-from ..fusion.lookup import fused_names, fusion_weights_of, groups_of
-from ..fusion_weights.base import FusionWeights
-from ..state_dict import dense_keys
-from ..tensors.shards import local
-from .reader import CONFIG, read_config
+from ...expert_config import ENTRY
+from ...finding.outer_modules import clean_name, unwrapped
+from ...fusion.lookup import fused_names, fusion_weights_of, groups_of
+from ...fusion_weights.base import FusionWeights
+from ...state_dict import dense_keys
+from ...tensors.shards import local
+from ..files.reader import CONFIG, read_config
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..expert_config import ENTRY
-from ..tensors import functional
-from .reader import CONFIG, CheckpointReader, read_config
-from .safetensors_writer import SafetensorsWriter
+from ...expert_config import ENTRY
+from ...tensors import functional
+from ..files.reader import CONFIG, CheckpointReader, read_config
+from ..files.safetensors_writer import SafetensorsWriter
 from .wrapped_layout import FusedTensor, WrappedLayout
 
 PART_BYTES = 2**22

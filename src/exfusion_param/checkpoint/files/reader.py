@@ -19,24 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..expert_config import ENTRY
-from ..finding.outer_modules import clean_name
+from ...expert_config import ENTRY
+from ...finding.outer_modules import clean_name
+from .errors import CheckpointError, read_json
 from .pieces import Piece, Pieces
-from .safetensors_writer import DTYPES, TensorSpec
+from .tensor_spec import DTYPES, TensorSpec
 
 CONFIG = "config.json"
 
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
-JSON_BYTES = 10**8
-"""How large a JSON file may be; safetensors sets the same bound to its headers."""
-
 _NAMES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.pt")
 _SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints call it
 _NESTED = ("state_dict", "model_state_dict", "model", "module")  # in a trainer's torch file
-
-
-class CheckpointError(ValueError):
-    """A checkpoint on disk cannot be read, or does not fit what is said of it."""
 
 
 class CheckpointReader:
@@ -213,20 +207,3 @@ def _shards(index: Path) -> list[Path]:
         if not os.path.isfile(index.parent / name):  # Path.is_file raises for very long names
             raise CheckpointError(f"{index} names {name[:255]}, which is missing.")
     return [index.parent / name for name in dict.fromkeys(names)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: it is none, or too large to be one of a checkpoint.
-    """
-    try:
-        if (size := path.stat().st_size) > JSON_BYTES:
-            raise ValueError(f"{size} bytes are too many")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return content

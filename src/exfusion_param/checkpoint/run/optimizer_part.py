@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..finding.outer_modules import clean_name
-from ..fusion.lookup import fused_parameter
-from ..tensors.shards import as_stack, is_sharded, local, with_memory_of
+from ...finding.outer_modules import clean_name
+from ...fusion.lookup import fused_parameter
+from ...tensors.shards import as_stack, is_sharded, local, with_memory_of
+from ..files.errors import CheckpointError
+from ..files.quantized import is_quantized
+from ..files.tensor_spec import TensorSpec
 from .parts import common, like, refuse_other_shape
-from .quantized import is_quantized
-from .reader import CheckpointError
-from .safetensors_writer import TensorSpec
 
 
 class _Held(NamedTuple):

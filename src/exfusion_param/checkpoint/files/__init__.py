@@ -1,0 +1,11 @@
+"""How checkpoints lie on disk. Nothing is ever unpickled but tensors in torch's own files.
+
+Files that anyone may have written are read by `reader` (safetensors or torch, whole or in shards)
+and `errors` (JSON). Whatever is wrong with them is a `CheckpointError`, never another exception,
+and a small file cannot ask for large memory.
+
+A run's checkpoint is a folder (`run_folder`) of tensors, which ranks write together by torch's
+distributed checkpoints (`tensor_files`), and of what each rank has for itself (`rank_files`), as
+JSON and tensors (`plain_values`, `quantized`). `manifest` lists the files with their checksums.
+`processes` lets the ranks fail together: what one cannot write is an error on all of them.
+"""
