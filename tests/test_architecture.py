@@ -11,7 +11,7 @@ import exfusion_param as exf
 
 SOURCE = Path(exf.__file__).parent
 LAYERS = [
-    ["expert_config", "config"],
+    ["atomic_files", "expert_config", "config"],
     ["tensors", "finding"],
     ["fusion_weights"],
     ["fusion"],

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .atomic_files import write_file
 
 History = Mapping[str, Sequence[float]]
 """The values of each column over the run, as in `{"step": [50, 100], "loss": [2.1, 1.9]}`."""
@@ -26,13 +29,11 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
 
 def write_history(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Write rows as a CSV file; a row may lack columns that others have."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(Path(path), text.getvalue().encode())
 
 
 def append_row(path: str | Path, row: Mapping[str, float]) -> None:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .ffn_shapes import ATTENTION, FFN_SHAPES, MIXTURES, FFNShape
+from .outer_modules import listed
 from .projections import CONVOLUTIONS, Projection, projection_of
 
 Filter = Callable[[nn.Module, str], bool] | Sequence[str]
@@ -236,7 +237,5 @@ def _nothing_matched(model: nn.Module, linears: NamedLinears, filter_fn: Filter 
 def _list_of(linears: NamedLinears) -> str:
     if not linears:
         return "The model has no linears."
-    names = [fqn or "(the model itself)" for fqn in linears]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     globs = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn) for fqn in linears))
-    return f"Its linears are: {shown}. All of them: wrap(model, filter_fn={globs})."
+    return f"Its linears are: {listed(linears, 20)}. All of them: wrap(model, filter_fn={globs})."

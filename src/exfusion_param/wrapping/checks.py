@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
+from ..finding.outer_modules import listed
 from ..finding.projections import ADAPTED
 from ..fusion.lookup import fused_names, fusion_weights_of, original, parametrized_names
 from ..fusion.outside_access import require_sound
@@ -150,7 +151,7 @@ def _refuse_non_finite(linears: Mapping[str, nn.Module]) -> None:
     if not named:
         return
     raise ValueError(
-        f"{_names(named)}: the experts or their fusion weights hold NaN or inf. "
+        f"{listed(named)}: the experts or their fusion weights hold NaN or inf. "
         "Load the last good checkpoint before fusing."
     )
 
@@ -172,7 +173,7 @@ def _refuse(
     linears: Mapping[str, nn.Module], is_bad: Callable[[nn.Module], bool], problem: str
 ) -> None:
     if bad := [fqn for fqn, linear in linears.items() if is_bad(linear)]:
-        raise ValueError(f"{_names(bad)}: {'is' if len(bad) == 1 else 'are'} {problem}")
+        raise ValueError(f"{listed(bad)}: {'is' if len(bad) == 1 else 'are'} {problem}")
 
 
 def _refuse_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
@@ -201,9 +202,3 @@ def _refuse_parallel_wrappers(model: nn.Module) -> None:
                 f"The model is inside {type(module).__name__} already, which manages its dense "
                 "parameters. Call wrap(model) first."
             )
-
-
-def _names(fqns: Iterable[str]) -> str:
-    fqns = list(fqns)
-    more = f" and {len(fqns) - 4} more" if len(fqns) > 5 else ""
-    return ", ".join(fqn or "(the model itself)" for fqn in fqns[: 4 if more else 5]) + more

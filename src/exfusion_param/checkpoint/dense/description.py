@@ -7,13 +7,13 @@ writes that into the config.json beside it.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...atomic_files import write_file
 from ...expert_config import ENTRY
 from ...finding.outer_modules import clean_name, unwrapped
 from ...fusion.lookup import fused_names, fusion_weights_of, groups_of
@@ -94,7 +94,7 @@ def save_config(model: nn.Module, folder: str | Path) -> Path:
         The path of config.json.
 
     Raises:
-        ValueError: nothing is wrapped, or the config.json is no JSON object.
+        ValueError: nothing is wrapped, or the config.json holds no JSON object.
     """
     return write_description(describe(model), Path(folder))
 
@@ -104,7 +104,5 @@ def write_description(description: dict[str, Any], folder: Path) -> Path:
     path = folder / CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
     config = read_config(path.parent) | {ENTRY: description}
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, path)
+    write_file(path, f"{json.dumps(config, indent=2)}\n".encode())
     return path

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...config import ExFusionConfig
+from ...finding.outer_modules import listed
 from ...tensors.expert_starts import uniform_weights
 from ...tensors.precision import accumulation_dtype
 from ..files.errors import CheckpointError
@@ -75,7 +76,7 @@ class WrappedLayout:
             self._read_groups(reader.specs, entry)
             self._expected |= self.fusion_weights_on_step
             if unlisted := [key for key in self.fused if key not in set(keys)]:
-                raise ValueError(f"{_some(unlisted)} is not among its keys")
+                raise ValueError(f"{listed(unlisted)} is not among its keys")
         except CheckpointError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -104,7 +105,7 @@ class WrappedLayout:
         names |= {name for name in self.fusion_weights_on_step if name.endswith(".bank")}
         if empty := sorted(name for name in names if not self._reader.read(name).any()):
             warnings.warn(
-                f"{_some(empty)}: the fusion weights are all zero, and so are the fused weights. "
+                f"{listed(empty)}: the fusion weights are all zero, and so are the fused weights. "
                 "Train some steps first.",
                 stacklevel=3,
             )
@@ -166,11 +167,11 @@ class WrappedLayout:
         known = self._expected | plain
         if unknown := [name for name in specs if name not in known]:
             raise CheckpointError(
-                f"The checkpoint holds {_some(unknown)}, which the model of its config.json lacks."
+                f"The checkpoint holds {listed(unknown)}, which the model of its config.json lacks."
             )
         there = set().union(*(names for names in tied if names & specs.keys()))
         if missing := sorted(known - specs.keys() - there):
-            raise CheckpointError(f"The checkpoint lacks {_some(missing)}.")
+            raise CheckpointError(f"The checkpoint lacks {listed(missing)}.")
 
     def _check_stacks(self, specs: Mapping[str, TensorSpec]) -> None:
         for fused in self.fused.values():
@@ -196,8 +197,3 @@ def _wrong_number(name: str, shape: tuple[int, ...], num_experts: int) -> Checkp
 
 def _join(fqn: str, name: str) -> str:
     return f"{fqn}.{name}" if fqn else name
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...atomic_files import write_file
 from .errors import CheckpointError, read_json
 from .processes import Processes
-from .run_folder import write_file
 
 FORMAT = 1
 """The version of the format; a reader refuses those that it does not know."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ...atomic_files import write_file
 from .errors import CheckpointError, read_json
 from .plain_values import join, split
-from .run_folder import write_file
 
 RANKS = "ranks"
 """The folder of these files."""

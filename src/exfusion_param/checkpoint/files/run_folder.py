@@ -15,9 +15,11 @@ import re
 import shutil
 from pathlib import Path
 
+from ...atomic_files import PARTIAL, sync, write_file
+
 _NAME = re.compile(r"step-(\d{8,18})")
 _LATEST = "latest"
-PARTIAL, REPLACED = ".partial", ".replaced"
+REPLACED = ".replaced"
 
 
 class RunFolder:
@@ -46,7 +48,7 @@ class RunFolder:
     def commit(self, step: int) -> None:
         """Give the written checkpoint its name, and make it the latest."""
         final, aside = self.of(step), self.path / f"{self.of(step).name}{REPLACED}"
-        sync_folders(self.partial(step))
+        sync(self.partial(step))
         if final.exists():
             os.replace(final, aside)
         os.replace(self.partial(step), final)
@@ -92,29 +94,3 @@ class RunFolder:
 
     def _entries(self) -> list[Path]:
         return sorted(self.path.iterdir()) if self.path.is_dir() else []
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all, whatever happens."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
-def sync_folders(folder: Path) -> None:
-    """See that the names of files in a folder, and its own, are on disk."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
-        if path.is_dir():
-            _sync(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...finding.outer_modules import unwrapped
+from ...finding.outer_modules import listed, unwrapped
 from ..files.errors import CheckpointError
 from ..files.plain_values import same
 from ..files.tensor_spec import TensorSpec
@@ -163,8 +163,8 @@ def refuse_other_names(part: str, own: Mapping[str, Any], stored: Mapping[str, T
         )
     if missing or unknown:
         raise CheckpointError(
-            f"{part}: the checkpoint is of another model. It lacks {_some(missing)}, and has "
-            f"{_some(unknown)} besides."
+            f"{part}: the checkpoint is of another model. It lacks {listed(missing) or 'nothing'}, "
+            f"and also holds {listed(unknown) or 'nothing'}."
         )
 
 
@@ -187,8 +187,3 @@ def refuse_other_shape(name: str, tensor: Tensor, stored: TensorSpec) -> None:
 def like(tensor: Tensor, stored: TensorSpec) -> Tensor:
     """Room for what was stored, spread over the ranks as `tensor` is."""
     return torch.empty_like(tensor.detach(), dtype=stored.dtype)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "nothing"
