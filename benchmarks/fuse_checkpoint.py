@@ -90,7 +90,9 @@ def main(settings: Settings) -> None:
         exfusion = Path(sys.executable).parent / "exfusion"
         _, base = measured(exfusion, "fuse", folder / "small", folder / "small-dense")
         seconds, peak = measured(exfusion, "fuse", folder / "large", folder / "large-dense")
-        dense = load_file(folder / "large-dense" / "model.safetensors")
+        dense = {}
+        for file in (folder / "large-dense").glob("*.safetensors"):
+            dense |= load_file(file)
         build(settings).load_state_dict(dense, strict=True)
         size = os.path.getsize(folder / "large" / "model.safetensors")
     dtype = getattr(torch, settings.dtype)

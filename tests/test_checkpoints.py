@@ -21,12 +21,12 @@ from torch import nn
 import exfusion_param as exf
 from exfusion_param import meo
 from exfusion_param.checkpoint import CheckpointError, Checkpoints, StopRequest, fuse_checkpoint
-from exfusion_param.checkpoint.files.manifest import sealed
 from exfusion_param.checkpoint.files.plain_values import join, same, split
 from exfusion_param.checkpoint.run.resize_math import resize
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.runs import Run, assert_equal
 from exfusion_testing.sharded import EXACT
+from fault_files import sealed
 
 CONFIGS: list[dict[str, Any]] = [
     {"variant": variant, "fuse_on": fuse_on}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .checkpoint import fuse_checkpoint
+from .checkpoint.dense.fusing import SHARD_BYTES
 from .config import ExFusionConfig
 from .summary import summarize
 
@@ -48,13 +49,16 @@ def inspect(
 
 
 def fuse(
-    checkpoint: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Fuse a wrapped checkpoint on disk into a dense one, in safetensors.
 
-    The model is not built, and a part of one expert stack is in memory at a time. What the
-    checkpoint's config.json must say is written by exfusion_param.checkpoint.save_config(model,
-    folder), and by the callbacks for transformers and Lightning.
+    The model is not built. In memory are one file of the dense model at a time, and a few MiB of
+    the stacks. What the checkpoint's config.json must say is written by
+    exfusion_param.checkpoint.save_config(model, folder), and by the callbacks for transformers and
+    Lightning.
 
         exfusion fuse runs/trainer/checkpoint-376 dense
         exfusion fuse runs/lightning/last.ckpt dense.safetensors
@@ -62,7 +66,10 @@ def fuse(
     Args:
         checkpoint: a folder with model.safetensors, pytorch_model.bin or shards with their index,
             or one such file; torch files are loaded with weights_only=True.
-        out: a new folder, or a new file that ends in .safetensors; it appears when it is complete.
+        out: a new folder, for model.safetensors, or for several files and their index where it
+            would be larger than shard-bytes; or a new file that ends in .safetensors. It appears
+            when it is complete.
+        shard_bytes: how large a file may become.
     """
     from tqdm import tqdm
 
@@ -72,7 +79,7 @@ def fuse(
             bar.total = total
             bar.update(written)
 
-        path = fuse_checkpoint(checkpoint, out, progress=progress)
+        path = fuse_checkpoint(checkpoint, out, shard_bytes=shard_bytes, progress=progress)
     print(path)
 
 

@@ -1,27 +1,28 @@
 """How a wrapped checkpoint on disk becomes a dense one, without its model or its code.
 
-It holds a part of one stack at a time. A checkpoint under `fuse_on="step"` is dense already but for
-the entries of its fusion weights, which are left out.
+A checkpoint under `fuse_on="step"` is dense already but for the entries of its fusion weights,
+which are left out.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...atomic_files import PARTIAL, appearing
 from ...expert_config import ENTRY
 from ...tensors import functional
+from ..files.errors import CheckpointError
 from ..files.reader import CONFIG, CheckpointReader, read_config
-from ..files.safetensors_writer import SafetensorsWriter
-from .wrapped_layout import FusedTensor, WrappedLayout
+from ..files.tensor_spec import TensorSpec
+from .wrapped_layout import WrappedLayout
+
+SHARD_BYTES = 2**30
+"""How large the files become, and so what is in memory of the dense model."""
 
 PART_BYTES = 2**22
 """How much of a stack is fused at a time, less than which would be slow."""
@@ -32,23 +33,32 @@ def fuse_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     *,
+    shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Fuse a wrapped checkpoint on disk into a dense one, without building the model.
 
+    It holds in memory one file of the dense model, as large as `shard_bytes`, and of the stacks a
+    few MiB; of a checkpoint that ranks have written in pieces (`Checkpoints`, torch's distributed
+    checkpoints) one whole stack. A tensor larger than `shard_bytes` gets a file of its own.
+
     Args:
         checkpoint: a safetensors or torch file, or a folder with one or with shards and their
             index, and config.json beside it as `save_config` writes it.
-        out: a new folder, for model.safetensors and the rest of config.json, or a new file that
-            ends in ".safetensors". It appears when all is written.
-        progress: called with the bytes that were written just now, and those there are in all.
+        out: a new folder, for the rest of config.json and model.safetensors, or shards of it and
+            model.safetensors.index.json, as transformers writes and loads them; or a new file that
+            ends in ".safetensors", for a model of one file. It appears when all is written.
+        shard_bytes: how large a file may become.
+        progress: called for each tensor, with its bytes and those of all of them.
 
     Returns:
-        The path of the safetensors file.
+        The path of the safetensors file, or of the index of several.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, incomplete, or does not fit its config.json.
-        ValueError: `out` exists already, or a fused tensor holds NaN or inf.
+        CheckpointError: the checkpoint is damaged, incomplete, or does not fit its config.json; or
+            the dense one cannot be written.
+        ValueError: `out` exists already, or is a file and the model takes several, or a fused
+            tensor holds NaN or inf.
     """
     out = Path(out)
     _refuse_existing(out)
@@ -56,57 +66,101 @@ def fuse_checkpoint(
     config = read_config(reader.folder)
     entry = config.pop(ENTRY, None)
     layout = WrappedLayout(reader, reader.entry or entry)
-    layout.warn_of_empty_banks()
-    with _appearing(out) as file:
-        if config and file.name != out.name:
-            (file.parent / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        with SafetensorsWriter(file, layout.dense) as writer:
-            total = sum(spec.nbytes for spec in layout.dense.values())
-            for name in writer.order:
-                for part in _parts(reader, layout, name):
-                    _refuse_non_finite(name, part, name in layout.fused)
-                    writer.write(part)
-                    if progress is not None:
-                        progress(part.nbytes, total)
-    return out if out.suffix == ".safetensors" else out / file.name
-
-
-def _parts(reader: CheckpointReader, layout: WrappedLayout, name: str) -> Iterator[Tensor]:
-    """A dense tensor in parts along its first dimension."""
-    spec = layout.dense[name]
-    if not spec.shape:
-        yield reader.read(name)
-        return
-    fused = layout.fused.get(name)
-    weights = None if fused is None else layout.fusion_weights(fused)
-    copies = 1 if fused is None else fused.num_experts
-    itemsize = max(4, spec.dtype.itemsize)  # low precision is summed in float32
-    row_bytes = copies * itemsize * torch.Size(spec.shape[1:]).numel()
-    rows = max(1, PART_BYTES // max(1, row_bytes))
-    for start in range(0, spec.shape[0], rows):
-        part = slice(start, start + rows)
-        if fused is None or weights is None:
-            with reader.open(name) as tensor:
-                yield tensor[part]
-        else:
-            yield _fused_part(reader, fused, weights, part)
-
-
-def _fused_part(
-    reader: CheckpointReader, fused: FusedTensor, weights: Tensor, part: slice
-) -> Tensor:
-    """Some rows of a fused tensor."""
-    with reader.open(fused.stack) as stack:
-        rows: Tensor = stack[:, part]
-        return functional.fuse(rows, weights)
-
-
-def _refuse_non_finite(name: str, tensor: Tensor, is_fused: bool) -> None:
-    if is_fused and not torch.isfinite(tensor).all():
+    shards = _shards(layout.dense, shard_bytes)
+    if out.suffix == ".safetensors" and len(shards) > 1:
         raise ValueError(
-            f"{name}: the experts or their fusion weights hold NaN or inf. "
-            "Fuse the last good checkpoint."
+            f"{out} would be larger than shard_bytes={shard_bytes}, which are in memory at once. "
+            f"Name a folder, for {len(shards)} files, or raise shard_bytes."
         )
+    layout.warn_of_empty_banks()
+    dense = _Dense(reader, layout, progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(out) as partial:
+        if out.suffix == ".safetensors":
+            dense.write(partial, shards[0])
+            return out
+        partial.mkdir()
+        if config:
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        return out / _write_model(partial, shards, dense)
+
+
+class _Dense:
+    """The tensors of the dense model."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        layout: WrappedLayout,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._reader = reader
+        self._layout = layout
+        self._progress = progress
+        self.nbytes = sum(spec.nbytes for spec in layout.dense.values())
+
+    def write(self, path: Path, names: Iterable[str]) -> None:
+        """Write a file of some of them."""
+        from safetensors.torch import save_file
+
+        tensors = {name: self._tensor(name) for name in names}
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except Exception as error:  # KeyError for a dtype, its own for a full disk
+            raise CheckpointError(f"{path.name} cannot be written: {error}") from error
+
+    def _tensor(self, name: str) -> Tensor:
+        is_fused = name in self._layout.fused
+        tensor = self._fused(name) if is_fused else self._reader.mapped(name).contiguous()
+        if self._progress is not None:
+            self._progress(tensor.nbytes, self.nbytes)
+        return tensor
+
+    def _fused(self, name: str) -> Tensor:
+        fused, spec = self._layout.fused[name], self._layout.dense[name]
+        weights = self._layout.fusion_weights(fused)
+        dense = torch.empty(spec.shape, dtype=spec.dtype)
+        itemsize = max(4, spec.dtype.itemsize)  # low precision is summed in float32
+        row_bytes = fused.num_experts * itemsize * torch.Size(spec.shape[1:]).numel()
+        rows = max(1, PART_BYTES // max(1, row_bytes))
+        for start in range(0, len(dense), rows):
+            part = slice(start, start + rows)
+            dense[part] = functional.fuse(self._reader.mapped(fused.stack)[:, part], weights)
+            if not dense[part].isfinite().all():
+                raise ValueError(
+                    f"{name}: the experts or their fusion weights hold NaN or inf. "
+                    "Fuse the last good checkpoint."
+                )
+        return dense
+
+
+def _write_model(folder: Path, shards: list[list[str]], dense: _Dense) -> str:
+    """Write the files, and their index if there are several; the name of what to load."""
+    if len(shards) == 1:
+        dense.write(folder / "model.safetensors", shards[0])
+        return "model.safetensors"
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        dense.write(folder / file, names)
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": dense.nbytes}, "weight_map": files}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n")
+    return path.name
+
+
+def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
+    """Which tensors go to each file."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.nbytes
+    return shards
 
 
 def _refuse_existing(out: Path) -> None:
@@ -116,27 +170,7 @@ def _refuse_existing(out: Path) -> None:
     if out.is_dir() and out.suffix == ".safetensors":
         raise ValueError(f"{out} is a folder. Name a file.")
     if out.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise ValueError(f"{out} is no folder's name and no .safetensors file, which is written.")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A file to write to, which appears as `out` or in it if all goes well, else leaves nothing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        if out.suffix == ".safetensors":
-            yield folder / out.name
-            os.replace(folder / out.name, out)
-        else:
-            yield folder / "model.safetensors"
-            folder.chmod(0o777 & ~_umask())
-            os.replace(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise ValueError(f"{out} is neither the name of a folder nor of a .safetensors file.")
+    partial = out.with_name(out.name + PARTIAL)
+    if partial.exists():
+        raise ValueError(f"{partial} exists, left by a run that was killed. Remove it first.")

@@ -95,7 +95,7 @@ class WrappedLayout:
     def fusion_weights(self, fused: FusedTensor) -> Tensor:
         """The fusion weights to ship, shape (N,)."""
         if fused.weights is not None:
-            return self._reader.read(fused.weights)
+            return self._reader.mapped(fused.weights)
         dtype = accumulation_dtype(self._reader.specs[fused.stack].dtype)
         return uniform_weights(fused.num_experts, torch.device("cpu"), dtype)
 
@@ -103,7 +103,7 @@ class WrappedLayout:
         """Warn if what is about to be shipped is multiplied by zero."""
         names = {fused.weights for fused in self.fused.values() if fused.weights is not None}
         names |= {name for name in self.fusion_weights_on_step if name.endswith(".bank")}
-        if empty := sorted(name for name in names if not self._reader.read(name).any()):
+        if empty := sorted(name for name in names if not self._reader.mapped(name).any()):
             warnings.warn(
                 f"{listed(empty)}: the fusion weights are all zero, and so are the fused weights. "
                 "Train some steps first.",

@@ -39,14 +39,6 @@ def read_manifest(folder: Path, processes: Processes) -> dict[str, Any]:
     return content
 
 
-def sealed(folder: Path) -> None:
-    """Make the manifest speak of the files as they are: whoever changes them on purpose can."""
-    names = _files_in(folder)
-    content = read_json(folder / _FILE)
-    content["files"] = {name: _fingerprint(folder / name) for name in names}
-    _write(folder, {key: value for key, value in content.items() if key != "sha256"})
-
-
 def _write(folder: Path, content: Mapping[str, Any]) -> None:
     write_file(folder / _FILE, _as_json({**content, "sha256": _checksum(content)}))
 

@@ -1,20 +1,18 @@
 """Reads the tensors of a checkpoint on disk one by one: safetensors or torch, sharded or not.
 
-Files are opened anew for each tensor. Both formats are mapped into memory, and what was read of a
-mapping stays there until it is closed. Nothing is unpickled but tensors and plain containers.
+Both formats are mapped into memory. What was read of a mapping stays there until nothing refers to
+it any more, so files are opened again for each tensor. What ranks have written in pieces is put
+together by torch, in memory.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pickle
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +20,13 @@ from torch import Tensor
 from ...expert_config import ENTRY
 from ...finding.outer_modules import clean_name
 from .errors import CheckpointError, read_json
-from .pieces import Piece, Pieces
-from .tensor_spec import DTYPES, TensorSpec
+from .tensor_files import read_tensors, stored_tensors
+from .tensor_spec import TensorSpec
 
 CONFIG = "config.json"
 
-_DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 _NAMES = ("model.safetensors", "pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.pt")
-_SHARDING = "DCP_SHARDING_INFO"  # what torch's distributed checkpoints call it
+_PIECES = "shard-*-model-*.safetensors"  # as torch's distributed checkpoints name ranks' files
 _NESTED = ("state_dict", "model_state_dict", "model", "module")  # in a trainer's torch file
 
 
@@ -40,6 +37,11 @@ class CheckpointReader:
         path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` or an index of
             shards (`model.safetensors.index.json`), or the shards of a distributed checkpoint.
 
+    Attributes:
+        folder: of the files.
+        specs: shapes and dtypes by the tensors' names.
+        entry: what a torch file itself tells of ExFusion, as `describe` gives it.
+
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read.
     """
@@ -47,139 +49,130 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.folder = path if path.is_dir() else path.parent
         self.entry: Any = None
-        pieces: dict[str, list[Piece]] = defaultdict(list)
+        self.specs: dict[str, TensorSpec] = {}
+        self._stored: dict[str, _Stored] = {}
         for file in _files(path):
-            with _opened(file) as tensors:
-                for name in tensors.names:
-                    opened = functools.partial(_opened_tensor, file, name)
-                    piece = Piece(opened, tensors.offsets(name), tensors.spec(name))
-                    pieces[clean_name(name)].append(piece)
-                self.entry = self.entry or tensors.entry
-        self._tensors = {name: _put_together(name, parts) for name, parts in pieces.items()}
-        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+            content = _contents(file)
+            for name, spec in content.specs.items():
+                if clean_name(name) in self.specs:
+                    raise CheckpointError(f"{self.folder} holds {clean_name(name)} twice.")
+                self.specs[clean_name(name)] = spec
+                self._stored[clean_name(name)] = _Stored(file, name)
+            self.entry = self.entry or content.entry
+        self._put_together = functools.lru_cache(maxsize=1)(_put_together)
 
     def drop_prefix(self, prefix: str) -> None:
         """Take a prefix off all names, as DDP puts one before them."""
-        self._tensors = {name.removeprefix(prefix): at for name, at in self._tensors.items()}
-        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+        self.specs = {name.removeprefix(prefix): spec for name, spec in self.specs.items()}
+        self._stored = {name.removeprefix(prefix): at for name, at in self._stored.items()}
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[Any]:
-        """The tensor, or something that can be sliced like it; what was read of it is freed."""
-        tensor = self._tensors[name]
-        if isinstance(tensor, Pieces):
-            yield tensor
-        else:
-            with tensor.open() as content:
-                yield content
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, to read parts of; what was read is freed when nothing refers to it.
 
-    def read(self, name: str) -> Tensor:
-        """A copy of the whole tensor."""
-        with self.open(name) as tensor:
-            return tensor.clone() if isinstance(tensor, Tensor) else tensor[:].clone()
+        Of a tensor in pieces the whole is in memory, until another one is asked for.
+        """
+        stored = self._stored[name]
+        if stored.file.is_dir():
+            return self._put_together(stored, self.specs[name])
+        return _contents(stored.file, stored.name).tensors[stored.name]
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is.
+
+    Args:
+        file: the file, or the folder of pieces.
+        name: in it.
+    """
+
+    file: Path
+    name: str
+
+
+class _Contents(NamedTuple):
+    """What is in a file.
+
+    Args:
+        specs: shapes and dtypes.
+        tensors: mapped into memory.
+        entry: what it tells of ExFusion.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    tensors: Mapping[str, Tensor]
+    entry: Any = None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What a folder's config.json holds, empty if there is none.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: it holds no JSON object.
     """
     path = folder / CONFIG
     return read_json(path) if path.is_file() else {}
 
 
-def _put_together(name: str, pieces: list[Piece]) -> Piece | Pieces:
-    if len(pieces) == 1 and not any(pieces[0].offsets):
-        return pieces[0]
+def _contents(path: Path, name: str | None = None) -> _Contents:
+    """All that is in a file, or one tensor of it."""
+    if path.is_dir():
+        return _Contents(stored_tensors(path), {})
     try:
-        return Pieces(pieces)
-    except ValueError as error:
-        raise CheckpointError(f"{name} is in {len(pieces)} files, and {error}.") from error
-
-
-@contextmanager
-def _opened_tensor(file: Path, name: str) -> Iterator[Any]:
-    with _opened(file) as tensors:
-        yield tensors.get(name)
-
-
-class _SafetensorsFile:
-    entry = None
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        self._file = safe_open(path, framework="pt")
-        self.names = list(self._file.keys())
-        self._pieces = json.loads((self._file.metadata() or {}).get(_SHARDING, "{}"))
-
-    def spec(self, name: str) -> TensorSpec:
-        piece = self._file.get_slice(name)
-        if piece.get_dtype() not in _DTYPE_OF:
-            raise CheckpointError(f"{name} is {piece.get_dtype()}, which is not supported.")
-        return TensorSpec(tuple(piece.get_shape()), _DTYPE_OF[piece.get_dtype()])
-
-    def offsets(self, name: str) -> tuple[int, ...]:
-        """Where the tensor begins in one that ranks have written in pieces."""
-        shape = self._file.get_slice(name).get_shape()
-        offsets = self._pieces[name]["saved_offsets"] if name in self._pieces else [0] * len(shape)
-        if len(offsets) != len(shape) or not all(type(o) is int and o >= 0 for o in offsets):
-            raise CheckpointError(f"{name} is said to begin at {offsets}.")
-        return tuple(offsets)
-
-    def get(self, name: str) -> Any:
-        piece = self._file.get_slice(name)
-        return piece if piece.get_shape() else self._file.get_tensor(name)
-
-
-class _TorchFile:
-    def __init__(self, path: Path) -> None:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
-        self.entry = content.get(ENTRY)
-        for name in _NESTED:
-            if isinstance(content.get(name), Mapping):
-                content = content[name]
-        self._tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        self.names = list(self._tensors)
-        for name, tensor in self._tensors.items():
-            is_plain = tensor.layout == torch.strided and not tensor.is_nested
-            if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-                raise CheckpointError(f"{path}: {name} is no plain tensor with memory of its own.")
-
-    def spec(self, name: str) -> TensorSpec:
-        return TensorSpec(tuple(self._tensors[name].shape), self._tensors[name].dtype)
-
-    def offsets(self, name: str) -> tuple[int, ...]:
-        """Zeros: torch's own files hold whole tensors."""
-        return (0,) * self._tensors[name].ndim
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
-    """A file, for as long as something refers to what it gives."""
-    try:
-        file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _TorchFile(path)
+        if path.suffix == ".safetensors":
+            return _of_tensors(_safetensors(path, name))
+        return _of_torch_file(path)
     except (CheckpointError, ModuleNotFoundError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, which is not loaded. "
-            "Save the state dict alone."
+            "Save only the state dict."
         ) from error
     except Exception as error:  # each library has its own, down to the bare Exception
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged or of another format: {reason}") from error
-    yield file
+
+
+def _of_tensors(tensors: Mapping[str, Tensor], entry: Any = None) -> _Contents:
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return _Contents(specs, tensors, entry)
+
+
+def _safetensors(path: Path, name: str | None) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys()) if name is None else [name]
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _of_torch_file(path: Path) -> _Contents:
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    entry = content.get(ENTRY)
+    for name in _NESTED:
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    for name, tensor in tensors.items():
+        is_plain = tensor.layout == torch.strided and not tensor.is_nested
+        if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name} is not a plain tensor with memory of its own.")
+    return _of_tensors(tensors, entry)
+
+
+def _put_together(stored: _Stored, spec: TensorSpec) -> Tensor:
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    read_tensors(stored.file, {stored.name: tensor})
+    return tensor
 
 
 def _files(path: Path) -> list[Path]:
+    """The files of a checkpoint, or the folder where ranks' files are."""
     if path.is_file():
+        if path.match(_PIECES):
+            return [path.parent]
         return _shards(path) if path.name.endswith(".index.json") else [path]
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist.")
@@ -189,8 +182,8 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
     if indices := sorted(path.glob("*.index.json"), reverse=True):  # safetensors before torch's
         return _shards(indices[0])
-    if shards := sorted(path.glob("shard-*.safetensors")):  # of distributed checkpoints
-        return shards
+    if any(path.glob(_PIECES)):
+        return [path]
     raise CheckpointError(
         f"{path} holds no checkpoint: none of {', '.join(_NAMES)} and no *.index.json."
     )
@@ -203,7 +196,7 @@ def _shards(index: Path) -> list[Path]:
     names = list(weight_map.values())
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is no file beside it.")
+            raise CheckpointError(f"{index} names {name!r}, which is not a file beside it.")
         if not os.path.isfile(index.parent / name):  # Path.is_file raises for very long names
             raise CheckpointError(f"{index} names {name[:255]}, which is missing.")
     return [index.parent / name for name in dict.fromkeys(names)]

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -24,46 +26,61 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...tensors.shards import is_sharded, local
 from .errors import CheckpointError
-from .processes import Processes
 from .tensor_spec import TensorSpec
 
 FILE_BYTES = 2**32
 """How large a rank's files become, each of which is put together in memory."""
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
-    """Write tensors; all ranks call this with the same names."""
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None
+) -> None:
+    """Write tensors; all ranks of the group call this with the same names."""
     if not tensors:
         return
     _expect_single_process()
-    writer = HuggingFaceStorageWriter(
-        str(folder), _file_numbers(tensors, processes.count), save_distributed=True
-    )
+    numbers = _file_numbers(tensors, 1 if group is None else group.size())
+    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
     with _clear_errors():
         save(
             _with_memory_of_their_own(tensors),
             storage_writer=writer,
-            process_group=processes.group,
-            no_dist=processes.group is None,
+            process_group=group,
+            no_dist=group is None,
         )
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorSpec]:
-    """Shapes and dtypes of the tensors in a folder of `write_tensors`."""
+    """Shapes and dtypes of the tensors in a folder of `write_tensors`.
+
+    Raises:
+        CheckpointError: a file is damaged, or one that holds a piece of a tensor is missing.
+    """
     if not folder.is_dir():
         return {}
     try:
-        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        stored: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        for name, tensor in stored.items():
+            if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+                raise ValueError(f"the pieces of {name} do not make up a tensor")
     except Exception as error:  # safetensors has its own, down to the bare Exception
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     return {
-        name: TensorSpec(tuple(tensor.size), tensor.properties.dtype)  # type: ignore[union-attr]
+        name: TensorSpec(tuple(tensor.size), tensor.properties.dtype)
         for name, tensor in stored.items()
     }
 
 
-def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes) -> None:
-    """Read tensors into others of the same shapes; all ranks call this with the same names."""
+def read_tensors(
+    folder: Path, into: Mapping[str, Tensor], group: ProcessGroup | None = None
+) -> None:
+    """Read tensors into others of the same shapes.
+
+    Args:
+        folder: of `write_tensors`, by any number of ranks.
+        into: the same names on all ranks of the group.
+        group: the ranks that call this together; None is this process by itself.
+    """
     if not into:
         return
     _expect_single_process()
@@ -71,14 +88,14 @@ def read_tensors(folder: Path, into: Mapping[str, Tensor], processes: Processes)
         load(
             dict(into),
             storage_reader=HuggingFaceStorageReader(str(folder)),
-            process_group=processes.group,
-            no_dist=processes.group is None,
+            process_group=group,
+            no_dist=group is None,
         )
 
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """DCP's error is no `Exception`, and its text is the tracebacks of all ranks."""
+    """DCP's error is not an `Exception`, and its text is the tracebacks of all ranks."""
     try:
         yield
     except CheckpointException as error:
@@ -87,7 +104,7 @@ def _clear_errors() -> Iterator[None]:
 
 
 def _expect_single_process() -> None:
-    """DCP warns of what it is told to do; a thread cannot catch warnings for itself alone."""
+    """DCP warns of what it is told to do; a thread cannot catch warnings only for itself."""
     message = "torch.distributed is disabled, unavailable or uninitialized"
     warnings.filterwarnings("ignore", message=message, category=UserWarning)
 

@@ -159,7 +159,7 @@ class Checkpoints:
         try:
             ranks.on_first(lambda: self._run.start(step))
             for name, tensors in captured.tensors.items():
-                write_tensors(folder / name, tensors, ranks)
+                write_tensors(folder / name, tensors, ranks.group)
             ranks.together(lambda: captured.values.write(folder, ranks.rank))
             ranks.on_first(lambda: captured.describe(folder))
             content = {
@@ -190,7 +190,7 @@ class Checkpoints:
         plans: list[Plan] = []
         self._processes.together(lambda: plans.extend(self._checked_plans(folder, manifest, parts)))
         for plan in plans:
-            read_tensors(folder / plan.part.name, plan.tensors, self._processes)
+            read_tensors(folder / plan.part.name, plan.tensors, self._processes.group)
         self._processes.together(lambda: load_all(plans))
 
     def _checked_plans(
