@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import save_config
@@ -90,7 +90,7 @@ def main(settings: Settings) -> None:
         exfusion = Path(sys.executable).parent / "exfusion"
         _, base = measured(exfusion, "fuse", folder / "small", folder / "small-dense")
         seconds, peak = measured(exfusion, "fuse", folder / "large", folder / "large-dense")
-        dense = {}
+        dense: dict[str, Tensor] = {}
         for file in (folder / "large-dense").glob("*.safetensors"):
             dense |= load_file(file)
         build(settings).load_state_dict(dense, strict=True)

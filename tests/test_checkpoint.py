@@ -282,9 +282,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "config.json").write_text("{}"),
         'its config.json is missing or has no "exfusion"',
     ),
-    "a config that is no JSON": (
+    "a config that is not JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "config.json is no JSON: Expecting property name",
+        "config.json is not JSON: Expecting property name",
     ),
     "a malformed entry": (
         lambda folder: change_config(folder, lambda entry: entry.pop("wraps")),
@@ -350,7 +350,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a config nested without end": (
         lambda folder: (folder / "config.json").write_text("[" * 200_000),
-        "config.json is no JSON: ",
+        "config.json is not JSON: ",
     ),
     "NaN in an expert": (
         lambda folder: change_tensors(folder, lambda t: t[STACK][1].fill_(float("nan"))),

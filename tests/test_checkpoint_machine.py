@@ -73,7 +73,7 @@ class Machine(RuleBasedStateMachine):
         self.start(asynchronous)
         assert self.done <= before
 
-    @rule(at=st.integers(0, 25))
+    @rule(at=st.integers(0, 40))
     def die_in_a_save(self, at: int) -> None:
         """At any of the calls that change the disk."""
         with Interrupted(at, Killed()), contextlib.suppress(Killed, CheckpointError):
@@ -81,7 +81,7 @@ class Machine(RuleBasedStateMachine):
             self.run.checkpoints.wait()
         self.start()
 
-    @rule(at=st.integers(0, 25))
+    @rule(at=st.integers(0, 40))
     def fill_the_disk(self, at: int) -> None:
         full = OSError(errno.ENOSPC, "No space left on device")
         with contextlib.suppress(CheckpointError), Interrupted(at, full):

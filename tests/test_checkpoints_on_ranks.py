@@ -1,8 +1,10 @@
 """Checkpoints of several processes: exact on as many, and loaded by any other number."""
 
 import os
+import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import CheckpointError, Checkpoints, StopRequest, fuse_checkpoint
+from exfusion_param.checkpoint.run.running_parts import has_unreduced_gradients
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks
 from exfusion_testing.runs import Run, assert_equal
@@ -91,6 +94,12 @@ def test_sharded_pieces_fuse_to_a_dense_model_and_resize(tmp_path: Path) -> None
     for state in (dense, *resized):
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor, **EXACT)
+    pieces = sorted((tmp_path / "step-00000003/model").glob("*.safetensors"))
+    of_one_rank = fuse_checkpoint(pieces[1], tmp_path / "again.safetensors")
+    assert_equal([load_file(of_one_rank)], dense)
+    pieces[0].unlink()
+    with pytest.raises(CheckpointError, match="the pieces of .* do not make up a tensor"):
+        fuse_checkpoint(pieces[1].parent, tmp_path / "incomplete")
 
 
 def accumulate(rank: int, folder: Path, resumes: bool) -> dict[str, Tensor]:
@@ -112,6 +121,28 @@ def test_votes_that_wait_for_a_step_are_shared_out_anew(tmp_path: Path) -> None:
         for state in on_ranks(ranks, accumulate, tmp_path, True):
             for name, tensor in states[0].items():
                 torch.testing.assert_close(state[name], tensor, **EXACT)
+
+
+def save_unreduced(rank: int, folder: Path) -> str:
+    run = run_on(rank, folder)
+    run.model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    run.backward(inputs(batch=8, seed=1)[mine(rank)])
+    with pytest.raises(CheckpointError) as caught:
+        run.checkpoints.save(3)
+    return str(caught.value)
+
+
+@pytest.mark.processes
+def test_gradients_that_fsdp_has_not_reduced_are_refused(tmp_path: Path) -> None:
+    for message in on_ranks(2, save_unreduced, tmp_path):
+        assert "not reduced yet" in message
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_torch_that_keeps_unreduced_gradients_elsewhere_is_an_error() -> None:
+    renamed: Any = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(renamed=[]))
+    with pytest.raises(CheckpointError, match=f"FSDP2 of torch {re.escape(torch.__version__)}"):
+        has_unreduced_gradients(renamed)
 
 
 def under_ddp(rank: int, folder: Path) -> Any:

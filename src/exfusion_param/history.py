@@ -58,7 +58,7 @@ def append_row(path: str | Path, row: Mapping[str, float]) -> None:
 
 
 def drop_rows_after(path: str | Path, step: float) -> None:
-    """Drop the rows of later steps, which a resumed run is about to write anew.
+    """Drop the rows of later steps, which a resumed run is about to write again.
 
     Raises:
         ValueError: the file has no column `step`, or a cell of it holds no number.

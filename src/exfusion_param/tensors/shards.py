@@ -118,6 +118,17 @@ def with_all_experts(stack: Tensor) -> Tensor:
     return result
 
 
+def room_for_experts(stack: Tensor, count: int) -> Tensor:
+    """Empty memory like a stack's, shape (N, *S), for other experts, shape (count, *S)."""
+    stack = with_all_experts(stack)
+    part = local(stack).new_empty((count, *local(stack).shape[1:]))
+    if not is_sharded(stack):
+        return part
+    sharded: Any = stack
+    shape = torch.Size((count, *stack.shape[1:]))
+    return _from_local(part, sharded.device_mesh, sharded.placements, shape)
+
+
 def ranks_of(tensor: Tensor) -> Ranks | None:
     """The ranks of a DTensor's mesh; None for a plain tensor."""
     if not is_sharded(tensor):

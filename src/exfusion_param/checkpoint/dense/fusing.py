@@ -125,7 +125,8 @@ class _Dense:
         rows = max(1, PART_BYTES // max(1, row_bytes))
         for start in range(0, len(dense), rows):
             part = slice(start, start + rows)
-            dense[part] = functional.fuse(self._reader.mapped(fused.stack)[:, part], weights)
+            experts = self._reader.mapped(fused.stack)[:, part].contiguous()
+            dense[part] = functional.fuse(experts, weights)
             if not dense[part].isfinite().all():
                 raise ValueError(
                     f"{name}: the experts or their fusion weights hold NaN or inf. "

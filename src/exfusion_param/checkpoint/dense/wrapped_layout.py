@@ -61,22 +61,16 @@ class WrappedLayout:
     def __init__(self, reader: CheckpointReader, entry: Any) -> None:
         if entry is None:
             raise CheckpointError(
-                f"{reader.folder} says nothing of ExFusion: its config.json is missing or has no "
-                '"exfusion". Write it with exfusion_param.checkpoint.save_config(model, folder).'
+                f"{reader.folder} does not describe how it is fused: its config.json is missing or "
+                'has no "exfusion". Write it with '
+                "exfusion_param.checkpoint.save_config(model, folder)."
             )
         self.fused: dict[str, FusedTensor] = {}
         self.fusion_weights_on_step: set[str] = set()
         self._reader = reader
         self._expected: set[str] = set()
         try:
-            keys, tied = list(map(str, entry["keys"])), list(map(set, entry["tied"]))
-            has_prefix = all(name.startswith(DDP) for name in reader.specs)
-            if has_prefix and not any(key.startswith(DDP) for key in keys):
-                reader.drop_prefix(DDP)
-            self._read_groups(reader.specs, entry)
-            self._expected |= self.fusion_weights_on_step
-            if unlisted := [key for key in self.fused if key not in set(keys)]:
-                raise ValueError(f"{listed(unlisted)} is not among its keys")
+            keys, tied = self._read_entry(entry)
         except CheckpointError:
             raise
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -110,6 +104,18 @@ class WrappedLayout:
                 stacklevel=3,
             )
 
+    def _read_entry(self, entry: Any) -> tuple[list[str], list[set[str]]]:
+        """The keys of the dense model, and those of them that are one tensor."""
+        keys, tied = list(map(str, entry["keys"])), list(map(set, entry["tied"]))
+        has_prefix = all(name.startswith(DDP) for name in self._reader.specs)
+        if has_prefix and not any(key.startswith(DDP) for key in keys):
+            self._reader.drop_prefix(DDP)
+        self._read_groups(self._reader.specs, entry)
+        self._expected |= self.fusion_weights_on_step
+        if unlisted := [key for key in self.fused if key not in set(keys)]:
+            raise ValueError(f"{listed(unlisted)} is not among its keys")
+        return keys, tied
+
     def _read_groups(self, specs: Mapping[str, TensorSpec], entry: Any) -> None:
         if entry["version"] != 1:
             raise CheckpointError(
@@ -124,17 +130,20 @@ class WrappedLayout:
                 )
             config = ExFusionConfig.from_dict(wrap["config"])
             for group in wrap["groups"]:
-                linears = group["linears"]
                 if config.fuse_on == "step":  # dense already, but for these
                     self.fusion_weights_on_step |= set(map(str, group["fusion_weights"]))
-                    continue
-                weights = self._owned(specs, group["name"], linears, config)
-                for fqn, names in linears.items():
-                    for name in names:
-                        place = _join(fqn, f"parametrizations.{name}.")
-                        fused = FusedTensor(f"{place}original", weights, config.num_experts)
-                        self._expected.add(fused.stack)
-                        self.fused[_join(fqn, name)] = fused
+                else:
+                    self._read_group(specs, group, config)
+
+    def _read_group(
+        self, specs: Mapping[str, TensorSpec], group: Mapping[str, Any], config: ExFusionConfig
+    ) -> None:
+        weights = self._owned(specs, group["name"], group["linears"], config)
+        for fqn, names in group["linears"].items():
+            for name in names:
+                stack = _join(fqn, f"parametrizations.{name}.original")
+                self._expected.add(stack)
+                self.fused[_join(fqn, name)] = FusedTensor(stack, weights, config.num_experts)
 
     def _owned(
         self,

@@ -1,4 +1,4 @@
-"""The error of all checkpoints, and JSON files that cannot do more harm than raise it."""
+"""The error of all checkpoints, and JSON files, which can do no worse than raise it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CheckpointError: it is none, or too large to be one of a checkpoint.
+        CheckpointError: it is not one, or too large to be one of a checkpoint.
     """
     try:
         if (size := path.stat().st_size) > JSON_BYTES:
             raise ValueError(f"{size} bytes are too many")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
     return content

@@ -57,7 +57,7 @@ def _checked(folder: Path) -> dict[str, Any]:
     listed, there = set(content["files"]), set(_files_in(folder))
     if listed != there:
         lacks, more = sorted(listed - there), sorted(there - listed)
-        raise CheckpointError(f"{folder} lacks the files {lacks}, and has {more} besides.")
+        raise CheckpointError(f"{folder} lacks the files {lacks}, and also holds {more}.")
     return content
 
 

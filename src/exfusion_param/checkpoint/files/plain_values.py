@@ -113,7 +113,7 @@ def _join_marked(mark: str, content: Any, tensors: Mapping[str, Tensor]) -> Any:
     if mark == "dtype":
         dtype = getattr(torch, content)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{content!r} is no dtype")
+            raise ValueError(f"{content!r} is not a dtype")
         return dtype
     if mark in ("tuple", "set"):
         return (tuple if mark == "tuple" else set)(join(item, tensors) for item in content)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """All ranks of the job, or this process alone where torch.distributed was not initialized.
+    """All ranks of the job, or only this process where torch.distributed was not initialized.
 
     They talk over a gloo group of their own, so that a thread can write while the others train.
     """

@@ -127,27 +127,34 @@ class Checkpoints:
                 does not fit the parts. They are then as they were.
         """
         self.wait()
-        if unknown := set(leave_out) - {part.name for part in self._parts}:
-            raise ValueError(f"leave_out names {sorted(unknown)}, which are no parts.")
+        names = {part.name for part in self._parts}
+        if unknown := set(leave_out) - names:
+            raise ValueError(f"leave_out names {sorted(unknown)}; the parts are {sorted(names)}.")
+        latest = self._latest_whole()
+        if latest is None:
+            return 0
+        step, manifest = latest
+        kinds = (ResizedModule, ResizedOptimizer) if resize_experts else (Module, OptimizerPart)
+        parts = [p for p in parts_of(self._named, *kinds) if p.name not in leave_out]
+        self._load(self._run.of(step), manifest, parts)
+        return step
+
+    def _latest_whole(self) -> tuple[int, dict[str, Any]] | None:
+        """The step and the manifest of the latest checkpoint that is whole, if there is any."""
         self._processes.on_first(self._run.tidy)
         damages = []
         for step in self._processes.on_first(self._run.in_order):
             try:
-                manifest = read_manifest(self._run.of(step), self._processes)
+                return step, read_manifest(self._run.of(step), self._processes)
             except CheckpointError as error:
                 damages.append(str(error))
-                warnings.warn(f"Passed over a checkpoint: {error}", stacklevel=2)
-                continue
-            kinds = (ResizedModule, ResizedOptimizer) if resize_experts else (Module, OptimizerPart)
-            parts = [p for p in parts_of(self._named, *kinds) if p.name not in leave_out]
-            self._load(self._run.of(step), manifest, parts)
-            return step
+                warnings.warn(f"Passed over a checkpoint: {error}", stacklevel=3)
         if damages:
             raise CheckpointError(
                 f"All {len(damages)} checkpoints in {self._run.path} are damaged; the latest: "
-                f"{damages[0]} Remove them to start anew."
+                f"{damages[0]} Remove them to start from the beginning."
             )
-        return 0
+        return None
 
     def _capture(self) -> Captured:
         captured: list[Captured] = []
@@ -155,36 +162,40 @@ class Checkpoints:
         return captured[0]
 
     def _write(self, step: int, captured: Captured) -> None:
-        folder, ranks = self._run.partial(step), self._processes
+        is_first = self._processes.rank == 0
         try:
-            ranks.on_first(lambda: self._run.start(step))
-            for name, tensors in captured.tensors.items():
-                write_tensors(folder / name, tensors, ranks.group)
-            ranks.together(lambda: captured.values.write(folder, ranks.rank))
-            ranks.on_first(lambda: captured.describe(folder))
-            content = {
-                "step": step,
-                "ranks": ranks.count,
-                "parts": [part.name for part in self._parts],
-                "torch": str(torch.__version__),
-            }
-            write_manifest(folder, content, ranks)
-            ranks.on_first(lambda: self._run.commit(step))
+            self._write_files(step, captured)
         except Exception as error:
-            if ranks.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+            if is_first:
+                shutil.rmtree(self._run.partial(step), ignore_errors=True)
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self._run.path}: "
                 f"{reason[-1]}"
             ) from error
-        if self._keep is not None and ranks.rank == 0:
+        if self._keep is not None and is_first:
             self._run.keep(self._keep)
+
+    def _write_files(self, step: int, captured: Captured) -> None:
+        folder, ranks = self._run.partial(step), self._processes
+        ranks.on_first(lambda: self._run.start(step))
+        for name, tensors in captured.tensors.items():
+            write_tensors(folder / name, tensors, ranks.group)
+        ranks.together(lambda: captured.values.write(folder, ranks.rank))
+        ranks.on_first(lambda: captured.describe(folder))
+        content = {
+            "step": step,
+            "ranks": ranks.count,
+            "parts": [part.name for part in self._parts],
+            "torch": str(torch.__version__),
+        }
+        write_manifest(folder, content, ranks)
+        ranks.on_first(lambda: self._run.commit(step))
 
     def _load(self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]) -> None:
         if missing := [part.name for part in parts if part.name not in manifest["parts"]]:
             raise CheckpointError(
-                f"{folder} holds no {missing[0]!r}, only {manifest['parts']}. Resume without it: "
+                f"{folder} lacks {missing[0]!r}; it holds {manifest['parts']}. Resume without it: "
                 f"resume(leave_out={missing})."
             )
         plans: list[Plan] = []
@@ -199,9 +210,7 @@ class Checkpoints:
         try:
             return list(self._plans(folder, manifest, parts))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder} holds other values than a run saves: {error!r}"
-            ) from error
+            raise CheckpointError(f"{folder} does not hold what a run saves: {error!r}") from error
 
     def _plans(
         self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]

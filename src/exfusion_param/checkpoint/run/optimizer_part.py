@@ -22,7 +22,8 @@ from ...tensors.shards import as_stack, is_sharded, local, with_memory_of
 from ..files.errors import CheckpointError
 from ..files.quantized import is_quantized
 from ..files.tensor_spec import TensorSpec
-from .parts import common, like, refuse_other_shape
+from .fitting import like
+from .parts import Part
 
 
 class _Held(NamedTuple):
@@ -39,7 +40,7 @@ class _Held(NamedTuple):
     parameter: nn.Parameter
 
 
-class OptimizerPart:
+class OptimizerPart(Part):
     """An optimizer's states and settings.
 
     Args:
@@ -52,7 +53,7 @@ class OptimizerPart:
     """
 
     def __init__(self, name: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
-        self.name = name
+        super().__init__(name)
         self._optimizer = optimizer
         self._names = names
         for _ in self._held(optimizer.state_dict()):
@@ -87,10 +88,6 @@ class OptimizerPart:
         more = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
         return {"rest": rest, "groups": groups, "more": more}
 
-    def merged(self, values: Sequence[Any], rank: int) -> Any:
-        """The values that all ranks had."""
-        return common(self.name, values)
-
     def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters that the states are of."""
         self._refuse_other_groups(values["groups"])
@@ -99,16 +96,12 @@ class OptimizerPart:
         for name, spec in stored.items():
             parameter = parameters.get(name.rpartition("/")[0])
             if parameter is None:
-                raise CheckpointError(f"{self.name}: {name} is the state of no parameter here.")
-            room[name] = self._room(name, parameter, spec)
+                raise CheckpointError(
+                    f"{self.name}: {name} is not the state of any parameter here."
+                )
+            room[name] = self.room(name, room_of_state(parameter, spec), spec)
         self._state_dict(room, values)
         return room
-
-    def _room(self, name: str, parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
-        """An empty tensor for a state of a parameter, or of the experts that it is fused from."""
-        target = room_of_state(parameter, spec)
-        refuse_other_shape(f"{self.name}: {name}", target, spec)
-        return target
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Load the state dict."""
@@ -170,13 +163,15 @@ class OptimizerPart:
         for i, (theirs, ours) in enumerate(pairs):
             differing = next((n for n in [*theirs, *ours] if (n in theirs) != (n in ours)), None)
             if differing is not None:
-                where = "saved" if differing in theirs else "here"
+                where = "as saved" if differing in theirs else "here"
                 raise CheckpointError(
-                    f"{self.name}: {differing} is in group {i} {where} alone. Make the optimizer "
+                    f"{self.name}: {differing} is in group {i} only {where}. Make the optimizer "
                     "as it was made then, or resume without it: "
                     f"resume(leave_out=[{self.name!r}])."
                 )
-        raise CheckpointError(f"{self.name} holds its parameters in another order than then.")
+        raise CheckpointError(
+            f"{self.name} holds its parameters in another order than when it was saved."
+        )
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:

@@ -8,7 +8,6 @@ weights are exactly what they were.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from ...tensors.shards import (
     is_sharded,
     like,
     local,
+    room_for_experts,
     spread,
     whole,
     with_all_experts,
@@ -32,30 +32,28 @@ from ...tensors.shards import (
 )
 from ..files.errors import CheckpointError
 from ..files.tensor_spec import TensorSpec
+from .fitting import like as room_like
+from .fitting import refuse_other_shape
 from .optimizer_part import OptimizerPart, room_of_state
-from .parts import Module, refuse_other_shape
-from .parts import like as room_like
+from .parts import Module
 from .resize_math import Resize, apply, resize
 
 
 class ResizedModule(Module):
     """A wrapped model that loads another number of experts than it has."""
 
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
-        """Tensors like the model's, with as many experts as are stored."""
-        resized = self._of_experts()
-        fitted = {
-            name: TensorSpec(tuple(resized[name].shape), spec.dtype)
-            if name in resized and spec.shape[1:] == tuple(resized[name].shape[1:])
-            else spec
-            for name, spec in stored.items()
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        names, groups = self._names(), groups_of(self.module)
+        self._of_experts = {
+            names[id(tensor)] for weights in groups for tensor in _tensors_of_experts(weights)
         }
-        room = super().room_for(fitted, values)
-        return room | {
-            name: with_experts(room[name], stored[name].shape[0])
-            for name in room
-            if stored[name].shape != tuple(room[name].shape)
-        }
+
+    def room(self, name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
+        """Room for as many experts as are stored."""
+        if name not in self._of_experts:
+            return super().room(name, tensor, stored)
+        return _room(f"{self.name}: {name}", tensor, stored)
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Resize what was read, and load it."""
@@ -93,26 +91,13 @@ class ResizedModule(Module):
     def _names(self) -> dict[int, str]:
         return {id(v): name for name, v in self.module.state_dict(keep_vars=True).items()}
 
-    def _of_experts(self) -> dict[str, Tensor]:
-        """All tensors with a dimension of experts, the first, by their names."""
-        names = self._names()
-        return {
-            names[id(tensor)]: tensor
-            for weights in groups_of(self.module)
-            for tensor in _tensors_of_experts(weights)
-        }
-
 
 class ResizedOptimizer(OptimizerPart):
     """An optimizer of a wrapped model that loads another number of experts than it has."""
 
-    def _room(self, name: str, parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
+    def room(self, name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
         """Room for as many experts as are stored."""
-        target = room_of_state(parameter, spec)
-        if len(spec.shape) == 0 or tuple(target.shape[1:]) != spec.shape[1:]:
-            refuse_other_shape(f"{self.name}: {name}", target, spec)
-        room = room_like(target, spec)
-        return room if tuple(room.shape) == spec.shape else with_experts(room, spec.shape[0])
+        return _room(f"{self.name}: {name}", tensor, stored)
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Average what was read, and load it.
@@ -132,22 +117,11 @@ class ResizedOptimizer(OptimizerPart):
         super().load(resized, values)
 
 
-def with_experts(tensor: Tensor, count: int) -> Tensor:
-    """Room like a stack's, shape (N, *S), for another number of experts, shape (count, *S)."""
-    shape = (count, *tensor.shape[1:])
-    if not is_sharded(tensor):
-        return tensor.new_empty(shape)
-    sharded: Any = with_all_experts(tensor)
-    part = local(sharded)
-    module = sys.modules["torch.distributed.tensor"]
-    return module.DTensor.from_local(
-        part.new_empty((count, *part.shape[1:])),
-        sharded.device_mesh,
-        sharded.placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=torch.empty(shape, device="meta").stride(),
-    )
+def _room(name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
+    if not stored.shape or stored.shape[1:] != tuple(tensor.shape[1:]):
+        refuse_other_shape(name, tensor, stored)
+    room = room_like(tensor, stored)
+    return room if tuple(room.shape) == stored.shape else room_for_experts(room, stored.shape[0])
 
 
 def resized_stack(matrix: Tensor, stack: Tensor, target: Tensor) -> Tensor:

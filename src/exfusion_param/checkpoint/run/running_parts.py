@@ -1,4 +1,4 @@
-"""What a run has besides its parts: random numbers, and gradients that wait for a step."""
+"""What a run has beyond its parts: random numbers, and gradients that wait for a step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ...fusion.lookup import groups_of
 from ...fusion_weights.memory_bank import MemoryBank
@@ -16,17 +17,17 @@ from ...tensors.shards import is_sharded
 from ..files.errors import CheckpointError
 from ..files.plain_values import same
 from ..files.tensor_spec import TensorSpec
-from .parts import common, like, refuse_other_shape
+from .fitting import common
+from .parts import Part
+
+RANDOM_NUMBERS = "random_numbers"
 
 
-class RandomNumbers:
+class RandomNumbers(Part):
     """The generators of torch (CPU and the current GPU), Python and numpy, of each rank."""
 
-    name = "random_numbers"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """None: each rank draws its own numbers."""
-        return {}
+    def __init__(self) -> None:
+        super().__init__(RANDOM_NUMBERS)
 
     def values(self) -> Any:
         """The states of the generators."""
@@ -42,10 +43,6 @@ class RandomNumbers:
         if rank < len(values):
             return values[rank]
         return {"seed": int(values[0]["torch"].long().sum()) + rank}
-
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Set the generators."""
@@ -64,14 +61,14 @@ class RandomNumbers:
             np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
 
 
-class Accumulated:
+class Accumulated(Part):
     """Gradients that wait for an optimizer's step, and what memory banks have counted with them.
 
     A checkpoint between two steps holds none, if gradients were reset after the first.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = f"{name}.gradients"
+        super().__init__(f"{name}.gradients")
         self._module = module
 
     def tensors(self) -> dict[str, Tensor]:
@@ -98,10 +95,8 @@ class Accumulated:
         """Tensors like the parameters."""
         parameters = dict(self._module.named_parameters())
         if unknown := [n for n in (*stored, *values["plain"]) if n not in parameters]:
-            raise CheckpointError(f"{self.name}: {unknown[0]} is no parameter here.")
-        for name, spec in stored.items():
-            refuse_other_shape(f"{self.name}: {name}", parameters[name], spec)
-        return {name: like(parameters[name], spec) for name, spec in stored.items()}
+            raise CheckpointError(f"{self.name}: the model has no parameter {unknown[0]}.")
+        return {name: self.room(name, parameters[name], spec) for name, spec in stored.items()}
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Set the gradients and the sums."""
@@ -125,15 +120,39 @@ class Accumulated:
 
 def _refuse_unreduced(module: nn.Module) -> None:
     """Raise if FSDP2 holds gradients that it has not given to the parameters."""
-    for child in module.modules():
-        state = getattr(child, "_get_fsdp_state", lambda: None)()
-        group = getattr(state, "_fsdp_param_group", None)
-        for parameter in getattr(group, "fsdp_params", ()):
-            if parameter.unsharded_accumulated_grad is not None:
-                raise CheckpointError(
-                    "gradients of this step were not reduced yet "
-                    "(set_requires_gradient_sync(False)). Save between two optimizer steps."
-                )
+    sharded = [child for child in module.modules() if isinstance(child, FSDPModule)]
+    if any(has_unreduced_gradients(child) for child in sharded):
+        raise CheckpointError(
+            "gradients of this step were not reduced yet (set_requires_gradient_sync(False)). "
+            "Save between two optimizer steps."
+        )
+
+
+def has_unreduced_gradients(module: FSDPModule) -> bool:
+    """Whether a module that FSDP2 shards waits to reduce; torch has no public name for it."""
+    try:
+        state: Any = module._get_fsdp_state()
+        if hasattr(state, "_fsdp_param_groups"):  # since torch 2.13 a module may have several
+            groups = state._fsdp_param_groups
+        else:
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        parameters = [parameter for group in groups for parameter in group.fsdp_params]
+        return any(_has_unreduced_gradient(parameter) for parameter in parameters)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"FSDP2 of torch {torch.__version__} keeps unreduced gradients elsewhere than this "
+            f"version of exfusion_param looks for them ({error}), so a checkpoint could lose them. "
+            "Update exfusion_param, or use a torch version that its metadata allows."
+        ) from error
+
+
+def _has_unreduced_gradient(parameter: Any) -> bool:
+    """Whether an FSDPParam holds a gradient, by itself or in `reduce_dtype`."""
+    if not hasattr(type(parameter), "unsharded_param"):
+        raise AttributeError("an FSDPParam has no unsharded_param")
+    gathered = getattr(parameter, "unsharded_param", None)  # not there before a first forward
+    held = (parameter.unsharded_accumulated_grad, None if gathered is None else gathered.grad)
+    return any(gradient is not None for gradient in held)
 
 
 def _mean(totals: Iterable[Tensor | None]) -> Tensor | None:

@@ -17,7 +17,7 @@ from ..files.errors import CheckpointError
 from ..files.rank_files import RANKS, RankValues
 from .optimizer_part import OptimizerPart, parameter_names
 from .parts import Module, Part, Stateful
-from .running_parts import Accumulated, RandomNumbers
+from .running_parts import RANDOM_NUMBERS, Accumulated, RandomNumbers
 
 
 class Plan(NamedTuple):
@@ -57,12 +57,12 @@ class Captured:
         }
 
     def describe(self, folder: Path) -> None:
-        """Say beside a wrapped model's tensors how they are fused."""
+        """Write beside a wrapped model's tensors how they are fused."""
         for name, description in self.descriptions.items():
             write_description(description, folder / name)
 
     def copy_to_cpu(self) -> None:
-        """Take copies, which the run does not change any more."""
+        """Take copies, which the run no longer changes."""
         for tensors in (*self.tensors.values(), self.values.tensors):
             tensors.update({name: _cpu_copy(tensor) for name, tensor in tensors.items()})
 
@@ -74,13 +74,13 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
 def parts_of(
     named: Mapping[str, Any], module_kind: type[Module], optimizer_kind: type[OptimizerPart]
 ) -> list[Part]:
-    """The parts by their kinds, and what a run has besides them."""
+    """The parts by their kinds, and what a run has beyond them."""
     modules = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
     names = parameter_names(modules)
     parts: list[Part] = []
     for name, part in named.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (RandomNumbers.name, RANKS):
-            raise ValueError(f"{name!r} is no name for a part: take letters, digits, '_' and '-'.")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (RANDOM_NUMBERS, RANKS):
+            raise ValueError(f"{name!r} cannot name a part: take letters, digits, '_' and '-'.")
         if isinstance(part, nn.Module):
             parts.append(module_kind(name, part))
         elif isinstance(part, Optimizer):
