@@ -1,9 +1,12 @@
 """accelerate: prepare, accumulate, trackers, save_state and load_state; shipped dense.
 
-    python examples/accelerate_train.py --out runs/accelerate
+    accelerate launch accelerate_train.py --out runs/accelerate
+    exfusion plot runs/accelerate
     exfusion fuse runs/accelerate/state runs/accelerate-dense
 
-Stop it and run the same command: it continues after the last epoch that it finished.
+Stop it and run the same command: it continues after the last epoch that it finished. Needs
+exfusion_param, accelerate, tensorboard, tqdm and tyro. Copy this file and replace `make_images`
+with your data and `build` with your model. A dense script lacks only the lines marked "ExFusion".
 """
 
 import dataclasses
@@ -15,34 +18,33 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import save_config
-from support import fashion
-from support.log import RunLog
+from exfusion_param.history import append_row, drop_rows_after
 
 
 @dataclasses.dataclass
 class Settings:
-    """Train a ViT with accelerate on a subset of Fashion-MNIST.
+    """Train a small Transformer with accelerate."""
 
-    Args:
-        out: the folder for the state and the logs.
-        num_experts: experts of each linear.
-        mixed_precision: no, fp16 or bf16.
-        epochs: passes over the training images.
-        lr: highest learning rate.
-        smoke: a few images, to see that everything works.
-    """
+    out: Path = Path("runs/accelerate")  # the folder for the state and the logs
+    num_experts: int = 4  # of each linear
+    mixed_precision: str = "no"  # or fp16, bf16
+    epochs: int = 4  # passes over the training images
+    lr: float = 1e-3  # the highest learning rate
+    smoke: bool = False  # a few images, to see that everything works
 
-    out: Path = Path("runs/accelerate")
-    num_experts: int = 4
-    mixed_precision: str = "no"
-    epochs: int = 4
-    lr: float = 1e-3
-    smoke: bool = False
+
+def make_images(count: int, seed: int) -> TensorDataset:
+    """Stand-in for your data: one of ten patterns under noise, (1, 28, 28), and its number."""
+    patterns = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=draw)
+    noise = torch.randn(count, 1, 28, 28, generator=draw)
+    return TensorDataset(patterns[labels] + 4 * noise, labels)
 
 
 def build() -> nn.Module:
@@ -50,50 +52,50 @@ def build() -> nn.Module:
     layer = nn.TransformerEncoderLayer(
         96, 4, 384, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
-    return nn.Sequential(
-        nn.Flatten(1, 2),
-        nn.Linear(28, 96),
-        nn.TransformerEncoder(layer, 4, enable_nested_tensor=False),
-        nn.Flatten(),
-        nn.Linear(28 * 96, len(fashion.CLASSES)),
-    )
+    encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    head = (nn.Flatten(), nn.Linear(28 * 96, 10))
+    return nn.Sequential(nn.Flatten(1, 2), nn.Linear(28, 96), encoder, *head)
 
 
 class Progress:
     """How many epochs are done; accelerate saves it with the rest."""
 
-    def __init__(self) -> None:
-        self.epochs = 0
+    epochs = 0
 
     def state_dict(self) -> dict[str, int]:
         """Plain values."""
-        return vars(self).copy()
+        return {"epochs": self.epochs}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue."""
-        vars(self).update(state)
+        self.epochs = state["epochs"]
 
 
 def main(settings: Settings) -> None:
     """Train, from the saved state on if there is one; fuse; save the dense model."""
     accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=2
-    )
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=2,
+        log_with="tensorboard", project_dir=settings.out,
+    )  # fmt: skip
+    accelerator.init_trackers("board")
     set_seed(0)
-    train, test = fashion.load(limit=128 if settings.smoke else None)
-    model: nn.Module = exf.wrap(build(), num_experts=settings.num_experts)  # before prepare
-    optimizer = torch.optim.AdamW(exf.param_groups(model, weight_decay=0.05), lr=settings.lr)
+    train = make_images(128 if settings.smoke else 4096, seed=1)
+    test = make_images(128 if settings.smoke else 1024, seed=2)
+    model = build()
+    exf.wrap(model, num_experts=settings.num_experts)  # ExFusion, before prepare
+    groups = exf.param_groups(model, weight_decay=0.05)  # ExFusion, for model.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     loader = DataLoader(train, 64, shuffle=True, drop_last=True)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, settings.epochs * len(loader) // 2
-    )
+    steps = settings.epochs * len(loader) // 2
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
-    progress, state = Progress(), settings.out / "state"
+    unwrapped = accelerator.unwrap_model(model)  # of DDP; its experts stay
+    progress, state, log = Progress(), settings.out / "state", settings.out / "metrics.csv"
     accelerator.register_for_checkpointing(progress)
     if state.is_dir():
         accelerator.load_state(str(state))
-    done = progress.epochs * len(loader)
-    log = RunLog(settings.out, after=done) if accelerator.is_main_process else None
+    if accelerator.is_main_process and log.exists():
+        drop_rows_after(log, progress.epochs * len(loader) or -1)
     for epoch in range(progress.epochs, settings.epochs):
         model.train()
         for index, (images, labels) in enumerate(tqdm(loader, leave=False)):
@@ -106,21 +108,22 @@ def main(settings: Settings) -> None:
                 scheduler.step()
                 optimizer.zero_grad()
             batch = epoch * len(loader) + index + 1
-            if log and (batch % 20 == 0 or settings.smoke):
-                values = {"loss": loss.item()} | exf.metrics(accelerator.unwrap_model(model))
-                log.row(batch, values)
+            if accelerator.is_main_process and (batch % 20 == 0 or settings.smoke):
+                row = {"loss": loss.item()}
+                row |= exf.metrics(unwrapped)  # ExFusion
+                accelerator.log(row, step=batch)
+                append_row(log, {"step": batch} | row)
         progress.epochs = epoch + 1
         accelerator.save_state(str(state))
-        if accelerator.is_main_process:  # for `exfusion fuse`
-            save_config(accelerator.unwrap_model(model), state)
+        if accelerator.is_main_process:
+            save_config(unwrapped, state)  # ExFusion, for `exfusion fuse`
 
-    if log:
-        log.close()
-    dense = exf.fuse(accelerator.unwrap_model(model)).eval()
+    dense = exf.fuse(unwrapped).eval()  # ExFusion: the dense model again
     with torch.no_grad():
         images, labels = (tensor.to(accelerator.device) for tensor in test.tensors)
         accuracy = 100 * (dense(images).argmax(1) == labels).float().mean().item()
     accelerator.save_model(dense, str(settings.out / "dense"))
+    accelerator.end_training()
     accelerator.print(f"test accuracy of the fused model {accuracy:.1f} %")
 
 

@@ -1,149 +1,149 @@
 """FSDP2: a ViT with experts on any number of GPUs or CPUs, of any size.
 
-    torchrun --nproc-per-node 2 examples/fsdp_train.py --out runs/fsdp
-
-On several nodes, the same on each, with --out in a folder that all of them share:
-
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500
-        examples/fsdp_train.py --dim 4096 --depth 32 --heads 32 --bf16 --checkpointing --compile
-        --replicas 2 --no-check --out SHARED/fsdp
+    torchrun --nproc-per-node 2 fsdp_train.py --out runs/fsdp
 
 Stop it and run the same command, on any number of ranks: it continues after the last checkpoint.
+Needs exfusion_param, safetensors, timm, tqdm and tyro. Copy this file, and replace `make_images`
+and `build` with your own. A dense script lacks only the lines marked "ExFusion".
 """
 
 import dataclasses
+import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from timm.models.vision_transformer import VisionTransformer
-from torch import distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import TensorDataset
+from torch.optim.lr_scheduler import LinearLR
+from tqdm import tqdm
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import Checkpoints
-from support import fashion, ranks
-from support.sharded_export import check, export
-from support.sharded_init import init
-from support.sharded_log import SharedLog
+from exfusion_param.history import append_row, drop_rows_after
 
 
 @dataclasses.dataclass
 class Settings:
-    """Train a ViT under FSDP2 on a subset of Fashion-MNIST.
+    """Train a ViT under FSDP2."""
 
-    Args:
-        out: the folder for checkpoints, logs and the dense model.
-        dim: features of a token.
-        depth: blocks.
-        heads: attention heads of a block.
-        image_size: pixels that the images are resized to.
-        patch_size: pixels of a patch.
-        num_experts: experts of each linear.
-        batch_size: images of a step, on all ranks together.
-        steps: to train in all; more of them continue a run that has ended.
-        lr: highest learning rate.
-        warmup: steps up to it; then it falls with the square root of the step.
-        replicas: of the sharded model (HSDP), such as one for each node.
-        bf16: compute in bfloat16; weights, experts and sums over ranks stay in float32.
-        checkpointing: compute activations anew in backward instead of keeping them.
-        compile: each block.
-        save_every: steps between checkpoints.
-        log_every: steps between rows of metrics.csv.
-        check: load the dense model on rank 0, which has to hold it, and test it.
-        smoke: a few images and steps, to see that everything works.
-    """
+    out: Path = Path("runs/fsdp")  # the folder for checkpoints, metrics.csv and the dense model
+    dim: int = 192  # features of a token
+    depth: int = 6  # blocks
+    heads: int = 3  # attention heads of a block
+    num_experts: int = 4  # of each linear
+    batch_size: int = 128  # images of a step, on all ranks together
+    steps: int = 400  # to train in all; more of them continue a run that has ended
+    lr: float = 1e-3  # the highest learning rate
+    warmup: int = 40  # steps up to it
+    replicas: int = 1  # of the sharded model (HSDP), such as one for each node
+    bf16: bool = False  # compute in bfloat16; weights, experts and sums over ranks stay in float32
+    checkpointing: bool = False  # recompute activations in backward instead of keeping them
+    compile: bool = False  # each block
+    save_every: int = 100  # steps between checkpoints
+    log_every: int = 10  # steps between rows of metrics.csv
+    smoke: bool = False  # a few images and steps, to see that everything works
 
-    out: Path = Path("runs/fsdp")
-    dim: int = 192
-    depth: int = 6
-    heads: int = 3
-    image_size: int = 28
-    patch_size: int = 7
-    num_experts: int = 4
-    batch_size: int = 128
-    steps: int = 400
-    lr: float = 1e-3
-    warmup: int = 40
-    replicas: int = 1
-    bf16: bool = False
-    checkpointing: bool = False
-    compile: bool = False
-    save_every: int = 100
-    log_every: int = 10
-    check: bool = True
-    smoke: bool = False
+
+def make_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Stand-in for your data: ten patterns under noise, (count, 1, 28, 28), and their numbers."""
+    patterns = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=draw)
+    return patterns[labels] + 4 * torch.randn(count, 1, 28, 28, generator=draw), labels
 
 
 def build(settings: Settings) -> Any:
-    """The dense model, without biases of queries and keys, as ViT-22B; it resizes images."""
-    size, patch, classes = settings.image_size, settings.patch_size, len(fashion.CLASSES)
+    """The dense model, without biases of queries and keys, as ViT-22B."""
     dims: dict[str, Any] = {"embed_dim": settings.dim, "num_heads": settings.heads}
-    model = VisionTransformer(size, patch, 1, classes, depth=settings.depth, qkv_bias=False, **dims)
-    model.register_forward_pre_hook(lambda model, args: F.interpolate(args[0], size))
-    return model
+    return VisionTransformer(28, 7, 1, 10, depth=settings.depth, qkv_bias=False, **dims)
 
 
-def build_sharded(settings: Settings, device: torch.device) -> Any:
-    """The wrapped model, of which each rank makes its own part alone."""
+@torch.no_grad()
+def build_sharded(settings: Settings, device: torch.device, world: int) -> Any:
+    """The model, of which each rank only ever holds its own part."""
+    torch.manual_seed(0)
     with torch.device("meta"):
-        model = exf.wrap(build(settings), num_experts=settings.num_experts, fuse_on="step", seed=0)
-    ranks.say(exf.summarize(model))
+        model = build(settings)
+        # ExFusion; with this bank training starts from the weights that are drawn below
+        exf.wrap(model, num_experts=settings.num_experts, fuse_on="step", bank_init="uniform")
     model.set_grad_checkpointing(settings.checkpointing)
-    shape = (settings.replicas, distributed.get_world_size() // settings.replicas)
+    shape = (settings.replicas, world // settings.replicas)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16 if settings.bf16 else None, torch.float32)
-    exf.fully_shard(model, mesh=mesh if settings.replicas > 1 else mesh["shard"], mp_policy=policy)
-    init(model.to_empty(device=device), seed=0)
-    if settings.compile:
-        for block in model.blocks:
-            block.compile()
+    exf.fully_shard(model, mesh=mesh, mp_policy=policy)  # ExFusion, for torch's on each block
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        if ".fusion_weights." in name:  # ExFusion: to_empty has started them
+            continue
+        value = torch.full(parameter.shape, float(name.endswith("weight")), device=device)
+        if value.ndim > 1:  # drawn whole, so that it does not depend on the number of ranks
+            nn.init.trunc_normal_(value, std=0.02)
+        parameter.copy_(distribute_tensor(value, mesh, parameter.placements, src_data_rank=None))
+    for block in model.blocks if settings.compile else ():
+        block.compile()
     return model
 
 
-def train(model: Any, images: TensorDataset, settings: Settings, device: torch.device) -> None:
-    """Train, after the last checkpoint if there is one."""
-    optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.05), lr=settings.lr)
-    rise = settings.warmup
-    scheduler = LambdaLR(optimizer, lambda step: min((step + 1) / rise, (rise / (step + 1)) ** 0.5))
+def main(settings: Settings) -> None:
+    """Train, after the last checkpoint if there is one; test; export the dense model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()  # torchrun says where the other ranks are
+    rank, world, size = distributed.get_rank(), distributed.get_world_size(), settings.batch_size
+    if settings.smoke:
+        size, settings.steps = 16, min(settings.steps, 6)
+    images, labels = make_images(64 if settings.smoke else 4096, seed=1)
+    model = build_sharded(settings, device, world)
+    groups = exf.param_groups(model, weight_decay=0.05)  # ExFusion, for model.parameters()
+    optimizer = exf.ExpertAdamW(groups, lr=settings.lr)  # ExFusion, or any other optimizer
+    scheduler = LinearLR(optimizer, start_factor=0.01, total_iters=settings.warmup)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     checkpoints = Checkpoints(settings.out / "checkpoints", parts, keep=1)
-    step = checkpoints.resume()
-    log = SharedLog(settings.out, settings.batch_size, step, settings.steps)
-    for x, y in log.progress(ranks.my_batches(images, settings.batch_size, log.steps, device)):
-        loss = F.cross_entropy(model(x), y)
+    done, dense, log = checkpoints.resume(), settings.out / "dense", settings.out / "metrics.csv"
+    settings.out.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and log.exists():
+        drop_rows_after(log, done or -1)
+    for step in tqdm(range(done + 1, settings.steps + 1), disable=rank > 0):
+        epoch, index = divmod(step - 1, len(images) // size)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
+        mine = order[index * size :][:size][rank::world]  # of a batch that is the same for all
+        loss = F.cross_entropy(model(images[mine].to(device)), labels[mine].to(device))
         loss.backward()
-        norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        step += 1
-        if step % settings.log_every == 0 or step == settings.steps:  # on all ranks together
-            row = {"loss": ranks.mean(loss), "gradient_norm": norm.full_tensor().item()}
-            log.row(step, row | exf.metrics(model))
+        if step % settings.log_every == 0 or step == settings.steps:
+            distributed.all_reduce(mean := loss.detach() / world)
+            row = {"step": step, "loss": mean.item(), "time": time.time()}
+            row |= exf.metrics(model)  # ExFusion, on all ranks together
+            if rank == 0:
+                append_row(log, row)
         if step % settings.save_every == 0 or step == settings.steps:
             checkpoints.save(step)
-    log.close()
-
-
-def main(settings: Settings, device: torch.device) -> None:
-    """Train, export the dense model, and test it."""
-    if settings.smoke:
-        settings.batch_size, settings.steps = 16, min(settings.steps, 6)
-    images, test = fashion.load(limit=64 if settings.smoke else None)
-    model = build_sharded(settings, device)
-    train(model, images, settings, device)
-    path = export(model, settings.out / "dense")
-    ranks.say(f"{path}, peak memory of a rank {ranks.peak_memory(device):.2f} GiB")
-    if settings.check:
-        check(path, lambda: build(settings), model, test)
+    images, labels = make_images(64 if settings.smoke else 1024, seed=2)
+    with torch.no_grad():
+        right = model.eval()(images.to(device)).argmax(1).cpu() == labels  # on all ranks together
+    if rank == 0:
+        print(f"test accuracy {100 * right.float().mean():.1f} %; the dense model is in {dense}")
+        shutil.rmtree(dense, ignore_errors=True)  # parts by another number of ranks
+    distributed.barrier()
+    writer = HuggingFaceStorageWriter(str(dense), save_distributed=True, enable_consolidation=True)
+    save(exf.fused_state_dict(model), storage_writer=writer)  # ExFusion, for model.state_dict()
+    distributed.barrier()  # a rank that leaves early would take its connections along
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    with ranks.job() as device:
-        main(tyro.cli(Settings), device)
+    main(tyro.cli(Settings))

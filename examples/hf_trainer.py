@@ -1,9 +1,12 @@
 """transformers' Trainer: a ViT trained from scratch, logged, resumed, and shipped dense.
 
-    python examples/hf_trainer.py --out runs/trainer
-    exfusion fuse runs/trainer/checkpoint-376 runs/trainer-dense
+    python hf_trainer.py --out runs/trainer
+    exfusion plot runs/trainer
+    exfusion fuse runs/trainer/checkpoint-128 runs/trainer-dense
 
-Stop it and run the same command: it continues from its last checkpoint.
+Stop it and run the same command: it continues from its last checkpoint. Needs exfusion_param,
+accelerate, tensorboard, transformers and tyro. Copy this file and replace `make_images` with your
+data and `build` with your model. A dense script lacks only the lines marked "ExFusion".
 """
 
 import dataclasses
@@ -12,40 +15,38 @@ from typing import Any
 
 import torch
 import tyro
-from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 import exfusion_param as exf
 from exfusion_param.integrations.transformers import ExFusionCallback, ExFusionTrainerMixin
-from support import fashion
 
 
 @dataclasses.dataclass
 class Settings:
-    """Train a ViT of transformers with its Trainer on a subset of Fashion-MNIST.
+    """Train a ViT of transformers with its Trainer."""
 
-    Args:
-        out: the folder for checkpoints, logs and the dense model.
-        variant: of ExFusion: sw, dw or mb.
-        num_experts: experts of each linear.
-        epochs: passes over the training images.
-        lr: highest learning rate.
-        report_to: trackers of Trainer, such as tensorboard, wandb or trackio.
-        smoke: a few images, to see that everything works.
-    """
-
-    out: Path = Path("runs/trainer")
-    variant: str = "mb"
-    num_experts: int = 4
-    epochs: int = 4
-    lr: float = 1e-3
-    report_to: tuple[str, ...] = ("tensorboard",)
-    smoke: bool = False
+    out: Path = Path("runs/trainer")  # the folder for checkpoints, logs and the dense model
+    variant: str = "mb"  # of ExFusion: sw, dw or mb
+    num_experts: int = 4  # of each linear
+    epochs: int = 4  # passes over the training images
+    lr: float = 1e-3  # the highest learning rate
+    report_to: tuple[str, ...] = ("tensorboard",)  # trackers of Trainer: wandb, trackio, ...
+    smoke: bool = False  # a few images, to see that everything works
 
 
-class ExFusionTrainer(ExFusionTrainerMixin, Trainer):
+class ExFusionTrainer(ExFusionTrainerMixin, Trainer):  # ExFusion
     """Trainer that leaves learned fusion weights without decay and logs what the experts do."""
+
+
+def make_images(count: int, seed: int) -> list[dict[str, Any]]:
+    """Stand-in for your data: one of ten patterns under noise, (1, 28, 28), and its number."""
+    patterns = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=draw)
+    noise = torch.randn(count, 1, 28, 28, generator=draw)
+    images = patterns[labels] + 4 * noise
+    return [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 
 
 def build() -> ViTForImageClassification:
@@ -58,15 +59,9 @@ def build() -> ViTForImageClassification:
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=384,
-        id2label=dict(enumerate(fashion.CLASSES)),
+        id2label={number: str(number) for number in range(10)},
     )
     return ViTForImageClassification(config)
-
-
-def rows(data: TensorDataset) -> list[dict[str, Any]]:
-    """The images as Trainer takes them."""
-    images, labels = data.tensors
-    return [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
@@ -79,9 +74,10 @@ def accuracy(predicted: EvalPrediction) -> dict[str, float]:
 def main(settings: Settings) -> None:
     """Train, from the last checkpoint on if there is one; fuse; load the dense model."""
     torch.manual_seed(0)
-    train, test = fashion.load(limit=256 if settings.smoke else None)
+    train = make_images(256 if settings.smoke else 4096, seed=1)
+    test = make_images(256 if settings.smoke else 1024, seed=2)
     model = build()
-    exf.wrap(model, variant=settings.variant, num_experts=settings.num_experts, seed=0)
+    exf.wrap(model, variant=settings.variant, num_experts=settings.num_experts, seed=0)  # ExFusion
     arguments = TrainingArguments(
         output_dir=str(settings.out),
         num_train_epochs=settings.epochs,
@@ -93,26 +89,26 @@ def main(settings: Settings) -> None:
         lr_scheduler_type="cosine",
         eval_strategy="epoch",
         save_strategy="epoch",
-        logging_steps=10 if not settings.smoke else 2,
+        logging_steps=2 if settings.smoke else 10,
         report_to=list(settings.report_to),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = ExFusionTrainer(
+    trainer = ExFusionTrainer(  # ExFusion, for Trainer
         model,
         arguments,
-        train_dataset=rows(train),
-        eval_dataset=rows(test),
+        train_dataset=train,
+        eval_dataset=test,
         compute_metrics=accuracy,
-        callbacks=[ExFusionCallback()],
+        callbacks=[ExFusionCallback()],  # ExFusion: metrics.csv, checkpoints that can be fused
     )
     last = get_last_checkpoint(str(settings.out)) if settings.out.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trained = trainer.evaluate()["eval_accuracy"]
 
-    dense = settings.out / "dense"
-    exf.fuse(model).save_pretrained(dense)
-    loaded = ViTForImageClassification.from_pretrained(dense)
-    plain = Trainer(loaded, arguments, eval_dataset=rows(test), compute_metrics=accuracy)
+    exf.fuse(model)  # ExFusion: the dense model again
+    model.save_pretrained(settings.out / "dense")
+    loaded = ViTForImageClassification.from_pretrained(settings.out / "dense")
+    plain = Trainer(loaded, arguments, eval_dataset=test, compute_metrics=accuracy)
     shipped = plain.evaluate()["eval_accuracy"]
     print(f"test accuracy: trained {100 * trained:.1f} %, fused and loaded {100 * shipped:.1f} %")
 

@@ -1,8 +1,11 @@
 """Lightning: accumulation, an average of the weights, checkpoints, loggers; shipped dense.
 
-    python examples/lightning_fit.py --out runs/lightning
+    python lightning_fit.py --out runs/lightning
+    exfusion plot runs/lightning/logs/version_0
 
-Stop it and run the same command: it continues from its last checkpoint.
+Stop it and run the same command: it continues from its last checkpoint. Needs exfusion_param,
+lightning, safetensors, tensorboard, timm and tyro. Copy this file and replace `make_images` with
+your data and `build` with your model. A dense script lacks only the lines marked "ExFusion".
 """
 
 import dataclasses
@@ -18,31 +21,31 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint
 from exfusion_param.integrations.lightning import ExFusionCallback
-from support import fashion
 
 
 @dataclasses.dataclass
 class Settings:
-    """Train a ViT with Lightning on a subset of Fashion-MNIST.
+    """Train a ViT with Lightning."""
 
-    Args:
-        out: the folder for checkpoints and logs.
-        num_experts: experts of each linear.
-        epochs: passes over the training images.
-        lr: highest learning rate.
-        smoke: a few images, to see that everything works.
-    """
+    out: Path = Path("runs/lightning")  # the folder for checkpoints and logs
+    num_experts: int = 4  # of each linear
+    epochs: int = 4  # passes over the training images
+    lr: float = 1e-3  # the highest learning rate
+    smoke: bool = False  # a few images, to see that everything works
 
-    out: Path = Path("runs/lightning")
-    num_experts: int = 4
-    epochs: int = 4
-    lr: float = 1e-3
-    smoke: bool = False
+
+def make_images(count: int, seed: int) -> TensorDataset:
+    """Stand-in for your data: one of ten patterns under noise, (1, 28, 28), and its number."""
+    patterns = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=draw)
+    noise = torch.randn(count, 1, 28, 28, generator=draw)
+    return TensorDataset(patterns[labels] + 4 * noise, labels)
 
 
 def build() -> nn.Module:
@@ -59,7 +62,8 @@ class Classifier(lightning.LightningModule):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.lr = settings.lr
-        self.model = exf.wrap(build(), num_experts=settings.num_experts)
+        self.model = build()
+        exf.wrap(self.model, num_experts=settings.num_experts)  # ExFusion
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """The loss of one micro-batch."""
@@ -75,7 +79,8 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine, one step of it for each step of the optimizer."""
-        optimizer = torch.optim.AdamW(exf.param_groups(self, weight_decay=0.05), lr=self.lr)
+        groups = exf.param_groups(self, weight_decay=0.05)  # ExFusion, for self.parameters()
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -84,7 +89,8 @@ class Classifier(lightning.LightningModule):
 def main(settings: Settings) -> None:
     """Fit, from the last checkpoint on if there is one; fuse that checkpoint; load it dense."""
     lightning.seed_everything(0, verbose=False)
-    train, test = fashion.load(limit=128 if settings.smoke else None)
+    train = make_images(128 if settings.smoke else 4096, seed=1)
+    test = make_images(128 if settings.smoke else 1024, seed=2)
     folder = settings.out / "checkpoints"
     trainer = lightning.Trainer(
         max_epochs=settings.epochs,
@@ -94,29 +100,25 @@ def main(settings: Settings) -> None:
         default_root_dir=settings.out,
         logger=[CSVLogger(settings.out, "logs"), TensorBoardLogger(settings.out, "board")],
         callbacks=[
-            ExFusionCallback(),
+            ExFusionCallback(),  # ExFusion: metrics for the loggers, checkpoints that can be fused
             EMAWeightAveraging(decay=0.99),
             ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True),
         ],
     )
     last = folder / "last.ckpt"
-    module = Classifier(settings)
-    trainer.fit(
-        module,
-        DataLoader(train, 64, shuffle=True, drop_last=True),
-        DataLoader(test, 500),
-        ckpt_path=last if last.exists() else None,
-    )
-    (result,) = trainer.validate(module, DataLoader(test, 500), verbose=False)
+    module, batches = Classifier(settings), DataLoader(train, 64, shuffle=True, drop_last=True)
+    tests = DataLoader(test, 500)
+    trainer.fit(module, batches, tests, ckpt_path=last if last.exists() else None)
+    (result,) = trainer.validate(module, tests, verbose=False)
 
     dense = settings.out / "model.safetensors"
     dense.unlink(missing_ok=True)
-    fuse_checkpoint(last, dense)  # the average: Lightning saves it as the module's state
+    fuse_checkpoint(last, dense)  # ExFusion: Lightning saves the average as the module's state
     model = build()
     state = load_file(dense)
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
     with torch.no_grad():
-        logits = torch.cat([model.eval()(images) for images, _ in DataLoader(test, 500)])
+        logits = torch.cat([model.eval()(images) for images, _ in tests])
     accuracy = 100 * (logits.argmax(1) == test.tensors[1]).float().mean().item()
     print(f"test accuracy: average {result['accuracy']:.1f} %, fused and loaded {accuracy:.1f} %")
 

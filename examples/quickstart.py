@@ -1,6 +1,10 @@
-"""Wrap, train and fuse a Transformer with torch alone.
+"""Wrap, train and fuse a Transformer in a plain torch loop.
 
-Command: `python examples/quickstart.py --out runs/quickstart`.
+    python quickstart.py --out runs/quickstart
+    exfusion plot runs/quickstart
+
+Needs exfusion_param and torch. Copy this file and replace `make_images` with your data and
+`Classifier` with your model. A dense script lacks only the lines marked "ExFusion".
 """
 
 import argparse
@@ -12,10 +16,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import exfusion_param as exf
-from support import fashion
-from support.log import RunLog
+from exfusion_param.history import append_row
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_images(count: int, seed: int) -> TensorDataset:
+    """Stand-in for your data: one of ten patterns under noise, (1, 28, 28), and its number."""
+    patterns = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=draw)
+    noise = torch.randn(count, 1, 28, 28, generator=draw)
+    return TensorDataset(patterns[labels] + 4 * noise, labels)
 
 
 class Classifier(nn.Module):
@@ -29,33 +41,12 @@ class Classifier(nn.Module):
             dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.head = nn.Linear(dim, len(fashion.CLASSES))
+        self.head = nn.Linear(dim, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 1, 28, 28) to logits, shape (batch, classes)."""
         tokens = self.patches(images).flatten(2).mT + self.position  # (batch, 16, dim)
         return self.head(self.encoder(tokens).mean(dim=1))
-
-
-def train(model: nn.Module, data: TensorDataset, epochs: int, log: RunLog) -> None:
-    """A plain loop: nothing in it knows of experts but the line that logs them."""
-    optimizer = torch.optim.AdamW(exf.param_groups(model, weight_decay=0.05), lr=1e-3)
-    loader = DataLoader(data, batch_size=128, shuffle=True, drop_last=len(data) > 128)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=1e-3, total_steps=epochs * len(loader)
-    )
-    step = 0
-    for epoch in range(epochs):
-        for images, labels in loader:
-            loss = F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            step += 1
-            if step % 10 == 0 or step == 1:
-                log.row(step, {"loss": loss.item()} | exf.metrics(model))
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
 
 @torch.no_grad()
@@ -73,27 +64,47 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--smoke", action="store_true", help="a few images, for a test")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
 
     torch.manual_seed(0)
-    train_data, test_data = fashion.load(limit=100 if arguments.smoke else None)
+    train_data = make_images(100 if args.smoke else 4096, seed=1)
+    test_data = make_images(100 if args.smoke else 1024, seed=2)
     model = Classifier().to(DEVICE)
-    exf.wrap(model, variant=arguments.variant, num_experts=arguments.num_experts)
-    print(exf.summarize(model))
+    exf.wrap(model, variant=args.variant, num_experts=args.num_experts)  # ExFusion
+    print(exf.summarize(model))  # ExFusion
 
-    log = RunLog(arguments.out)
-    train(model, train_data, arguments.epochs, log)
-    log.close()
+    groups = exf.param_groups(model, weight_decay=0.05)  # ExFusion, for model.parameters()
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    loader = DataLoader(train_data, batch_size=50, shuffle=True)
+    steps = args.epochs * len(loader)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "metrics.csv"
+    log.unlink(missing_ok=True)
+    step = 0
+    for epoch in range(args.epochs):
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            step += 1
+            if step % 10 == 0 or step == 1:
+                row = {"step": step, "loss": loss.item()}
+                row |= exf.metrics(model)  # ExFusion
+                append_row(log, row)
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
     trained = logits_of(model, test_data)
-    exf.fuse(model)
+    exf.fuse(model)  # ExFusion: the dense model again
     fused = logits_of(model, test_data)
-    torch.save(model.state_dict(), arguments.out / "model.pt")
+    torch.save(model.state_dict(), args.out / "model.pt")
 
     accuracy = (fused.argmax(1) == test_data.tensors[1]).float().mean().item()
     print(f"test accuracy {100 * accuracy:.1f} %")
     print(f"fused and trained logits differ by {(fused - trained).abs().max().item():.1g} at most")
-    print(f"exfusion plot {arguments.out}")
+    print(f"exfusion plot {args.out}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ PRINTED = {
     "lightning_fit.py": r"average ([\d.]+) %, fused and loaded \1 %",
     "accelerate_train.py": r"test accuracy of the fused model [\d.]+ %",
 }
+COPIED = [*PRINTED, "fsdp_train.py", "resume_train.py"]
+BOARDS = ["hf_trainer.py", "lightning_fit.py", "accelerate_train.py"]
 CONTINUED = ["hf_trainer.py", "lightning_fit.py", "accelerate_train.py"]
 
 pytestmark = [pytest.mark.examples, pytest.mark.processes]
@@ -65,7 +67,7 @@ def test_it_trains_ships_the_same_model_and_logs_for_the_plots(
     history = read_history(path)
     assert any(column.startswith("bank_mass/") for column in history)
     assert "loss" in history
-    assert list(folder.rglob("events.out.tfevents.*"))
+    assert (name in BOARDS) == any(folder.rglob("events.out.tfevents.*"))
     shutil.copy(path, tmp_path)
     cli.main(["plot", str(tmp_path)])
     assert (tmp_path / "fusion_weights.png").exists()
@@ -130,6 +132,14 @@ def test_minilm_is_fine_tuned_dense_upcycled_and_merged(tmp_path: Path) -> None:
     assert "loaded from disk its logits differ by 0 at most" in printed
     assert "upcycled" in printed
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "seed-0"}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_an_example_of_one_library_is_one_file(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    assert "support" not in text
+    marked = [line for line in text.splitlines() if "# ExFusion" in line]
+    assert 4 <= len(marked) <= 7
 
 
 def test_each_is_short_and_in_the_table() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from exfusion_param.history import read_history
-from exfusion_testing.processes import Script, start_ranks
+from exfusion_testing.processes import start_ranks
 
 pytestmark = [pytest.mark.examples, pytest.mark.processes]
 
@@ -69,7 +69,7 @@ def finish(*processes: subprocess.Popen[str]) -> str:
 def train(out: Path, ranks: int, *arguments: object) -> dict[str, Tensor]:
     """The model that a run on one node ships; torchrun starts those on several nodes."""
     command = (SCRIPT, *SMALL, "--out", out, *arguments)
-    for script in [Script(*command)] if ranks == 1 else start_ranks(ranks, *command):
+    for script in start_ranks(ranks, *command):
         script.finish()
     return shipped(out)
 
@@ -104,7 +104,7 @@ def test_two_ranks_train_the_model_of_one(folder_of_one: Path, tmp_path: Path) -
     torch.testing.assert_close(train(tmp_path, 2), shipped(folder_of_one), **TOLERANCE)
     one, two = (read_history(folder / "metrics.csv") for folder in (folder_of_one, tmp_path))
     assert one["step"] == [*range(1, STEPS + 1)]
-    for column in one.keys() - {"images_per_second"}:
+    for column in one.keys() - {"time"}:
         assert two[column] == pytest.approx(one[column], rel=1e-4, nan_ok=True), column
 
 
@@ -125,7 +125,7 @@ def test_a_stopped_run_continues_on_another_number_of_ranks(
     both = read_history(tmp_path / "metrics.csv")
     assert both["step"] == [*range(1, STEPS + 1)]
     # A run that starts over would write these rows anew, with other times.
-    assert both["images_per_second"][: STEPS // 2] == first["images_per_second"]
+    assert both["time"][: STEPS // 2] == first["time"]
     assert {path.name for path in checkpoints.iterdir()} == {"latest", f"step-{STEPS:08d}"}
 
 

@@ -60,7 +60,7 @@ def fuse(
     exfusion_param.checkpoint.save_config(model, folder), and by the callbacks for transformers and
     Lightning.
 
-        exfusion fuse runs/trainer/checkpoint-376 dense
+        exfusion fuse runs/trainer/checkpoint-128 dense
         exfusion fuse runs/lightning/last.ckpt dense.safetensors
 
     Args:
