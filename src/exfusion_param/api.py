@@ -52,6 +52,14 @@ def wrap(
         TypeError: a field is unknown or has the wrong type.
         ValueError: a field is out of range, nothing matched, or a linear cannot be wrapped (tied,
             frozen, sharded, wrapped already, not floating). The model is then unchanged.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = exf.wrap(model, num_experts=4, variant="dw")
+        >>> model.linear1.weight.shape  # the fused weight
+        torch.Size([16, 8])
+        >>> model.linear1.parametrizations.weight.original.shape  # the experts
+        torch.Size([4, 16, 8])
     """
     config = ExFusionConfig.resolve(config, fields)
     share_alarm(
@@ -76,8 +84,14 @@ def fuse(model: Model) -> Model:
     Raises:
         ValueError: nothing is wrapped, a linear is sharded, or experts hold NaN or inf. The model
             is then unchanged.
-        RuntimeError: the last step failed when some experts had moved.
-    """
+            RuntimeError: the last step failed when some experts had moved.
+    
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = exf.fuse(exf.wrap(model, variant="sw"))
+        >>> model.linear1
+        Linear(in_features=8, out_features=16, bias=True)
+        """
     linears = wrapped_linears(model)
     groups = groups_of(model)
     for weights in groups:

@@ -50,6 +50,16 @@ class ExFusionConfig(ExpertConfig):
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field has a value outside its range.
+
+    Example:
+        >>> config = exf.ExFusionConfig(variant="dw", num_experts=8)
+        >>> config.label
+        'ExFusion dw'
+        >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), config)
+        >>> exf.ExFusionConfig(momentum=1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: momentum must be in [0, 1), got 1.0. ...
     """
 
     variant: Variant = "mb"

@@ -20,6 +20,11 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
 
     Raises:
         ValueError: a cell holds no number.
+
+    Example:
+        >>> write_history("metrics.csv", [{"step": 1, "loss": 2.5}, {"step": 2, "accuracy": 0.5}])
+        >>> read_history("metrics.csv")
+        {'step': [1.0, 2.0], 'loss': [2.5, nan], 'accuracy': [nan, 0.5]}
     """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -28,7 +33,13 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
 
 
 def write_history(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write rows as a CSV file; a row may lack columns that others have."""
+    """Write rows as a CSV file; a row may lack columns that others have.
+
+    Example:
+        >>> write_history("metrics.csv", [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}])
+        >>> read_history("metrics.csv")["loss"]
+        [2.5, 1.5]
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
@@ -44,6 +55,13 @@ def append_row(path: str | Path, row: Mapping[str, float]) -> None:
     Args:
         path: the file.
         row: its numbers, such as `{"step": 50, "loss": 2.1} | metrics(model)`.
+
+    Example:
+        >>> for step in (1, 2):
+        ...     append_row("metrics.csv", {"step": step, "loss": 1 / step})
+        >>> append_row("metrics.csv", {"step": 2, "accuracy": 0.5})
+        >>> read_history("metrics.csv")["loss"]
+        [1.0, 0.5, nan]
     """
     path = Path(path)
     if not path.exists():
@@ -62,6 +80,12 @@ def drop_rows_after(path: str | Path, step: float) -> None:
 
     Raises:
         ValueError: the file has no column `step`, or a cell of it holds no number.
+
+    Example:
+        >>> write_history("metrics.csv", [{"step": step} for step in (1, 2, 3)])
+        >>> drop_rows_after("metrics.csv", step=2)
+        >>> read_history("metrics.csv")
+        {'step': [1.0, 2.0]}
     """
     columns, rows = _read_lines(Path(path))
     if "step" not in columns:
@@ -74,7 +98,14 @@ def drop_rows_after(path: str | Path, step: float) -> None:
 
 
 def set_aside(path: str | Path) -> None:
-    """Give another run's file a number, so that a new run begins its own."""
+    """Give another run's file a number, so that a new run begins its own.
+
+    Example:
+        >>> write_history("metrics.csv", [{"step": 1}])
+        >>> set_aside("metrics.csv")
+        >>> read_history("metrics.1.csv")
+        {'step': [1.0]}
+    """
     path = Path(path)
     number = 1
     while (other := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():

@@ -35,6 +35,15 @@ def metrics(model: nn.Module) -> dict[str, float]:
 
     Raises:
         ValueError: nothing is wrapped.
+
+    Example:
+        >>> model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+        >>> values = exf.metrics(exf.wrap(model, num_experts=2, variant="sw"))
+        >>> list(values)
+        ['fusion_weights/0/0', 'fusion_weights/0/1', 'entropy/0', 'effective_experts/0',
+         'expert_distance/0']
+        >>> values["fusion_weights/0/1"]
+        0.5
     """
     groups = labels_of(model)
     if not groups:

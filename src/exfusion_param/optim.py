@@ -50,6 +50,13 @@ def param_groups(
     Raises:
         TypeError: both or neither of `weight_decay` and `groups` are given.
         ValueError: `weight_decay` or `fusion_lr` is negative, or a glob matches no parameter.
+
+    Example:
+        >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), variant="dw")
+        >>> groups = exf.param_groups(model, weight_decay=0.05, fusion_lr=1e-2)
+        >>> [(len(group["params"]), group["weight_decay"], group.get("lr")) for group in groups]
+        [(8, 0.0, None), (4, 0.05, None), (1, 0.0, 0.01)]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
     """
     if (weight_decay is None) == (groups is None):
         raise TypeError("param_groups needs weight_decay, or groups that have their own.")
@@ -133,6 +140,12 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
 
     Raises:
         ValueError: a glob matches no parameter.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> model = exf.wrap(model, fuse_on="step")
+        >>> sorted(exf.no_weight_decay_names(model))
+        ['0.bias', '2.bias']
     """
     also = [also] if isinstance(also, str) else list(also)
     _refuse_unmatched(model, also)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .finding.place import input_of
 from .finding.outer_modules import unwrapped
+from .finding.place import input_of
 from .finding.projections import projection_of
 from .fusion.lookup import groups_of, labels_of
 from .fusion_weights.memory_bank import MemoryBank
@@ -31,6 +31,13 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Raises:
         ValueError: the model has no memory bank.
+
+    Example:
+        >>> model = exf.wrap(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
+        >>> with record_routing(model) as shares, torch.no_grad():
+        ...     output = model(torch.randn(2, 3, 8))
+        >>> {group: tuple(share.shape) for group, share in shares.items()}
+        {'0': (2, 3, 4)}
     """
     banks = {bank: name for bank, name in labels_of(model).items() if isinstance(bank, MemoryBank)}
     if not banks:
@@ -67,6 +74,12 @@ def router_load(
     Raises:
         ValueError: the labels do not fit the shares or the names; or a name holds a slash, which
             separates the parts of a column's name.
+
+    Example:
+        >>> shares = {"0": torch.tensor([[[0.25, 0.75]], [[0.5, 0.5]]])}  # 2 samples of 1 token
+        >>> router_load(shares, torch.tensor([0, 1]), names=["cat", "dog"])
+        {'router_load/0/cat/0': 0.25, 'router_load/0/cat/1': 0.75,
+         'router_load/0/dog/0': 0.5, 'router_load/0/dog/1': 0.5}
     """
     _check_labels(shares, labels, names)
     if slashed := [name for name in names or () if "/" in name]:

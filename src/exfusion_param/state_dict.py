@@ -51,6 +51,13 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         The dense tensors under the dense model's keys, in its order. What is not fused shares
         memory with the model, as in `state_dict()`. DTensors for a sharded model: each rank fuses
         its own part, and nothing but fusion weights is gathered.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> model = exf.wrap(model, variant="sw")
+        >>> dense = exf.fused_state_dict(model)
+        >>> {name: tuple(tensor.shape) for name, tensor in dense.items()}
+        {'0.weight': (16, 8), '0.bias': (16,), '2.weight': (8, 16), '2.bias': (8,)}
     """
     groups = groups_of(model)
     for weights in groups:
@@ -91,6 +98,15 @@ def load_dense_state_dict(
 
     Raises:
         ValueError: keys or shapes do not fit. The model is then unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        >>> model = exf.wrap(model, variant="sw")
+        >>> exf.load_dense_state_dict(model, dense)
+        IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+        >>> torch.allclose(model[0].weight, dense["0.weight"])
+        True
     """
     dense = _dense_view(model)
     keys = IncompatibleKeys(

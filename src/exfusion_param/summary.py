@@ -44,6 +44,14 @@ class Summary:
         training_bytes: of the weights, and of the gradients and AdamW's two moments of those that
             are trained, in the weights' own dtypes.
         shipped_bytes: of the weights after `fuse`.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> summary = exf.summarize(model, num_experts=4)
+        >>> summary.num_groups, len(summary.linears)
+        (1, 2)
+        >>> summary.training_parameters, summary.shipped_parameters
+        (1472, 600)
     """
 
     configs: tuple[ExpertConfig, ...]
@@ -100,6 +108,17 @@ def summarize(
     Raises:
         TypeError: as `wrap` does.
         ValueError: as `wrap` does; or settings are given for a model that is wrapped already.
+
+    Example:
+        >>> model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+        >>> print(exf.summarize(model, num_experts=4, variant="mb"))
+        ExFusion mb, 4 experts: 2 linears in 1 FFN groups
+        FFN group  linear     weight  experts
+        0          0.linear1  16 x 8  4 x 16 x 8
+        0          0.linear2  8 x 16  4 x 8 x 16
+        router or fusion weights: 32 parameters
+        in training: ...
+        shipped: 600 parameters, ...
     """
     if wrapped_linears(model):
         if config is not None or filter_fn is not None or fields:

@@ -58,6 +58,12 @@ def wrap(
         TypeError: a field is unknown or has the wrong type.
         ValueError: as for `exfusion_param.wrap`; or a linear does more than a linear does, so that
             it cannot be merged for each sample. The model is then unchanged.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = meo.wrap(model, num_experts=4, top_k=2)
+        >>> model(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
     """
     config = MEOConfig.resolve(config, fields)
     make_gate = functools.partial(_gate_for, model)
@@ -87,6 +93,14 @@ def set_task(model: nn.Module, task: Task) -> None:
 
     Raises:
         ValueError: the model is not wrapped so, or the task does not fit.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = meo.wrap(model, level="task", task_dim=3)
+        >>> meo.set_task(model, 1)
+        >>> meo.set_task(model, torch.tensor([0.2, 0.0, 0.8]))  # an embedding of a task
+        >>> model(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
     """
     gates = gates_of(model)
     embeddings = [_embedding(gate, task) for gate in gates]
@@ -107,6 +121,13 @@ def fuse(model: Model, *, task: Task) -> Model:
     Raises:
         ValueError: as for `exfusion_param.fuse`, or the task does not fit. The model is then
             unchanged.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = meo.wrap(model, level="task", task_dim=3)
+        >>> model = meo.fuse(model, task=1)
+        >>> model.linear1
+        Linear(in_features=8, out_features=16, bias=True)
     """
     before = [gate.task for gate in gates_of(model)]
     set_task(model, task)
@@ -127,6 +148,13 @@ def fused_state_dict(model: nn.Module, *, task: Task) -> OrderedDict[str, Any]:
 
     Raises:
         ValueError: the model is not wrapped so, or the task does not fit.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> model = meo.wrap(model, level="task", task_dim=3)
+        >>> by_task = [meo.fused_state_dict(model, task=task) for task in range(3)]
+        >>> list(by_task[0])
+        ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     gates = gates_of(model)
     before = [gate.task for gate in gates]

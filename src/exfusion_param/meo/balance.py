@@ -33,6 +33,12 @@ def balance_loss(model: nn.Module) -> Tensor:
     Raises:
         ValueError: the model has no gates.
         RuntimeError: no forward in training came before, or none with a graph.
+
+    Example:
+        >>> model = meo.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), num_experts=4)
+        >>> task_loss = model(torch.randn(2, 3, 8)).square().mean()
+        >>> loss = task_loss + meo.balance_loss(model)
+        >>> loss.backward()
     """
     gates = gates_of(model)
     if torch.is_grad_enabled() and all(gate.training and not gate.said for gate in gates):

@@ -46,6 +46,13 @@ class MEOConfig(ExpertConfig):
     Raises:
         TypeError: a field has the wrong type.
         ValueError: a field has a value outside its range, or two do not go together.
+
+    Example:
+        >>> config = meo.MEOConfig(level="sequence", num_experts=8, top_k=2)
+        >>> config.label
+        'MEO sequence, top 2'
+        >>> meo.MEOConfig().kept
+        4
     """
 
     level: Level = "sequence"

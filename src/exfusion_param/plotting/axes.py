@@ -37,6 +37,13 @@ def curves(
 
     Raises:
         ValueError: a history lacks one of the columns.
+
+    Example:
+        >>> dense = {"step": [1, 2], "loss": [2.0, 1.0]}
+        >>> experts = {"step": [1, 2], "loss": [2.0, 0.5]}
+        >>> ax = curves({"dense": dense, "ExFusion": experts}, "loss")
+        >>> [line.get_label() for line in ax.lines]
+        ['dense', 'ExFusion']
     """
     ax = ax or _new_axes()
     for label, history in histories.items():
@@ -63,6 +70,13 @@ def fusion_weights(
 
     Raises:
         ValueError: the history has no such group or no column `x`.
+
+    Example:
+        >>> history = {"step": [1, 2], "fusion_weights/0/0": [0.5, 0.4]}
+        >>> history["fusion_weights/0/1"] = [0.5, 0.6]
+        >>> ax = fusion_weights(history, "0")
+        >>> [line.get_label() for line in ax.lines]
+        ['expert 0', 'expert 1']
     """
     columns = columns_of(history, "fusion_weights", group)
     require(history, x)
@@ -87,6 +101,12 @@ def over_groups(history: History, measure: str, *, x: str = "step", ax: Axes | N
 
     Raises:
         ValueError: the history has no such measure or no column `x`.
+
+    Example:
+        >>> history = {"step": [1, 2], "entropy/0": [0.7, 0.6], "entropy/1": [0.7, 0.5]}
+        >>> ax = over_groups(history, "entropy")
+        >>> ax.get_ylabel(), len(ax.lines)
+        ('entropy of the fusion weights, nats', 2)
     """
     columns = [name for name in history if name.startswith(f"{measure}/")]
     if not columns:
@@ -115,6 +135,12 @@ def router_load(history: History, group: str, *, ax: Axes | None = None) -> Axes
 
     Raises:
         ValueError: the history has no such group.
+
+    Example:
+        >>> history = {"router_load/0/cat/0": [0.25], "router_load/0/cat/1": [0.75]}
+        >>> ax = router_load(history, "0")
+        >>> ax.get_xlabel()
+        'expert'
     """
     columns = columns_of(history, "router_load", group)
     labels = list(dict.fromkeys(name.split("/")[-2] for name in columns))

@@ -10,7 +10,12 @@ from ..history import History
 
 
 def group_names(history: History, measure: str = "fusion_weights") -> list[str]:
-    """The FFN groups whose fusion weights, or router load, a history holds, in its order."""
+    """The FFN groups whose fusion weights, or router load, a history holds, in its order.
+
+    Example:
+        >>> group_names({"step": [1], "fusion_weights/blocks.0.mlp/0": [1.0], "loss": [2.0]})
+        ['blocks.0.mlp']
+    """
     parts = 2 if measure == "router_load" else 1  # label and expert, or expert
     names = [name.split("/", 1)[1] for name in history if name.startswith(f"{measure}/")]
     return list(dict.fromkeys(name.rsplit("/", parts)[0] for name in names))

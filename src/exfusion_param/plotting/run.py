@@ -26,6 +26,11 @@ def write_plots(history: History, folder: Path) -> list[Path]:
 
     Raises:
         ValueError: the history holds nothing to draw, or no column `step`.
+
+    Example:
+        >>> history = {"step": [1, 2], "entropy/0": [0.7, 0.6], "entropy/1": [0.7, 0.5]}
+        >>> [path.name for path in write_plots(history, Path())]
+        ['entropy.png']
     """
     paths = []
     for measure, draw in (("fusion_weights", _weights_grid), ("router_load", _load_grid)):

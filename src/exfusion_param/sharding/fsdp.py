@@ -65,6 +65,15 @@ def fully_shard(
         ValueError: nothing is wrapped, something is sharded already, the mesh or the blocks do not
             fit the model, or under "forward" the ranks wrapped differently. The model is then
             unchanged.
+
+    Example:
+        >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
+        >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))  # of one process, for once
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = exf.fully_shard(exf.wrap(model, fuse_on="step"), mesh=mesh)
+        >>> model.linear1.weight.placements
+        (Shard(dim=0),)
+        >>> torch.distributed.destroy_process_group()
     """
     from torch.distributed import fsdp
 
@@ -102,6 +111,14 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
 
     Expert stacks are sharded along the first dimension behind the experts' that the ranks of the
     job divide, as FSDP2 asks for; everything else, and stacks without one, along dimension 0.
+
+    Example:
+        >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
+        >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+        >>> exf.expert_placement(model.linear1.parametrizations.weight.original)
+        Shard(dim=1)
+        >>> exf.expert_placement(model.norm1.weight)  # None: dimension 0
+        >>> torch.distributed.destroy_process_group()
     """
     return _placement(parameter, torch.distributed.get_world_size())
 

@@ -43,6 +43,15 @@ class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
     Raises:
         ValueError: an argument is outside of its range.
         ImportError: `"8bit"` without torchao.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> model = exf.wrap(model, fuse_on="step")
+        >>> optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.05), lr=1e-3)
+        >>> model(torch.randn(4, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model[0].weight]["experts"].shape
+        torch.Size([4, 16, 8])
     """
 
     required: ClassVar[Mapping[str, Any]] = {"amsgrad": False, "decoupled_weight_decay": True}
@@ -116,6 +125,15 @@ class ExpertSGD(ExpertOptimizer, torch.optim.SGD):
     Raises:
         ValueError: an argument is outside of its range.
         ImportError: `"8bit"` without torchao.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        >>> model = exf.wrap(model, fuse_on="step")
+        >>> optimizer = exf.ExpertSGD(exf.param_groups(model, 1e-4), lr=0.1, momentum=0.9)
+        >>> model(torch.randn(4, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(optimizer.state[model[0].weight])
+        ['experts', 'experts.momentum_buffer']
     """
 
     required: ClassVar[Mapping[str, Any]] = {"dampening": 0.0}
