@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import fsdp_train
 from exfusion_param.history import read_history
 from exfusion_testing.processes import start_ranks
 
@@ -69,8 +70,8 @@ def finish(*processes: subprocess.Popen[str]) -> str:
 def train(out: Path, ranks: int, *arguments: object) -> dict[str, Tensor]:
     """The model that a run on one node ships; torchrun starts those on several nodes."""
     command = (SCRIPT, *SMALL, "--out", out, *arguments)
-    for script in start_ranks(ranks, *command):
-        script.finish()
+    printed = [script.finish() for script in start_ranks(ranks, *command)]
+    (out / "printed").write_text("".join(printed))
     return shipped(out)
 
 
@@ -98,6 +99,14 @@ def folder_of_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one")
     train(out, 1)
     return out
+
+
+def test_what_it_ships_is_the_model_that_it_tested(folder_of_one: Path) -> None:
+    dense = fsdp_train.build(fsdp_train.Settings(dim=32, depth=2, heads=2)).eval()
+    dense.load_state_dict(shipped(folder_of_one))
+    images, labels = fsdp_train.make_images(64, seed=2)
+    accuracy = 100 * (dense(images).argmax(1) == labels).float().mean()
+    assert f"test accuracy {accuracy:.1f} %" in (folder_of_one / "printed").read_text()
 
 
 def test_two_ranks_train_the_model_of_one(folder_of_one: Path, tmp_path: Path) -> None:
