@@ -21,6 +21,8 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
@@ -70,7 +72,10 @@ def build(settings: Settings) -> nn.Module:
 def start_process_group() -> torch.device:
     """Join the job that torchrun has started, or be one of a single process; this rank's device."""
     if "RANK" in os.environ:
-        distributed.init_process_group()
+        # When torchrun restarts ranks its store still holds the addresses of the dead ones.
+        store, rank, count = next(rendezvous("env://"))
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        distributed.init_process_group(store=store, rank=rank, world_size=count)
     else:
         distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
     if torch.cuda.is_available():
