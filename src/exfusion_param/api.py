@@ -85,13 +85,13 @@ def fuse(model: Model) -> Model:
         ValueError: nothing is wrapped, a linear is sharded, or experts hold NaN or inf. The model
             is then unchanged.
             RuntimeError: the last step failed when some experts had moved.
-    
+
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = exf.fuse(exf.wrap(model, variant="sw"))
         >>> model.linear1
         Linear(in_features=8, out_features=16, bias=True)
-        """
+    """
     linears = wrapped_linears(model)
     groups = groups_of(model)
     for weights in groups:

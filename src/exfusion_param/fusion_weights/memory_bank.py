@@ -232,7 +232,7 @@ class MemoryBank(TokenPool):
                 warnings.warn(problem, stacklevel=2)
 
     def _warn_if_bypassed(self) -> None:
-        if self.is_bypassed or self.bank.is_meta or current_backward() >= 0:
+        if self.is_bypassed or self.bank.is_meta or current_backward() is not None:
             return  # within a backward the router's turn comes after the experts'
         if self._experts_alone_have_gradients():
             self.is_bypassed = True

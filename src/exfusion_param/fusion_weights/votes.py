@@ -187,7 +187,7 @@ class Votes:
         """
         total, self.total, self._all_noted = self.total, None, None
         self._anchor.forget_write()
-        if current_backward() < 0:
+        if current_backward() is None:
             self._backwards.clear()
         for backward in self._backwards.values():
             self._all_noted = _sum(self._all_noted, backward.noted)
