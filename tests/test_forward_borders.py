@@ -213,6 +213,42 @@ def test_two_threads_evaluate_one_model(variant: str) -> None:
     assert not wrong
 
 
+class Meeting(nn.GELU):
+    """An activation in which two threads wait for each other."""
+
+    barrier = threading.Barrier(2, timeout=20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.barrier.wait()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_threads_that_train_one_model_are_refused_or_right(variant: str) -> None:
+    model = wrapped(variant, depth=1)
+    data = [inputs(seed=seed).float() for seed in range(2)]
+    expected = [copy.deepcopy(model)(each) for each in data]
+    model.blocks[0].act = Meeting()
+    errors: list[str] = []
+    wrong: list[int] = []
+
+    def forward(index: int) -> None:
+        try:
+            if not torch.equal(model(data[index]), expected[index]):
+                wrong.append(index)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=forward, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert bool(errors) == (variant == "mb")
+    assert all("two threads" in error for error in errors)
+
+
 def test_function_transforms_leave_nothing_behind() -> None:
     class Penalized(nn.Module):
         def __init__(self) -> None:

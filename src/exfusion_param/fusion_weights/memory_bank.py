@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,7 @@ class MemoryBank(TokenPool):
         self.alarm = EmptyBankAlarm()
         self.is_bypassed = False
         self._is_filled = False  # as far as is known without reading the bank again
+        self._thread: int | None = None  # that runs the forward
         self._stepped: Tensor | None = None  # what `health` says of the step
         self._warned: set[str] = set()
         self.reset_parameters(generator)
@@ -102,7 +104,10 @@ class MemoryBank(TokenPool):
 
     def forward(self) -> Tensor:
         """In a training forward the moved bank, otherwise the bank, shape (N,)."""
-        return self.current if self.training and self.current is not None else self.bank
+        if not self.training or self.current is None:
+            return self.bank
+        self._require_own_thread()
+        return self.current
 
     def fuse(self, experts: Tensor) -> Tensor:
         """The fused tensor; warns of an empty bank in eval, unless it is compiled."""
@@ -132,6 +137,19 @@ class MemoryBank(TokenPool):
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
         self.current = self._moved_by(x) if self.training else None
+        self.remember("current", self._moved_by(x) if self.training else None)
+        is_compiling = torch.compiler.is_compiling()
+        self.remember("_thread", None if is_compiling else threading.get_ident())
+
+    def _require_own_thread(self) -> None:
+        """Raise if a forward in another thread has observed its input since this one did."""
+        if torch.compiler.is_compiling() or self._thread in (None, threading.get_ident()):
+            return
+        raise RuntimeError(
+            f"{self.group!r} is trained by two threads at the same time, and its memory bank can "
+            "follow only one input. Train in one thread, or in processes with "
+            "DistributedDataParallel. In eval mode threads can share a model."
+        )
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
@@ -160,9 +178,9 @@ class MemoryBank(TokenPool):
         if not has_graph:
             raise RuntimeError(
                 f"A linear of {self.group!r} ran without the one whose input its shared router "
-                "reads: before it, outside of its checkpoint, or replaced after wrap(). Checkpoint "
-                "the whole FFN, put the wrapped linear back, or give each linear a router of its "
-                "own: wrap(model, shared_router=False)."
+                "reads: before it, outside of its checkpoint, in two threads at once, or replaced "
+                "after wrap(). Checkpoint the whole FFN, train in one thread, put the wrapped "
+                "linear back, or give each linear its own router: wrap(model, shared_router=False)."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
