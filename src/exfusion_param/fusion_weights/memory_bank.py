@@ -17,6 +17,7 @@ from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
+from .bank_errors import offloaded_in_training, two_threads, unobserved
 from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of
 from .base import Linears
 from .ordered_sums import text_of_difference
@@ -137,27 +138,18 @@ class MemoryBank(TokenPool):
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
         self.current = self._moved_by(x) if self.training else None
-        self.remember("current", self._moved_by(x) if self.training else None)
         is_compiling = torch.compiler.is_compiling()
         self.remember("_thread", None if is_compiling else threading.get_ident())
 
     def _require_own_thread(self) -> None:
         """Raise if a forward in another thread has observed its input since this one did."""
-        if torch.compiler.is_compiling() or self._thread in (None, threading.get_ident()):
-            return
-        raise RuntimeError(
-            f"{self.group!r} is trained by two threads at the same time, and its memory bank can "
-            "follow only one input. Train in one thread, or in processes with "
-            "DistributedDataParallel. In eval mode threads can share a model."
-        )
+        if not torch.compiler.is_compiling() and self._thread not in (None, threading.get_ident()):
+            raise two_threads(self.group)
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
         if self.router.is_meta and not x.is_meta:
-            raise RuntimeError(
-                f"The router of {self.group!r} is on the meta device in a training forward. "
-                "accelerate's offloading is for inference: call model.eval()."
-            )
+            raise offloaded_in_training(self.group)
         counts = torch.is_grad_enabled() and self._anchor() is not None
         if x.numel() == 0:  # no token, no vote; other ranks may have some
             weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
@@ -176,12 +168,7 @@ class MemoryBank(TokenPool):
             self.current.requires_grad or not torch.is_grad_enabled() or self._anchor() is None
         )
         if not has_graph:
-            raise RuntimeError(
-                f"A linear of {self.group!r} ran without the one whose input its shared router "
-                "reads: before it, outside of its checkpoint, in two threads at once, or replaced "
-                "after wrap(). Checkpoint the whole FFN, train in one thread, put the wrapped "
-                "linear back, or give each linear its own router: wrap(model, shared_router=False)."
-            )
+            raise unobserved(self.group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
         self.votes.follow(None)  # torch does not move a DTensor that has weak references
