@@ -44,7 +44,7 @@ def make_images(count: int, seed: int) -> TensorDataset:
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=draw)
     noise = torch.randn(count, 1, 28, 28, generator=draw)
-    return TensorDataset(patterns[labels] + 4 * noise, labels)
+    return TensorDataset(patterns[labels] + 3 * noise, labels)
 
 
 def build() -> nn.Module:

@@ -59,7 +59,7 @@ def make_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     patterns = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=draw)
-    return patterns[labels] + 4 * torch.randn(count, 1, 28, 28, generator=draw), labels
+    return patterns[labels] + 3 * torch.randn(count, 1, 28, 28, generator=draw), labels
 
 
 def build(settings: Settings) -> Any:

@@ -45,7 +45,7 @@ def make_images(count: int, seed: int) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=draw)
     noise = torch.randn(count, 1, 28, 28, generator=draw)
-    images = patterns[labels] + 4 * noise
+    images = patterns[labels] + 3 * noise
     return [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 
 
