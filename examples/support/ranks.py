@@ -1,16 +1,15 @@
-"""The processes of a job: their start and end, their batches, and numbers over all of them."""
+"""The processes of a job: their start and end, and their batches."""
 
 import os
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
@@ -56,24 +55,6 @@ def say(text: object) -> None:
     """Print on the first rank alone."""
     if is_first():
         print(text, flush=True)
-
-
-def mean(value: Tensor) -> float:
-    """The mean of a number over the ranks, which call this together."""
-    total = value.detach().float().clone()
-    distributed.all_reduce(total)
-    return total.item() / distributed.get_world_size()
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory that any rank has taken so far, in GiB: of its GPU, or of its process."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on Linux
-    highest = torch.tensor(peak / 2**30, device=device)
-    distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-    return highest.item()
 
 
 def share(batch_size: int) -> int:
@@ -139,26 +120,3 @@ def stream(data: IterableDataset[Any], batch_size: int, workers: int) -> Statefu
     """
     generator = torch.Generator()  # else it draws from that of dropout
     return StatefulDataLoader(data, share(batch_size), num_workers=workers, generator=generator)
-
-
-def my_batches(
-    images: TensorDataset, batch_size: int, steps: range, device: torch.device
-) -> Iterator[list[Tensor]]:
-    """This rank's part of each step's batch; the whole batch is the same on any number of ranks.
-
-    Args:
-        images: and their labels.
-        batch_size: of all ranks together.
-        steps: of the run, counted from its first one.
-        device: to put them on.
-
-    Raises:
-        SystemExit: the ranks would get unequal parts.
-    """
-    share(batch_size)
-    for step in steps:
-        epoch, index = divmod(step, len(images) // batch_size)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
-        batch = order[index * batch_size :][:batch_size]
-        mine = batch[distributed.get_rank() :: distributed.get_world_size()]
-        yield [tensor.to(device) for tensor in images[mine]]
