@@ -1,5 +1,6 @@
 """The examples in the docstrings run, and every public name has one."""
 
+import copy
 import doctest
 import importlib
 import pkgutil
@@ -16,7 +17,7 @@ import exfusion_param as exf
 from exfusion_param import history, meo, plotting, routing
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-GIVEN = {"exf": exf, "meo": meo, "nn": nn, "torch": torch}
+GIVEN = {"copy": copy, "exf": exf, "meo": meo, "nn": nn, "torch": torch}
 """What an example need not import, besides the names of its own module."""
 
 

@@ -55,7 +55,7 @@ def param_groups(
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), variant="dw")
         >>> groups = exf.param_groups(model, weight_decay=0.05, fusion_lr=1e-2)
         >>> [(len(group["params"]), group["weight_decay"], group.get("lr")) for group in groups]
-        [(8, 0.0, None), (4, 0.05, None), (1, 0.0, 0.01)]
+        [(4, 0.05, None), (8, 0.0, None), (1, 0.0, 0.01)]
         >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
     """
     if (weight_decay is None) == (groups is None):

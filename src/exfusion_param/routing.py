@@ -123,6 +123,15 @@ def average_banks(target: nn.Module, source: nn.Module, *, decay: float = 0.0) -
     Raises:
         ValueError: `decay` is not between 0 and 1, or the two models do not have the same memory
             banks, by names and shapes. The target is then unchanged.
+
+    Example:
+        >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), seed=0)
+        >>> teacher = copy.deepcopy(model).eval()
+        >>> model(torch.ones(2, 3, 8)).sum().backward()
+        >>> torch.optim.SGD(model.parameters()).step()
+        >>> average_banks(teacher, model)
+        >>> round(exf.metrics(teacher)["bank_mass/TransformerEncoderLayer"], 2)
+        0.05
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be between 0 and 1, got {decay}.")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..finding.outer_modules import clean_name, unwrapped
-from ..fusion_weights.base import Fused, FusionWeights, living
+from ..fusion_weights.base import FusionWeights, living
+from ..fusion_weights.fused import Fused
 from ..tensors import shards
 from .expert_fusion import ExpertFusion
 from .outside_access import require_sound

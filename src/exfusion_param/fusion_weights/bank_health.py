@@ -47,6 +47,16 @@ def problems(group: str, routed: Tensor, shares: Tensor) -> Iterator[tuple[str, 
         )
 
 
+def warn_of_bypass(group: str) -> None:
+    """Warn of experts that train without their router."""
+    warnings.warn(
+        f"The experts of {group!r} have gradients, but its router has seen no input: the model "
+        "reads their weights without calling the linears, and the memory bank stays as it is. Use "
+        'variant="sw" or "dw".',
+        stacklevel=2,
+    )
+
+
 class EmptyBankAlarm:
     """Warns, once for all banks of a model, of an eval forward that fuses with zeros."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from ..expert_config import ExpertConfig
 from ..finding.place import MakeForward, PlaceInGroup
 from ..tensors import functional
-from ..tensors.expert_starts import ExpertStart, named_generator
+from ..tensors.expert_starts import named_generator
 from ..tensors.precision import raise_precision
 from ..tensors.ranks import Ranks, all_ranks
 from ..tensors.shards import ranks_of, whole
+from .fused import Fused
 from .one_model import OneModel
 
 Linears = tuple[nn.Module, ...]
@@ -40,32 +41,6 @@ def living() -> list[FusionWeights]:
 def call_at_birth(prepare: Callable[[], None]) -> None:
     """Have `prepare` called whenever fusion weights come to life: by `wrap`, a copy or a pickle."""
     _at_birth.append(prepare)
-
-
-class Fused(Protocol):
-    """A weight or bias under `fuse_on="step"`, see step/fused_parameter.py."""
-
-    weights: FusionWeights
-    linear: nn.Module
-    name: str
-    start: ExpertStart
-    base: Tensor | None
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The linear's own parameter, shape (*S)."""
-
-    def experts(self) -> Tensor:
-        """The experts, shape (N, *S), as they are or as they would be drawn."""
-
-    def has_stepped(self) -> bool:
-        """Whether an optimizer has moved the experts."""
-
-    def is_untouched(self) -> bool:
-        """Whether the parameter is what `wrap` made of it."""
-
-    def leave(self) -> None:
-        """Take the experts away from their optimizer."""
 
 
 class FusionWeights(OneModel):

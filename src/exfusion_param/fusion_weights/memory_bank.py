@@ -18,7 +18,7 @@ from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
 from .bank_errors import offloaded_in_training, two_threads, unobserved
-from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of
+from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of, warn_of_bypass
 from .base import Linears
 from .ordered_sums import text_of_difference
 from .reached import refuse_torch_func
@@ -75,7 +75,7 @@ class MemoryBank(TokenPool):
         self.reset_parameters(generator)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: neither the running forward nor what waits for a step."""
+        """What a deepcopy takes along: not the running forward, nor what waits for a step."""
         return super().__getstate__() | {"votes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,9 +83,8 @@ class MemoryBank(TokenPool):
         self.votes = self._new_votes()
 
     def _new_votes(self) -> Votes:
-        return Votes(
-            self._anchor, self._find_ranks, f"{self.group}.{self.first_linear}".lstrip(".")
-        )
+        name = f"{self.group}.{self.first_linear}".lstrip(".")
+        return Votes(self._anchor, self._find_ranks, name)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.
@@ -138,8 +137,7 @@ class MemoryBank(TokenPool):
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
         self.current = self._moved_by(x) if self.training else None
-        is_compiling = torch.compiler.is_compiling()
-        self.remember("_thread", None if is_compiling else threading.get_ident())
+        self.remember("_thread", None if torch.compiler.is_compiling() else threading.get_ident())
 
     def _require_own_thread(self) -> None:
         """Raise if a forward in another thread has observed its input since this one did."""
@@ -241,12 +239,7 @@ class MemoryBank(TokenPool):
             return  # within a backward the router's turn comes after the experts'
         if self._experts_alone_have_gradients():
             self.is_bypassed = True
-            warnings.warn(
-                f"The experts of {self.group!r} have gradients, but its router has seen no input: "
-                "the model reads their weights without calling the linears, and the memory bank "
-                'stays as it is. Use variant="sw" or "dw".',
-                stacklevel=2,
-            )
+            warn_of_bypass(self.group)
 
     def _experts_alone_have_gradients(self) -> bool:
         """No for the zeros that distributed checkpoints step on, which the router has as well."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from .balance import gates_of
 from .config import MEOConfig
 from .course import Course
 from .gate import Gate
+from .hooks import kept_off_fast_paths, refuse_cache
 from .surroundings import batch_dim, is_causal
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,9 +78,9 @@ def wrap(
         gate.course = course
         gate.handles.extend(handles)
         if config.level != "task":
-            gate.handles.extend(_kept_off_fast_paths(gate.linears))
+            gate.handles.extend(kept_off_fast_paths(gate.linears))
     if any(gate.is_causal for gate in gates):
-        gates[0].handles.append(model.register_forward_pre_hook(_refuse_cache, with_kwargs=True))
+        gates[0].handles.append(model.register_forward_pre_hook(refuse_cache, with_kwargs=True))
     return model
 
 
@@ -232,23 +232,3 @@ def _embedding(gate: Gate, task: Task) -> Tensor:
     one_hot = torch.zeros(size, device=gate.gate.device, dtype=gate.gate.dtype)
     one_hot[task] = 1
     return one_hot
-
-
-def _kept_off_fast_paths(linears: Iterable[nn.Module]) -> list[Any]:
-    """Hooks that do nothing: torch's Transformer layers read weights only where there are none."""
-    return [linear.register_forward_pre_hook(_do_nothing) for linear in linears]
-
-
-def _do_nothing(linear: nn.Module, args: Any) -> None:
-    pass
-
-
-def _refuse_cache(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Raise where a forward continues a sequence whose segments are not known."""
-    cache = kwargs.get("past_key_values")
-    length = getattr(cache, "get_seq_length", lambda: 0)()
-    if length:
-        raise RuntimeError(
-            "A causal model under meo.wrap gates each segment by the one before, which a cache of "
-            "keys and values does not hold. Call generate(..., use_cache=False)."
-        )
