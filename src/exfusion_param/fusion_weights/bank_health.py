@@ -24,14 +24,22 @@ def shares_of(bank: Tensor) -> Tensor:
     return torch.where(mass == 0, 1.0, bank * bank.shape[0] / mass)
 
 
-def problems(group: str, routed: Tensor, shares: Tensor) -> Iterator[tuple[str, str]]:
-    """The problems of one step, each with its text.
+def warn_of_problems(group: str, routed: Tensor, shares: Tensor, warned: set[str]) -> None:
+    """Warn of the problems of one step, of each kind once.
 
     Args:
         group: name of the FFN group.
         routed: the router's mean output at the step, shape (N,).
         shares: of `shares_of`, shape (N,).
+        warned: the kinds that the user knows of; new ones are added.
     """
+    for kind, problem in _problems(group, routed, shares):
+        if kind not in warned:
+            warned.add(kind)
+            warnings.warn(problem, stacklevel=3)
+
+
+def _problems(group: str, routed: Tensor, shares: Tensor) -> Iterator[tuple[str, str]]:
     if routed.max() > COLLAPSED:
         yield (
             "collapsed",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
 from .bank_errors import offloaded_in_training, two_threads, unobserved
-from .bank_health import EmptyBankAlarm, can_be_read, problems, shares_of, warn_of_bypass
+from .bank_health import EmptyBankAlarm, can_be_read, shares_of, warn_of_bypass, warn_of_problems
 from .base import Linears
 from .ordered_sums import text_of_difference
 from .reached import refuse_torch_func
@@ -196,14 +195,13 @@ class MemoryBank(TokenPool):
             self._warn_if_bypassed()
         if total is None:
             return
-        bank: Tensor = self.bank
+        bank = self.bank
         weights = mean_of(total)[: bank.shape[0]].to(bank)  # under "step" more is behind them
         moved = functional.update_bank(bank, weights, self.config.momentum)
-        stays = total[-1] == 0 if skipped is None else skipped | (total[-1] == 0)
-        stays = stays.to(bank.device)
-        self._stepped = torch.cat(
-            [torch.where(stays, bank, weights), local(self.router).sum()[None]]
-        )
+        is_uncounted = (total[-1] == 0).to(bank.device)
+        stays = is_uncounted if skipped is None else skipped.to(bank.device) | is_uncounted
+        routed = torch.where(stays, bank, weights)
+        self._stepped = torch.cat([routed, local(self.router).sum()[None]])
         stays = stays | ~self._stepped.isfinite().all()
         bank.copy_(torch.where(stays, bank, moved))
 
@@ -229,10 +227,7 @@ class MemoryBank(TokenPool):
         routed, _, shares, order = health.split([len(self.bank), 1, len(self.bank), 1])
         if order.any():
             raise RuntimeError(text_of_difference())
-        for kind, problem in problems(self.group, routed, shares):
-            if kind not in self._warned:
-                self._warned.add(kind)
-                warnings.warn(problem, stacklevel=2)
+        warn_of_problems(self.group, routed, shares, self._warned)
 
     def _warn_if_bypassed(self) -> None:
         if self.is_bypassed or self.bank.is_meta or current_backward() is not None:
