@@ -22,6 +22,7 @@ from exfusion_testing.banks import (
 )
 from exfusion_testing.models import loss_of
 from exfusion_testing.processes import run
+from exfusion_testing.ranks import on_threads
 
 MODES: list[Any] = ["forward", "step"]
 
@@ -165,9 +166,10 @@ def test_a_pass_for_other_gradients_between_two_optimizers_of_one_backward_does_
     assert_bank(model, expected)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_an_optimizer_of_each_parameter_that_steps_in_the_backward_does_not_warn(
-    is_first: bool,
+    is_first: bool, to_none: bool
 ) -> None:
     model = make()
     if is_first:  # so that its hook precedes the bank's own
@@ -181,7 +183,7 @@ def test_an_optimizer_of_each_parameter_that_steps_in_the_backward_does_not_warn
 
     def step(parameter: Tensor) -> None:
         optimizers[parameter].step()
-        optimizers[parameter].zero_grad()
+        optimizers[parameter].zero_grad(set_to_none=to_none)
 
     optimizers = {p: torch.optim.AdamW([p], lr=0.01) for p in model.parameters()}
     for parameter in optimizers:
@@ -224,3 +226,31 @@ def test_a_model_trains_on_when_the_package_is_imported_a_second_time(tmp_path: 
     script = tmp_path / "again.py"
     script.write_text(AGAIN)
     run(script)
+
+
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_an_empty_batch_has_no_vote_beside_another(fuse_on: Any) -> None:
+    model = make(fuse_on=fuse_on)
+    optimizer = adamw(model)
+    for _ in range(2):
+        expected = moved(model, *X[:2])
+        (model(X[0][:0]).sum() + loss_of(model, X[0]) + loss_of(model, X[1])).backward()
+        optimizer.step()
+        assert_bank(model, expected)
+        optimizer.zero_grad()
+
+
+def adjoint(rank: int, gradients: Tensor) -> list[float]:
+    """What a loss `<g_r, average(w)>` of each rank r sends to `w` here; rank 1 has no vote."""
+    votes, vote = bank_of(make()).votes, float(rank != 1)
+    marked = votes.average(torch.ones(4, dtype=torch.float64), vote)
+    sent: Tensor = votes.average_gradient(torch.cat([gradients[rank], torch.ones(1)]), marked, vote)
+    return sent.tolist()
+
+
+def test_a_rank_without_tokens_sends_no_gradient_to_its_router() -> None:
+    gradients = torch.randn(3, 4, dtype=torch.float64)
+    expected = (gradients.sum(0) / 2).tolist()
+    sent = on_threads(3, adjoint, gradients)
+    assert sent[0] == sent[2] == pytest.approx(expected)
+    assert sent[1] == [0.0] * 4

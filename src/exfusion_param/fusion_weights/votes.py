@@ -41,10 +41,12 @@ class _Backward:
 
     Args:
         noted: the sum of its w and how many it sums, shape (N + 1,), or None.
+        writes: whether it is about to write the anchor's gradient, or has.
         has_written: whether it has written the anchor's gradient.
     """
 
     noted: Tensor | None = None
+    writes: bool = False
     has_written: bool = False
 
 
@@ -123,7 +125,7 @@ class Votes:
             self.total = self._all_noted
 
     def _before_write(self, gradient: Tensor) -> None:
-        self._backward()
+        self._backward().writes = True
 
     def _backward(self) -> _Backward:
         """The running backward; to be called before it writes the anchor's gradient."""
@@ -166,13 +168,16 @@ class Votes:
     def settle(self) -> None:
         """Have in the total what the step that is about to begin applies."""
         self.follow_anchor()  # FSDP2 may have had a gathered one in its place
-        self.drop_unapplied()
+        running = self._backwards.get(current_backward())
+        if running is not None and running.writes:  # the step is that of a hook on the anchor
+            self._count(running)
+        else:
+            self.drop_unapplied()
         gradient = self._anchor.composed(self.total is not None)
         if gradient is not None and self._all_noted is not None:
             # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
             self.total = torch.where(gradient.any(), self._all_noted, 0)
             self.has_counted = True
-            self._backwards.clear()
 
     def resume(self, total: Tensor | None) -> None:
         """Go on from a total of another process, whose gradients the parameters have again."""
