@@ -133,7 +133,7 @@ def test_one_gate_can_serve_an_ffn(level: Any) -> None:
     assert gate_of(ffn.fc1) is gate_of(ffn.fc2)
     torch.manual_seed(3)
     loss_of(model, inputs(4, 3, 9)).backward()
-    assert len(gate_of(ffn.fc1).said) == 1
+    assert len(gate_of(ffn.fc1).recorded) == 1
     assert gate_of(ffn.fc1).current is None
     model.eval()
     x = inputs(4, 3, 9)
@@ -343,7 +343,7 @@ def test_the_weight_of_a_sample_cannot_be_read() -> None:
         lambda w: w.sum(),
         lambda w: nn.functional.linear(inputs(), w),
     ):
-        with pytest.raises(RuntimeError, match="merges its experts anew for each sample"):
+        with pytest.raises(RuntimeError, match="merges its experts again for each sample"):
             compute(linear.weight)
 
 

@@ -23,7 +23,7 @@ def test_parts_that_are_called_without_the_model_keep_the_last_forward_alone() -
     model = meo.wrap(vit(), shared_gate=True)
     for _ in range(3):
         model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)))
-        kept = [len(gate.said) for gate in groups_of(model)]
+        kept = [len(gate.recorded) for gate in groups_of(model)]
         assert kept == [1] * len(kept)
 
 

@@ -39,7 +39,7 @@ def train(model: nn.Module, batches: list[Tensor], run: Any = None) -> list[floa
 def test_the_balance_loss_is_that_of_what_the_gates_said() -> None:
     model = wrapped(balance_weight=0.5).train()
     model(inputs())
-    said = [gate_of(linear).said for block in model.blocks for linear in (block.fc1, block.fc2)]
+    said = [gate_of(linear).recorded for block in model.blocks for linear in (block.fc1, block.fc2)]
     assert [len(each) for each in said] == [1, 1, 1, 1]
     expected = sum(
         0.5 * (squared_variation(gates.importance) + squared_variation(gates.load))
@@ -78,7 +78,7 @@ def test_a_step_lets_the_graph_go_and_metrics_name_the_mean_gates() -> None:
     model = wrapped().train()
     train(model, [inputs()])
     gate = gate_of(model.blocks[0].fc1)
-    assert gate.said == ()
+    assert gate.recorded == ()
     values = exf.metrics(model)
     shares = [values[f"fusion_weights/blocks.0.fc1/{i}"] for i in range(5)]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
@@ -95,7 +95,7 @@ def test_training_with_the_balance_loss_evens_the_load_out() -> None:
         )
         train(model, [x] * 60)
         model(x)
-        gates = gate_of(model.blocks[0].fc1).said[0]
+        gates = gate_of(model.blocks[0].fc1).recorded[0]
         spread[weight] = squared_variation(gates.importance).item()
     assert spread[0.5] < 0.3 * spread[0.0]
 

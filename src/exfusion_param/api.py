@@ -96,7 +96,7 @@ def fuse(model: Model) -> Model:
     linears = wrapped_linears(model)
     groups = groups_of(model)
     for weights in groups:
-        weights.release()
+        weights.end_forward()
     check_fusable(model, linears, groups)
     refuse_half_done(groups)
     warn_of_empty_banks(groups)
@@ -105,7 +105,7 @@ def fuse(model: Model) -> Model:
         detach(linear)
     for weights in groups:
         detach_fused(model, weights)
-        weights.retire()
+        weights.remove_hooks()
     config = getattr(model, "config", None)
     if isinstance(getattr(config, ENTRY, None), dict):  # read back from a config.json
         delattr(config, ENTRY)

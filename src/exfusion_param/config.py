@@ -37,7 +37,7 @@ class ExFusionConfig(ExpertConfig):
             as it was, for pretrained models; `"drop_upcycle"`: every expert is the model's weight,
             but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
         upcycle_noise: standard deviation of that noise, as a share of the weight's own.
-        drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
+        drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
         bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,
             needed for pretrained weights). `"mb"` only.
         fuse_on: when the weights are fused: `"forward"`, at each use, as in the paper; `"step"`,

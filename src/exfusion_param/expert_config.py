@@ -26,7 +26,7 @@ class ExpertConfig:
             as it was, for pretrained models; `"drop_upcycle"`: every expert is the model's weight,
             but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
         upcycle_noise: standard deviation of that noise, as a share of the weight's own.
-        drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
+        drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
             from the end; None wraps all.
         seed: makes the draws reproducible; None draws on torch's global generator.

@@ -28,7 +28,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     - `entropy/g`: that entropy, in nats.
     - `expert_distance/g`: root mean square distance of the experts' weights from their mean, as a
       share of the root mean square of the mean.
-    - `bank_mass/g`: sum of the memory bank; from zeros it grows as `1 - momentum^t`. `mb` alone.
+    - `bank_mass/g`: sum of the memory bank; from zeros it grows as `1 - momentum^t`. `mb` only.
 
     The whole model is read from the device once. Of a sharded model all ranks have to call this
     together; what they tell each other are two numbers for each group.
@@ -73,7 +73,7 @@ def _distances(groups: Iterable[FusionWeights]) -> list[Tensor]:
     """The distance between the experts of each group."""
     sums, ranks = [], ALONE
     for weights in groups:
-        weights.release()
+        weights.end_forward()
         stacks = _weight_stacks(weights)
         parts = [local(with_all_experts(stack)) for stack in stacks]
         sums.append(torch.stack([_sums_of_squares(part) for part in parts]).sum(dim=0))

@@ -20,7 +20,7 @@ from .fusion_weights.memory_bank import MemoryBank
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within this context, what each router says of each token, for each FFN group's name.
+    """Within this context, the output of each router for each token, for each FFN group's name.
 
         with record_routing(model) as shares, torch.no_grad():
             model(images)

@@ -83,7 +83,7 @@ def load_dense_state_dict(
     Experts are upcycled: each is the checkpoint's weight plus noise that leaves the fused weight as
     it was (`config.upcycle_noise`); under `fuse_on="step"` those in an optimizer, if there are any,
     are moved by what is written to their weight instead. Fusion weights, routers and banks of the
-    FFN groups that the checkpoint speaks of start anew; a bank of zeros warns, as it leaves nothing
+    FFN groups that the checkpoint speaks of start over; a bank of zeros warns, as it leaves nothing
     of the weights.
 
     Args:
@@ -147,7 +147,7 @@ def dense_keys(model: nn.Module) -> list[str]:
 def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     """The dense model's keys in its order, each with its tensor or where to fuse it."""
     for weights in groups_of(model):
-        weights.release()  # a training forward that was cut short may have left its own
+        weights.end_forward()  # a training forward that was cut short may have left its own
     state = model.state_dict()
     linear_at = _linears_by_prefix(model)
     dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()

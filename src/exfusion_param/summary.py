@@ -122,7 +122,7 @@ def summarize(
     """
     if wrapped_linears(model):
         if config is not None or filter_fn is not None or fields:
-            raise ValueError("The model is wrapped already. Call summarize(model) alone.")
+            raise ValueError("The model is wrapped already. Call summarize(model) by itself.")
         return _summary(model)
     config = ExFusionConfig.resolve(config, fields)
     with torch.random.fork_rng(devices=[]):  # a dry run leaves the draws to wrap

@@ -61,7 +61,7 @@ class ExpertFusion(nn.Module):
         return _fuse(stack, self.fusion_weights())
 
     def start_from(self, stack: Tensor, experts: Tensor) -> None:
-        """Start anew from whole experts, shape (N, *S)."""
+        """Start over from whole experts, shape (N, *S)."""
         assign(stack, experts)
 
 

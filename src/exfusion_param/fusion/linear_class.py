@@ -5,7 +5,7 @@ Note [The class of a wrapped linear]
 each parametrized tensor. We replace it by one that differs in these ways:
 - It is shared by all linears of one kind. torch.compile guards on the class of each module: with
   classes of their own, the blocks of a model that is compiled block by block would each be compiled
-  anew, up to the eighth, and the others not at all.
+  again, up to the eighth, and the others not at all.
 - `forward` of linears whose fusion weights follow the input shows it to them first. A hook could,
   but `nn.TransformerEncoderLayer` leaves its eval fast path where a module in it has hooks.
 - `reset_parameters` draws every expert again. The inherited one would write to a temporary weight.

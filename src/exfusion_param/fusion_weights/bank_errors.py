@@ -25,6 +25,6 @@ def unobserved(group: str) -> RuntimeError:
     return RuntimeError(
         f"A linear of {group!r} ran without the one whose input its shared router "
         "reads: before it, outside of its checkpoint, in two threads at once, or replaced "
-        "after wrap(). Checkpoint the whole FFN, train in one thread, put the wrapped "
-        "linear back, or give each linear its own router: wrap(model, shared_router=False)."
+        "after wrap(). Checkpoint the whole FFN, or give each linear its own router, "
+        "wrap(model, shared_router=False); train in one thread; put the linear back."
     )

@@ -91,7 +91,7 @@ class FusionWeights(OneModel):
         raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start anew, as `wrap` does.
+        """Start over, as `wrap` does.
 
         Args:
             generator: draws a router; None takes torch's global one.
@@ -105,7 +105,7 @@ class FusionWeights(OneModel):
         """Raise a ValueError unless there is one dense model to fuse to."""
 
     def reported(self) -> Tensor:
-        """What `metrics` says of the fusion weights, shape (N,)."""
+        """What `metrics` reports of the fusion weights, shape (N,)."""
         return whole(self())
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
@@ -136,7 +136,7 @@ class FusionWeights(OneModel):
         sharded = [parameter for parameter in every if type(parameter) is not nn.Parameter]
         return ranks_of(sharded[0]) if sharded else None
 
-    def settle(self) -> None:
+    def before_step(self) -> None:
         """An optimizer is about to step: decide which micro-batches its step applies."""
 
     def statistics(self, products: Tensor) -> Tensor:
@@ -177,14 +177,14 @@ class FusionWeights(OneModel):
         return None
 
     def warn_of(self, health: Tensor) -> None:
-        """Warn of what `health` said, on the CPU."""
+        """Warn of what `health` found, on the CPU."""
 
-    def release(self) -> None:
+    def end_forward(self) -> None:
         """The group's forward is over."""
 
-    def retire(self) -> None:
+    def remove_hooks(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
-        self.release()
+        self.end_forward()
         _living.pop(self, None)
         for handle in self.handles:
             handle.remove()

@@ -69,7 +69,7 @@ class MemoryBank(TokenPool):
         self.is_bypassed = False
         self._is_filled = False  # as far as is known without reading the bank again
         self._thread: int | None = None  # that runs the forward
-        self._stepped: Tensor | None = None  # what `health` says of the step
+        self._stepped: Tensor | None = None  # what `health` gives for the step
         self._warned: set[str] = set()
         self.reset_parameters(generator)
 
@@ -172,23 +172,23 @@ class MemoryBank(TokenPool):
         super()._apply(fn, recurse)
         return self
 
-    def retire(self) -> None:
+    def remove_hooks(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
-        super().retire()
+        super().remove_hooks()
         self.votes.follow(None)
 
     def is_empty(self) -> bool:
         """Whether the bank is all zeros."""
         return not self.bank.is_meta and not self.bank.any()
 
-    def settle(self) -> None:
+    def before_step(self) -> None:
         """Decide which micro-batches the step applies."""
-        self.votes.settle()
+        self.votes.before_step()
 
     @torch.no_grad()
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
-        self.release()
+        self.end_forward()
         self.votes.follow_anchor()
         total = self.votes.take()
         if not self.votes.has_counted and (total is None or total[-1] == 0):

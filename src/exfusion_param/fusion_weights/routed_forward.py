@@ -35,6 +35,6 @@ class Observed:
                 return dense_forward(self, *args, **kwargs)
             finally:
                 if place.is_last:
-                    bank.release()
+                    bank.end_forward()
 
         return forward

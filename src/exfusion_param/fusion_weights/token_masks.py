@@ -12,7 +12,7 @@ from .token_pool import TokenPool
 
 @contextlib.contextmanager
 def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Within this context the routers of a model count the masked-in tokens alone.
+    """Within this context the routers of a model count only the masked-in tokens.
 
         with exf.token_mask(model, mask):
             loss = loss_fn(model(x), y)

@@ -42,7 +42,7 @@ class TokenPool(FusionWeights):
         running: dict[int, Tensor] = self.__dict__.setdefault("_running", {})
         return running
 
-    def release(self) -> None:
+    def end_forward(self) -> None:
         """The group's forward is over."""
         self.current = None
 

@@ -165,7 +165,7 @@ class Votes:
         """Forget what was counted for gradients that have been reset since."""
         self.total = self._anchor.still_applied(self.total)
 
-    def settle(self) -> None:
+    def before_step(self) -> None:
         """Have in the total what the step that is about to begin applies."""
         self.follow_anchor()  # FSDP2 may have had a gathered one in its place
         running = self._backwards.get(current_backward())

@@ -36,7 +36,7 @@ class ExFusionCallback(Callback):
         self._logged_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew."""
+        """Start over."""
         self._logged_at = trainer.global_step
 
     def on_train_batch_end(

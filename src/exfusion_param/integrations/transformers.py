@@ -104,7 +104,7 @@ class ExFusionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the rows that a resumed run will write anew; set another run's file aside."""
+        """Forget the rows that a resumed run will write again; set another run's file aside."""
         path = Path(str(args.output_dir), "metrics.csv")
         if not state.is_world_process_zero or not path.exists():
             return

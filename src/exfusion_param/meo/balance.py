@@ -41,14 +41,14 @@ def balance_loss(model: nn.Module) -> Tensor:
         >>> loss.backward()
     """
     gates = gates_of(model)
-    if torch.is_grad_enabled() and all(gate.training and not gate.said for gate in gates):
+    if torch.is_grad_enabled() and all(gate.training and not gate.recorded for gate in gates):
         raise RuntimeError(
             "balance_loss() comes after a forward in training and before the optimizer's step. "
-            "Activation checkpointing leaves a graph of the gates with use_reentrant=False alone."
+            "Activation checkpointing leaves a graph of the gates only with use_reentrant=False."
         )
     by_size: dict[Any, list[Gate]] = defaultdict(list)
     for gate in gates:
-        if gate.said:
+        if gate.recorded:
             by_size[gate.config.num_experts, gate.gate.device].append(gate)
     total = torch.zeros((), device=gates[0].gate.device)
     for alike in by_size.values():
@@ -73,8 +73,10 @@ def gates_of(model: nn.Module) -> list[Gate]:
 
 def _statistics(gate: Gate) -> Tensor:
     """Importance and load of the experts, shape (2, N)."""
-    importance = torch.stack([said.importance for said in gate.said]).sum(dim=0)
-    return torch.stack([importance, torch.stack([said.load for said in gate.said]).sum(dim=0)])
+    importance = torch.stack([gates.importance for gates in gate.recorded]).sum(dim=0)
+    return torch.stack(
+        [importance, torch.stack([gates.load for gates in gate.recorded]).sum(dim=0)]
+    )
 
 
 def _summed(values: Tensor, ranks: Ranks) -> Tensor:

@@ -37,7 +37,7 @@ class MEOConfig(ExpertConfig):
         expert_init: as for ExFusion. Gates sum to one, so that upcycled experts without noise leave
             the function exactly as it was; they separate as samples choose among them.
         upcycle_noise: standard deviation of the noise, as a share of the weight's own.
-        drop_ratio: share of the hidden units that each expert draws anew, in (0, 1].
+        drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
         layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
             from the end; None wraps all.
         seed: makes the experts and token blocks reproducible; None draws on torch's global

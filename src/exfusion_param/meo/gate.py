@@ -67,7 +67,7 @@ class Gate(TokenPool):
         super().__init__(group, first_linear, config, linears)
         self.is_causal = is_causal
         self.batch_dim = batch_dim
-        self.said: tuple[Gates, ...] = ()  # in the running forward of the model
+        self.recorded: tuple[Gates, ...] = ()  # in the running forward of the model
         self.mean_gates: Tensor | None = None  # of the last forward in training
         shape = (config.num_experts, config.task_dim or in_features[0])
         self.gate = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -80,7 +80,7 @@ class Gate(TokenPool):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: not the running forward."""
-        return super().__getstate__() | {"said": (), "mean_gates": None}
+        return super().__getstate__() | {"recorded": (), "mean_gates": None}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Zero the gate and its noise, and draw the token blocks."""
@@ -153,22 +153,22 @@ class Gate(TokenPool):
             return noisy_top_k(logits, self.config.kept, deviation)
 
     def record(self, gates: Gates) -> None:
-        """Keep what the gate said in training, for `balance_loss` and `metrics`."""
+        """Keep the gate's outputs in training, for `balance_loss` and `metrics`."""
         # Activation checkpointing runs the forward again in the backward.
         is_counted = self.training and torch.is_grad_enabled()
         if is_counted and (torch.compiler.is_compiling() or current_backward() is None):
             if self.course is not None:
                 self.course.record(self)
-            self.remember("said", (*self.said, gates))
+            self.remember("recorded", (*self.recorded, gates))
 
     def forget(self) -> None:
         """A new forward of the model begins, or an optimizer has stepped."""
-        if self.said:
+        if self.recorded:
             with torch.no_grad():
-                total = torch.stack([gates.importance for gates in self.said]).sum(dim=0)
+                total = torch.stack([gates.importance for gates in self.recorded]).sum(dim=0)
                 self.mean_gates = total / total.sum()
-            self.said = ()
+            self.recorded = ()
 
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
-        """Forget what was said: its graph is of no more use."""
+        """Forget the recorded gates: their graph is not needed again."""
         self.forget()

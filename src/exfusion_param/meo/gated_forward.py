@@ -40,7 +40,7 @@ class GatedByTask:
                 return dense_forward(self, *args, **kwargs)
             finally:
                 if place.is_last:
-                    gate.release()
+                    gate.end_forward()
 
         return forward
 
@@ -69,7 +69,7 @@ class GatedBySample:
                 y = _gated(self, gate, place, projection, samples_first)
             finally:
                 if place.is_last:
-                    gate.release()
+                    gate.end_forward()
             y = y.movedim(0, gate.batch_dim) if is_moved else y
             return y.movedim(-1, feature_dim)
 
@@ -82,7 +82,7 @@ def _gated(linear: Any, gate: Any, place: PlaceInGroup, projection: Projection, 
     segments = segments_of(tokens, gate.config.segment_length, mask) if gate.is_causal else None
     gates = _gates(gate, place, tokens, mask, segments)
     if gate.config.level == "token":
-        # Applied to segments or tokens alike: each token goes through it alone.
+        # Applied to segments or tokens alike: each token goes through it by itself.
         block = gate.blocks[place.index]
         tokens = block(tokens)
         if segments is not None:

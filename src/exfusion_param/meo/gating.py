@@ -46,7 +46,7 @@ def noisy_top_k(logits: Tensor, k: int, deviation: Tensor | None = None) -> Gate
     kept = torch.zeros_like(noisy).scatter(1, index[:, :k], largest[:, :k].softmax(dim=1))
     if deviation is None or k == noisy.shape[1]:
         return Gates(kept, (kept > 0).to(kept.dtype).sum(dim=0))
-    # P(x, i): the probability that expert i is kept under a new draw of its own noise alone
+    # P(x, i): the probability that expert i is kept under a new draw of its own noise only
     is_kept = torch.zeros_like(noisy).scatter(1, index[:, :k], 1.0) > 0
     threshold = torch.where(is_kept, largest[:, k:], largest[:, k - 1 : k])
     probability = _normal_cdf((logits - threshold) / deviation.clamp(min=1e-12))

@@ -1,4 +1,4 @@
-"""A linear whose weight is merged anew for each sample: `y_b = x_b (sum_i g_bi W_i)^T`.
+"""A linear whose weight is merged again for each sample: `y_b = x_b (sum_i g_bi W_i)^T`.
 
 Two ways give the same numbers. To merge weights costs a weight of its own for each sample; to
 combine the outputs of all experts costs N products for each token, which is less where a sample has

@@ -28,7 +28,7 @@ class PerSampleWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(
-            "This linear merges its experts anew for each sample, so that it has no weight to "
+            "This linear merges its experts again for each sample, so that it has no weight to "
             "compute with. Call the linear itself; or leave it out with filter_fn; or wrap with "
             'level="task".'
         )

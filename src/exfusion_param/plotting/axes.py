@@ -148,7 +148,7 @@ def router_load(history: History, group: str, *, ax: Axes | None = None) -> Axes
     shares = np.array([value[0] if len(value) else np.nan for value in last])
     ax = ax or _new_axes()
     image = ax.imshow(shares.reshape(len(labels), -1), aspect="auto")
-    if len(labels) <= 20:  # classes have names that can be read, the many positions number alone
+    if len(labels) <= 20:  # classes have names that can be read, the many positions only numbers
         ax.set_yticks(range(len(labels)), labels)
     ax.set(xlabel="expert", xticks=range(len(columns) // len(labels)), title=shown(group))
     ax.figure.colorbar(image, ax=ax, label="router's mean share")

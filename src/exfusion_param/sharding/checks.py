@@ -29,7 +29,7 @@ def check_shardable(
     sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
     if sharded or isinstance(model, distributed.fsdp.FSDPModule):
         raise ValueError(
-            f"{type(model).__name__} is sharded already{_first_of(sharded)}. Build it anew, wrap "
+            f"{type(model).__name__} is sharded already{_first_of(sharded)}. Build it again, wrap "
             "it, and shard it once."
         )
     _check_mesh(mesh)
@@ -39,7 +39,7 @@ def check_shardable(
             raise ValueError(f"blocks has a {type(block).__name__} that is not in the model.")
     odd = [name for name, parameter in model.named_parameters() if not parameter.is_contiguous()]
     if odd:
-        raise ValueError(f"FSDP2 takes contiguous parameters alone, and {odd[0]} is not.")
+        raise ValueError(f"FSDP2 takes only contiguous parameters, and {odd[0]} is not.")
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:

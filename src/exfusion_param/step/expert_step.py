@@ -153,7 +153,7 @@ class ExpertStep:
             if gradient is not None and gradient.requires_grad:
                 refuse_graph(self.optimizer)
         for weights, turns in self._turns.items():
-            weights.settle()
+            weights.before_step()
             now = weights.current_weights()
             for turn in turns:
                 turn.take_writes(now)

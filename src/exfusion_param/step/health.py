@@ -34,7 +34,7 @@ class _Look(NamedTuple):
 _under_way: list[_Look] = []
 
 
-def look_at(groups: Iterable[FusionWeights]) -> None:
+def check_health(groups: Iterable[FusionWeights]) -> None:
     """Look at groups that an optimizer has stepped.
 
     Raises:
@@ -54,10 +54,10 @@ def look_at(groups: Iterable[FusionWeights]) -> None:
         sizes = [len(health) for _, health in here]
         _under_way.append(_Look([weights for weights, _ in here], numbers, sizes, event))
     if all(look.event is None for look in _under_way):
-        finish_looking()
+        finish_checks()
 
 
-def finish_looking() -> None:
+def finish_checks() -> None:
     """Look at what has arrived.
 
     Raises:

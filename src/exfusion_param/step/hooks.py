@@ -40,7 +40,7 @@ from ..fusion_weights.base import FusionWeights, call_at_birth, living
 from ..fusion_weights.rank_agreement import agree
 from .expert_step import ExpertStep, is_view
 from .first_look import look_once
-from .health import finish_looking, look_at
+from .health import check_health, finish_checks
 from .interrupts import DeferredInterrupt
 from .refusals import delegates, refuse_closures, refuse_within_backward
 
@@ -79,7 +79,7 @@ def outdate(parameters: Iterable[nn.Parameter]) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if is_view(optimizer):
         return
-    finish_looking()
+    finish_checks()
     held = _held(optimizer)
     if not held.isdisjoint(_outdated.keys()):
         raise RuntimeError(
@@ -91,7 +91,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             refuse_closures(optimizer, weights)
             refuse_within_backward(optimizer, weights)
         else:
-            weights.settle()
+            weights.before_step()
     look_once(optimizer, groups)
     _holds[optimizer] = (held, groups)
     agree(groups)
@@ -113,7 +113,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not weights.fused:
             weights.optimizer_stepped(skipped)
         _warn_if_left_out(optimizer, weights, held)
-    look_at(groups)
+    check_health(groups)
 
 
 class _InnerHooks:

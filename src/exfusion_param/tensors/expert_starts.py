@@ -132,7 +132,7 @@ def upcycled_experts(
 def drop_upcycled_experts(
     tensor: Tensor, dim: int, units: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Every expert is `tensor`, but for some hidden units drawn anew (arXiv 2502.19261).
+    """Every expert is `tensor`, but for some hidden units redrawn (arXiv 2502.19261).
 
     New entries are normal with the mean and standard deviation of `tensor`. The fused tensor is
     another one, so that the function changes; the experts differ from the start.
@@ -140,7 +140,7 @@ def drop_upcycled_experts(
     Args:
         tensor: shape (*S).
         dim: dimension of `tensor` that runs over the hidden units.
-        units: for each of N experts the units to draw anew, shape (N, K).
+        units: for each of N experts the units to redraw, shape (N, K).
         generator: on the device of `tensor`; None takes torch's global one.
 
     Returns:
@@ -159,7 +159,7 @@ def drop_upcycled_experts(
 
 
 def named_generator(seed: int, name: str, device: torch.device) -> torch.Generator | None:
-    """The generator for one tensor: its draws depend on the seed and the name alone.
+    """The generator for one tensor: its draws depend only on the seed and the name.
 
     So the experts of a linear are the same whichever other linears are wrapped, and in any order.
     Draws on different kinds of device differ. The meta device needs, and gets, none.

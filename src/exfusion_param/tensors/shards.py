@@ -105,7 +105,7 @@ def assign(target: Tensor, tensor: Tensor) -> None:
 
 
 def with_all_experts(stack: Tensor) -> Tensor:
-    """A stack, shape (N, *S), of which each rank has a part of every expert, and no expert alone.
+    """A stack, shape (N, *S), of which each rank has a part of every expert, and no whole expert.
 
     FSDP2 shards along the experts where it is not told otherwise.
     """

@@ -3,7 +3,7 @@
 Note [Slices of a stack]
 A slice is small enough for a buffer that is written and read again at once, and so large that
 calling a kernel takes no time beside running it. How a stack is sliced depends on its shape and
-device alone, so that a fused tensor has the same bits whenever it is fused.
+device only, so that a fused tensor has the same bits whenever it is fused.
 """
 
 from __future__ import annotations

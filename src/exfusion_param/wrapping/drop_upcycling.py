@@ -1,4 +1,4 @@
-"""Which entries of an FFN's tensors belong to the hidden units that Drop-Upcycling draws anew."""
+"""Which entries of an FFN's tensors belong to the hidden units that Drop-Upcycling redraws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..tensors.expert_starts import Dropped
 
 
 class DroppedUnits:
-    """The hidden units of one FFN that each expert draws anew, in all of its linears alike.
+    """The hidden units of one FFN that each expert redraws, in all of its linears alike.
 
     Args:
         group: a whole FFN.
@@ -31,7 +31,7 @@ class DroppedUnits:
         self.hidden = self._projection(self.output).in_features
         if not names or tuple(names) != group.inputs or not all(map(self._is_of_hidden, names)):
             raise ValueError(
-                f"{group.name!r} is not a whole FFN, so that it has no hidden units to draw anew. "
+                f"{group.name!r} is not a whole FFN, so that it has no hidden units to redraw. "
                 'Choose all of its linears, or use expert_init="upcycle".'
             )
         count = max(1, round(ratio * self.hidden))

@@ -28,8 +28,8 @@ def guard_loading(
 class _LoadGuard:
     """A hook that refuses dense checkpoints and stacks of another number of experts.
 
-    torch copies what fits before it reports what does not, so the check comes first. It holds names
-    alone, for a deepcopy of the model to take along.
+    torch copies what fits before it reports what does not, so the check comes first. It holds only
+    names, for a deepcopy of the model to take along.
     """
 
     def __init__(self, prefixes: list[str], num_experts: int) -> None:

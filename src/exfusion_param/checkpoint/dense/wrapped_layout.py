@@ -48,7 +48,7 @@ class WrappedLayout:
 
     Args:
         reader: the checkpoint.
-        entry: what `checkpoint.describe` said of the model.
+        entry: what `checkpoint.describe` gave for the model.
 
     Attributes:
         dense: shape and dtype of every dense tensor.

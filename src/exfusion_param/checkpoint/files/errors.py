@@ -11,7 +11,7 @@ JSON_BYTES = 10**8
 
 
 class CheckpointError(ValueError):
-    """A checkpoint on disk cannot be read, or does not fit what is said of it."""
+    """A checkpoint on disk cannot be read, or does not fit its description."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

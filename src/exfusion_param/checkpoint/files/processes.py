@@ -37,9 +37,9 @@ class Processes:
         """Whether any rank says so."""
         if self.group is None:
             return flag
-        said = torch.tensor(flag, dtype=torch.uint8)
-        distributed.all_reduce(said, distributed.ReduceOp.MAX, self.group)
-        return bool(said)
+        any_flag = torch.tensor(flag, dtype=torch.uint8)
+        distributed.all_reduce(any_flag, distributed.ReduceOp.MAX, self.group)
+        return bool(any_flag)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """What each rank's work gives.

@@ -221,4 +221,4 @@ class Checkpoints:
         for part in parts:
             own = [values[part.name] for values in by_rank]
             values = own[0] if is_same else part.merged(own, rank)
-            yield Plan(part, part.room_for(stored_tensors(folder / part.name), values), values)
+            yield Plan(part, part.allocate(stored_tensors(folder / part.name), values), values)

@@ -88,7 +88,7 @@ class OptimizerPart(Part):
         more = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
         return {"rest": rest, "groups": groups, "more": more}
 
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters that the states are of."""
         self._refuse_other_groups(values["groups"])
         parameters = {held.name: held.parameter for held in self._held_now()}

@@ -40,7 +40,7 @@ class Part(ABC):
         """
         return common(self.name, values)
 
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
         """Empty tensors to read the stored ones into.
 
         Raises:
@@ -98,7 +98,7 @@ class Module(Part):
         state = self.module.state_dict()
         return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
 
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
         """Tensors like the model's own."""
         if set(values) != set(self.values()):
             raise CheckpointError(f"{self.name}: the checkpoint has other values: {list(values)}.")

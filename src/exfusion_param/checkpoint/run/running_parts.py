@@ -91,7 +91,7 @@ class Accumulated(Part):
         means = {name: _mean(value[name] for value in counted) for name in counted[0]}
         return {"plain": plain, "counted": means}
 
-    def room_for(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters."""
         parameters = dict(self._module.named_parameters())
         if unknown := [n for n in (*stored, *values["plain"]) if n not in parameters]:
