@@ -4,7 +4,7 @@ PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file 
 ARGS ?=
 TESTS :=
 
-.PHONY: help demo test lint types unit quick nightly bench faults recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly bench faults borders recipes evidence clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ bench: .venv/installed  ## time, memory and precision against dense and peers; a
 
 faults: .venv/installed  ## kills, full disks, damaged and malformed files, a long run; about 30 minutes
 	$(BIN)/python -W ignore tools/faults.py
+
+borders: .venv/installed  ## what other people's code does to wrapped models; about 6 minutes
+	$(BIN)/python tools/borders.py
 
 FASHION ?= examples/data/fashion-mnist
 TEXT ?= examples/data/shakespeare

@@ -1,0 +1,82 @@
+"""Run the tests of what other people's code does to wrapped models, and write docs/borders.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "borders.md"
+PATTERNS = (
+    "step_*",
+    "bank_borders",
+    "first_step",
+    "forward_*",
+    "meo_borders",
+    "odd_models",
+    "ordered_sums",
+    "param_groups",
+    "unfilled",
+)
+HEADER = """# Borders
+
+Where other people's code meets a wrapped model: their loops, optimizers, engines, initialization
+code, adapters, copies, threads. Each case is a test that compares with the dense model, with an
+oracle in float64 (each expert as a tensor of its own), or with one rank, or that expects an error
+with a way out that works. Nothing may go wrong without a word. `make borders` runs them and writes
+this page.
+
+| kind | cases | right | not run here | wrong |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def main() -> None:
+    """Write the page; exit status 1 if a case is wrong."""
+    files = sorted(
+        {path for name in PATTERNS for path in ROOT.glob(f"tests/test_{name}.py")},
+        key=lambda path: path.name,
+    )
+    results = _results(files)
+    rows = []
+    for path in files:
+        count = results[path.stem]
+        passed = count["cases"] - count["skipped"] - count["wrong"]
+        link = f"[{_title(path)}](../tests/{path.name})"
+        rows.append(
+            f"| {link} | {count['cases']} | {passed} | {count['skipped']} | {count['wrong']} |"
+        )
+    total = sum(results.values(), Counter())
+    passed = total["cases"] - total["skipped"] - total["wrong"]
+    rows.append(f"| all | {total['cases']} | {passed} | {total['skipped']} | {total['wrong']} |")
+    PAGE.write_text(HEADER + "\n".join(rows) + "\n")
+    sys.exit(bool(total["wrong"]))
+
+
+def _title(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0].rstrip(".")
+
+
+def _results(files: list[Path]) -> dict[str, Counter[str]]:
+    """For each file how many cases it has, and how many were skipped or went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=loadfile"]
+        subprocess.run([*command, f"--junit-xml={report}", *map(str, files)], cwd=ROOT, check=False)
+        cases = list(ElementTree.parse(report).iter("testcase"))  # our own file
+    results: dict[str, Counter[str]] = {path.stem: Counter() for path in files}
+    for case in cases:
+        count = results[case.attrib["classname"].split(".")[-1]]
+        count["cases"] += 1
+        count["skipped"] += case.find("skipped") is not None
+        count["wrong"] += case.find("failure") is not None or case.find("error") is not None
+    return results
+
+
+if __name__ == "__main__":
+    main()
