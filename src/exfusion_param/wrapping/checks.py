@@ -5,7 +5,6 @@ Each check raises a ValueError that names the linears and the way out.
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -20,6 +19,7 @@ from ..finding.projections import ADAPTED
 from ..fusion.lookup import fused_names, fusion_weights_of, original, parametrized_names
 from ..fusion.outside_access import require_sound
 from ..fusion_weights.base import FusionWeights
+from ..tensors.shards import is_sharded
 from .attach import dense_tensors
 
 
@@ -49,7 +49,7 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
         lambda linear: not isinstance(linear.weight, nn.Parameter),
         "without a weight of their own, as FSDP and pruning leave them. Wrap first.",
     )
-    _refuse(linears, is_sharded, "sharded (DTensor). Wrap first, shard after.")
+    _refuse(linears, _has_shards, "sharded (DTensor). Wrap first, shard after.")
     _refuse(
         linears,
         lambda linear: any(type(t.data) is not Tensor for t in dense_tensors(linear).values()),
@@ -102,7 +102,7 @@ def check_fusable(
             require_sound(linear, name)
     _refuse(
         linears,
-        is_sharded,
+        _has_shards,
         "sharded (DTensor). Take fused_state_dict(model), which gathers nothing.",
     )
     inside = set(map(id, linears.values()))
@@ -118,13 +118,9 @@ def check_fusable(
     _refuse_non_finite(linears)
 
 
-def is_sharded(linear: nn.Module) -> bool:
+def _has_shards(linear: nn.Module) -> bool:
     """Whether a parameter of the linear is a DTensor."""
-    if "torch.distributed.tensor" not in sys.modules:  # importing it takes long, and says no
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(tensor, DTensor) for tensor in linear.parameters())
+    return any(map(is_sharded, linear.parameters()))
 
 
 def _is_trainable(tensor: Tensor) -> bool:
