@@ -36,7 +36,7 @@ def test_subclasses_of_a_known_class_are_found() -> None:
     class Layer(nn.TransformerEncoderLayer):
         pass
 
-    assert groups(Layer(8, 2, 16)) == {"": ["linear1", "linear2"]}
+    assert groups(Layer(8, 2, 16)) == {"Layer": ["linear1", "linear2"]}
 
 
 def test_globs_name_linears_and_keep_those_of_one_ffn_together() -> None:
@@ -47,7 +47,7 @@ def test_globs_name_linears_and_keep_those_of_one_ffn_together() -> None:
         "blocks.0": ["blocks.0.fc2"],
         "blocks.1": ["blocks.1.fc2"],
     }
-    assert groups(FFNs(), filter_fn="head") == {"": ["head"]}
+    assert groups(FFNs(), filter_fn="head") == {"FFNs": ["head"]}
 
 
 def test_a_filter_chooses_any_linear_and_groups_by_the_module_that_holds_it() -> None:

@@ -132,7 +132,7 @@ def test_curves_leave_out_what_was_not_measured(history: dict[str, list[float]])
 
 
 def test_the_load_of_a_label_is_the_routers_mean_over_its_tokens() -> None:
-    model, x = exf.wrap(FFNs()).eval(), inputs().float()
+    model, x = exf.wrap(FFNs(), bank_init="uniform").eval(), inputs().float()
     bank = model.blocks[0].fc1.parametrizations.weight[0].fusion_weights
     with record_routing(model) as shares, torch.no_grad():
         model(x)
@@ -152,7 +152,7 @@ def test_the_load_of_a_label_is_the_routers_mean_over_its_tokens() -> None:
 @pytest.mark.compiled
 def test_routing_is_recorded_in_a_compiled_model_and_with_inputs_by_keyword() -> None:
     torch.compiler.reset()
-    model, x = exf.wrap(FFNs()).eval(), inputs().float()
+    model, x = exf.wrap(FFNs(), bank_init="uniform").eval(), inputs().float()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(x)

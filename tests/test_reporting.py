@@ -49,7 +49,7 @@ def test_a_summary_prints_as_a_table() -> None:
 
 
 def test_settings_for_a_wrapped_model_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"wrapped already. Call summarize\(model\) alone"):
+    with pytest.raises(ValueError, match=r"wrapped already. Call summarize\(model\) by itself"):
         exf.summarize(exf.wrap(FFNs()), num_experts=8)
 
 

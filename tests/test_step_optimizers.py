@@ -227,6 +227,7 @@ ADAFACTORS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer has trained .* as a dense weight")
 @pytest.mark.parametrize("name", ADAFACTORS)
 def test_each_expert_copies_the_factored_state_of_dense_training(name: str) -> None:
     model = Net()

@@ -60,7 +60,7 @@ def _take_gradients(turns: Sequence[Turn], needs_all: bool, ranks: Ranks) -> boo
             continue
         version = local(gradient)._version
         is_new = getattr(gradient, _SEEN, None) != version
-        if is_new:  # before a bank moves, whichever optimizer steps first
+        if is_new or turn.group is not None:  # before a bank moves, whichever optimizer steps first
             turn.fused.note_gradient(gradient)
         if turn.group is None and not (needs_all and is_new):
             continue

@@ -31,12 +31,13 @@ class Writes:
         self.fused_with: Tensor | None = None
         """The fusion weights that the parameter is fused with now, shape (N,)."""
         self._weights = weights
-        self._left: Tensor | None = None
+        self.left: Tensor | None = None
+        """What the parameter was at the end of the last step, this rank's part."""
         self._fused_from: tuple[int, int, object] | None = None
 
     def know_of_a_step(self) -> bool:
         """Whether an optimizer has moved the experts, as far as this process knows."""
-        return self._left is not None
+        return self.left is not None
 
     def take(self, part: Tensor, experts: Tensor, identity: Identity, now: Tensor) -> None:
         """Add to the experts what was written to the parameter since the last step.
@@ -47,19 +48,19 @@ class Writes:
             identity: theirs.
             now: the group's fusion weights, shape (N,).
         """
-        if self._left is None or not self._is_fused_from(identity, now):
+        if self.left is None or not self._is_fused_from(identity, now):
             self.fused_with = now.clone()
             shift(experts, difference(part, experts, now), now)
             return
-        left = self._left.to(part.device, part.dtype)
+        left = self.left.to(part.device, part.dtype)
         if not _is_known_equal(part, left):
             shift(experts, part.to(now.dtype) - left, now)
 
     def leave(self, part: Tensor, identity: Identity, now: Tensor) -> None:
         """Remember what the parameter was fused from, and what it is at the end of a step."""
-        left = self._left
+        left = self.left
         if left is None or left.shape != part.shape or left.device != part.device:
-            left = self._left = torch.empty_like(part)
+            left = self.left = torch.empty_like(part)
         left.copy_(part)
         self.fused_with = now
         versions = None if now.device.type == "cpu" else self._versions()
