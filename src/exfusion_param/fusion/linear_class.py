@@ -16,8 +16,8 @@ All of it goes away with the class when the parametrizations are removed.
 Note [Properties that outlive a parametrization]
 torch's `remove_parametrizations` deletes the property from the module's class, which would break
 the linears that share it (and, with torch's own classes, breaks the original of a deepcopy). So the
-class ignores that, and its properties step aside: where nothing is parametrized they raise
-AttributeError, and `nn.Module.__getattr__` finds the plain parameter.
+metaclass ignores the deletion. Where nothing is parametrized any more, the properties raise
+AttributeError, and Python falls back to `nn.Module.__getattr__`, which finds the plain parameter.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ def share_class(
     """
     own, projection = type(linear), projection_of(linear)
     dense: Any
-    (dense,) = own.__bases__
+    (dense,) = own.__bases__  # torch has just made `own`, a subclass of the linear's dense class
     assert projection is not None
     fused = tuple(name for name, member in vars(own).items() if isinstance(member, property))
     kind = (dense, fused, dense_order, make_forward, projection)
     shared = _shared.get(kind)
     if shared is None:
+        # torch's members stay (among them those that deepcopy and pickle ask for), ours override.
         members = dict(vars(own)) | {name: _property(name) for name in fused}
         members |= {"_dense_order": dense_order, "_fused": fused}
         if hasattr(dense, "reset_parameters"):
@@ -65,7 +66,7 @@ def share_class(
         members["forward"] = outside_access.watched(forward)
         members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
         shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
-    linear.__class__ = shared
+    linear.__class__ = shared  # as torch has done for `own`
 
 
 def dense_order(linear: nn.Module) -> tuple[str, ...]:
@@ -88,6 +89,7 @@ class _SharedClass(type):
 def _metaclass(dense: type) -> type:
     if type(dense) is type:
         return _SharedClass
+    # A dense class with a metaclass of its own: Python wants one that derives from both.
     return type("_SharedClass", (_SharedClass, type(dense)), {})
 
 
@@ -96,7 +98,7 @@ def _property(name: str) -> property:
 
     def get(self: Any) -> Tensor:
         if name not in self.parametrizations:
-            raise AttributeError(name)
+            raise AttributeError(name)  # Python asks nn.Module.__getattr__ next
         return outside_access.read(self, name)
 
     def set_originals(self: Any, value: Tensor) -> None:
@@ -109,6 +111,7 @@ def _moving(dense: Any) -> Callable[..., Any]:
     """The `_apply` for a dense class; `to_empty` leaves no stack that looks like experts."""
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `fn` does not tell which tensor it gets, so stacks are known by their shapes.
         stacks = {holder.original.shape for holder in self.parametrizations.values()}
 
         def apply(tensor: Tensor) -> Tensor:
@@ -150,6 +153,7 @@ def _reset_experts(self: Any) -> None:
     The ranks of a sharded model draw whole experts, each the same ones, and keep their parts.
     """
     dense: Any = type(self).__bases__[0]
+    # A dense linear without __init__ and without its own tensors: only what its method reads.
     scratch = dense.__new__(dense)
     scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
     stacks = {name: self.parametrizations[name].original for name in self._fused}
@@ -159,6 +163,8 @@ def _reset_experts(self: Any) -> None:
         else stack.detach()
         for name, stack in stacks.items()
     }
+    # Along the first dimension: the weight and the bias of one expert at a time. `nn.Parameter`
+    # shares their memory, so that the draws land in the stack.
     for expert in zip(*drawn.values(), strict=True):
         scratch._parameters.update(zip(drawn, map(nn.Parameter, expert), strict=True))
         scratch.reset_parameters()

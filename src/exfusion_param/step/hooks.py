@@ -44,6 +44,7 @@ from .health import check_health, finish_checks
 from .interrupts import DeferredInterrupt
 from .refusals import delegates, refuse_closures, refuse_within_backward
 
+# By id, as tensors compare by value. An entry goes with its tensor, so an id is never another's.
 _outdated: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 _warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 _steps_without: weakref.WeakKeyDictionary[
@@ -57,7 +58,7 @@ _holds: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], list[FusionWeights]
 _hooks: list[Any] = []
 
 PATIENCE = 10
-"""Steps of one optimizer in which another may step that holds the fusion weights."""
+"""Steps of one optimizer within which one that holds the fusion weights has to step."""
 
 
 def install() -> None:
@@ -77,7 +78,7 @@ def outdate(parameters: Iterable[nn.Parameter]) -> None:
 
 @_disable_dynamo
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if is_view(optimizer):
+    if is_view(optimizer):  # a base class's `step` within a step: its hooks run again
         return
     finish_checks()
     held = _held(optimizer)
@@ -107,7 +108,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if is_view(optimizer):
         return
-    held, groups = _holds.pop(optimizer, (set(), []))
+    held, groups = _holds.pop(optimizer, (set(), []))  # none where the pre-hook never ran
     skipped = _skipped(optimizer)
     for weights in groups:
         if not weights.fused:
@@ -137,20 +138,23 @@ class _InnerHooks:
                 optimizer.register_step_post_hook(self._after).id,
             )
             optimizer.register_state_dict_pre_hook(self._warn_of_half_done)
+        # At each step, as the user may have registered hooks since: the last pre-hook to run, and
+        # the first post-hook.
         before.move_to_end(self._keys[0])
         after.move_to_end(self._keys[1], last=False)
 
     @_disable_dynamo(recursive=False)
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        groups, self._groups = self._groups, []
+        groups, self._groups = self._groups, []  # taken once, so that a nested call finds none
         if is_view(optimizer) or not groups:
             return None
-        self._compiler = set_eval_frame(None)
+        self._compiler = set_eval_frame(None)  # eager until `_after`
         if self._step is not None:  # it has failed
             self._step.refuse_half_done()
             self._step.return_gradients()
         self._interrupt.begin()
         self._step = step = ExpertStep(optimizer, groups)
+        # What is returned here replaces the arguments of `step`: `self` becomes the view.
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         if given is None:
             step.prepare()
@@ -178,7 +182,7 @@ class _InnerHooks:
             step.is_done = True
         self._step = None  # unless it has failed
         self._interrupt.end()
-        if step is not None:
+        if step is not None:  # otherwise `_before` has not set it
             set_eval_frame(self._compiler)
 
 
