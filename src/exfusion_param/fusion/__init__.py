@@ -12,5 +12,6 @@ Cost: one pass over the stack at each use of the weight, another in backward. Th
 backward of the linear are those of the dense one.
 
 `expert_fusion` is the parametrization, `linear_class` makes the class that the linear gets, and
-`lookup` finds what is wrapped in a model under both settings of `fuse_on`.
+`outside_access` detects writes to the fused weight that would be lost, and experts that were never
+filled. `lookup` finds what is wrapped in a model, under both settings of `fuse_on`.
 """

@@ -1,7 +1,21 @@
 """What each expert counts for now: the fusion weights of an FFN group.
 
-`base` has what the variants share, `variants` the static and the learned ones, `memory_bank` the
-third, which follows a router: `routed_forward` and `token_pool` give it the FFN's input, `votes`
-decides which micro-batches count (with `anchor` and `vote_ops`), and `bank_health` warns of a bank
-that is of no use. `rank_agreement` compares the groups of all ranks.
+All variants share `base`: the weights of one group, a module that must exist only once
+(`one_model`), and the protocol `fused` for the tensors that are fused from them under
+`fuse_on="step"`. `variants` has the static and the learned weights, and picks the variant.
+
+The third variant is the memory bank, which follows a router: `memory_bank` under "forward",
+`bank_on_step` under "step".
+
+- Its input: `routed_forward` passes the FFN's input on; `token_pool` and `token_masks` exclude
+  padding.
+- Its votes, the micro-batches that count: `votes`, with `anchor` and `vote_ops`.
+- Its problems: `bank_errors` raises for forwards that it cannot follow, `bank_health` warns of
+  collapsed routers and dead experts, `empty_banks` of banks that are still zero.
+
+Under "step" autograd does not compute the gradients of routers and learned weights. `reached` gives
+them zeros instead, which DDP and FSDP2 wait for.
+
+Several ranks: `rank_agreement` compares how they wrapped the model, once; `ordered_sums` sums over
+them in each forward and backward, and raises where they run different FFNs.
 """

@@ -1,1 +1,4 @@
-"""What other libraries need; each module imports its own library."""
+"""What the trainers of other libraries need: `transformers` and `lightning`.
+
+Each module imports its own library, so that neither needs the other's.
+"""

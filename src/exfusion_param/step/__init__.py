@@ -12,12 +12,14 @@ With `G = dL/dW`, the gradient of expert i is `w_i G` and that of its fusion wei
 forward and backward are the dense model's, and the rest happens in an optimizer's step (hooks.py,
 expert_step.py):
 
-1. What was written to `W` since the last step is added to the experts (fused_parameter.py).
-2. Routers and learned fusion weights get their gradients, after one all-reduce for all groups.
+1. What was written to `W` since the last step is added to the experts (writes.py).
+2. Routers and learned fusion weights get their gradients, after one all-reduce for all groups
+   (fusion_gradients.py).
 3. The optimizer steps on everything but the wrapped parameters.
 4. The memory banks move.
 5. Each expert is updated as a parameter of its own (torch_optimizers.py), or all of them in one
-   pass over the stack (expert_optimizers.py).
+   pass over the stack (ExpertAdamW and ExpertSGD: expert_optimizers.py; what they share:
+   expert_optimizer.py, stack_step.py, state_storage.py).
 6. `W = sum_i w_i E_i` with the new fusion weights.
 
 A step that fails before experts move leaves everything as it was, and a later Ctrl-C waits for its
@@ -27,4 +29,14 @@ then raise, and its `state_dict` warns, until it loads a state.
 
 Static and learned fusion weights train as under "forward". A memory bank fuses with the bank of the
 step before, and its router sends no gradient into the FFN's input.
+
+Note [The other files]
+- A fused weight or bias: `fused_parameter`. What one step looks up about it: `turn`. The state that
+  an optimizer has from before there were experts: `dense_states`. Attaching all this to a model and
+  taking it off again: `attach`.
+- Errors: `refusals` before every step, under both settings of `fuse_on`; `starts` where experts
+  start or their gradients come from; `first_look` at an optimizer's first step under "forward".
+- Warnings: `own_loops` for loops without an optimizer; `health` checks fusion weights after each
+  step, under both settings.
+- `interrupts` holds Ctrl-C back until the step is done.
 """

@@ -1,6 +1,7 @@
 """Arithmetic on expert stacks, whole or sharded, and how the stacks start.
 
 `functional` has the paper's equations. `sliced_sums` sums over experts without a second copy of a
-stack. `shards` and `ranks` give tensors of which each rank holds a part the same functions as plain
-ones. `expert_starts` draws the experts from a seed and a name.
+stack. `shards` lets tensors that are split over ranks be handled like plain ones, and `ranks` has
+the sums over ranks. `expert_starts` draws the experts from a seed and a name. `precision` names the
+dtype that sums over experts are taken in, whatever autocast computes in.
 """

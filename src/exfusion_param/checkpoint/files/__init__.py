@@ -1,4 +1,4 @@
-"""How checkpoints lie on disk. Nothing is ever unpickled but tensors in torch's own files.
+"""How checkpoints are stored on disk. Only tensors in torch's own files are ever unpickled.
 
 Files that anyone may have written are read by `reader` (safetensors or torch, whole or in shards)
 and `errors` (JSON). Whatever is wrong with them is a `CheckpointError`, never another exception,
@@ -6,6 +6,7 @@ and a small file cannot ask for large memory.
 
 A run's checkpoint is a folder (`run_folder`) of tensors, which ranks write together by torch's
 distributed checkpoints (`tensor_files`), and of what each rank has for itself (`rank_files`), as
-JSON and tensors (`plain_values`, `quantized`). `manifest` lists the files with their checksums.
+JSON and tensors (`plain_values`, `quantized`). `tensor_spec` is a tensor's shape and dtype, before
+its contents are read. `manifest` lists the files with their checksums.
 `processes` lets the ranks fail together: what one cannot write is an error on all of them.
 """

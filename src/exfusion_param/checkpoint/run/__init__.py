@@ -6,5 +6,5 @@ ranks, and values, which are each rank's own. To resume, every part first checks
 saved fits it (`snapshot`, `fitting`), and only then is any of them changed.
 
 `resizing` loads another number of experts than a model has; `resize_math` is why the fused weights
-stay as they are. `stop_request` notes the signals of a cluster that takes its machines back.
+stay as they are. `stop_request` notes Ctrl-C and the signal by which a cluster preempts a job.
 """
