@@ -41,7 +41,7 @@ def wrap(
     Args:
         model: any module. Its classes, code and other parameters stay as they are.
         config: the settings; None takes the paper's.
-        filter_fn: which linears to wrap instead of those of the FFNs that are known:
+        filter_fn: selects the linears to wrap, instead of the FFNs that are found automatically:
             `filter_fn(module, fqn) -> bool`, asked for every linear, or globs for their names.
         generator: draws the seed of the experts and routers, instead of `config.seed`.
         **fields: fields of the config, `wrap(model, num_experts=8, variant="dw")`.

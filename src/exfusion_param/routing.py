@@ -102,7 +102,7 @@ def average_banks(target: nn.Module, source: nn.Module, *, decay: float = 0.0) -
     """Move the memory banks of an average towards those of the model that trains.
 
     For EMA models, key encoders, teachers and target networks that average `parameters()` only: a
-    bank is a buffer, and moves by itself only where an optimizer steps on its own model.
+    bank is a buffer, and moves only where an optimizer steps on its own model.
 
         teacher = copy.deepcopy(model).eval()
         for x in batches:

@@ -1,4 +1,4 @@
-"""What a wrapped model holds, or would hold, in training and once shipped."""
+"""Parameter and memory counts of a wrapped model, or of a dry run, in training and after `fuse`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Projection:
 
 
 def projection_of(module: nn.Module) -> Projection | None:
-    """What a module maps, or None if it is no projection."""
+    """What a module maps, or None if it is not a projection."""
     if isinstance(module, nn.Linear):
         return Projection(module.in_features, module.out_features)
     if isinstance(module, CONVOLUTIONS):

@@ -1,4 +1,4 @@
-"""The module that is registered with `torch.nn.utils.parametrize`, see lookup.py."""
+"""The parametrization of a wrapped linear's tensor, registered with torch's `parametrize`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class ExpertFusion(nn.Module):
     def right_inverse(self, tensor: Tensor) -> Tensor:
         """The stack, shape (N, *S), for a dense tensor, shape (*S).
 
-        At registration that is the stack given to the constructor. After it, when the user assigns
-        to `linear.weight`, it is one that fuses to the assigned tensor (once a zero bank is full).
+        On registration, the stack passed to the constructor. Later, when the user assigns to
+        `linear.weight`, a stack that fuses to the assigned tensor (once a zero bank is full).
         """
         if self._first_experts is not None:
             experts, self._first_experts = self._first_experts, None

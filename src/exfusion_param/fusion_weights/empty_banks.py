@@ -11,7 +11,7 @@ from .memory_bank import MemoryBank
 
 
 def share_alarm(groups: Iterable[FusionWeights]) -> None:
-    """Have the banks of one model warn once in all of an eval forward with an empty bank."""
+    """Let all banks of one model warn of an eval forward with an empty bank only once."""
     alarm = EmptyBankAlarm()
     for bank in groups:
         if isinstance(bank, MemoryBank):

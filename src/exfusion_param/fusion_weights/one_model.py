@@ -1,4 +1,4 @@
-"""What cannot be done to a module whose state has to exist once."""
+"""Refuses what would copy or compile away a module whose state has to exist only once."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def reached(y: Tensor, parameter: Tensor | None, note: Note | None = None) -> Te
 
     Args:
         y: any tensor of the forward.
-        parameter: what is to get the gradient; None, or a frozen one, gets none.
+        parameter: gets the gradient; None, or a frozen one, gets none.
         note: called in the backward.
 
     Returns:

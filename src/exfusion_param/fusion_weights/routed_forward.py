@@ -1,4 +1,4 @@
-"""The `forward` of linears that a memory bank watches, see linear_class.py."""
+"""The `forward` of linears that a memory bank watches, see fusion/linear_class.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which micro-batches count when the memory bank moves: those whose gradient the step applies.
+"""Tracks which micro-batches count when a memory bank moves: those whose gradient a step applies.
 
 Note [Votes follow the gradient]
 The bank moves once per optimizer step, by the mean of the current fusion weights `w` of all

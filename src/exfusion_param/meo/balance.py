@@ -87,7 +87,7 @@ def _summed(values: Tensor, ranks: Ranks) -> Tensor:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks, of which each has the same loss."""
+    """The sum over the ranks, all of which have the same loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:

@@ -1,4 +1,4 @@
-"""The `forward` of linears under a gate, see ..linear_class."""
+"""The `forward` of linears under a gate, see fusion/linear_class.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules around an FFN say of the tokens that it gets."""
+"""Tells what tokens an FFN gets by the modules around it: causal or not, batch first or not."""
 
 from __future__ import annotations
 

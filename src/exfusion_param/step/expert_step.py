@@ -53,7 +53,7 @@ class ExpertStep:
 
     Args:
         optimizer: about to step.
-        groups: the FFN groups of which it holds a parameter, all with `fuse_on="step"`.
+        groups: the FFN groups that have a parameter in it, all with `fuse_on="step"`.
     """
 
     def __init__(self, optimizer: Optimizer, groups: Sequence[FusionWeights]) -> None:

@@ -31,7 +31,7 @@ def look_once(optimizer: Optimizer, groups: Iterable[FusionWeights]) -> None:
 
     Args:
         optimizer: about to step.
-        groups: the groups of which it holds parameters.
+        groups: the groups that have parameters in it.
 
     Raises:
         RuntimeError: its state is the dense model's, it flattens stacks, or the experts are not

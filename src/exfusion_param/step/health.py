@@ -1,7 +1,7 @@
-"""What is looked at after each optimizer step: whether fusion weights are numbers, and of use.
+"""Health checks after each optimizer step: fusion weights must be finite, and of use.
 
-Looking would stall a GPU, so what it computed is copied to the CPU beside its work, and looked at
-before the next step. On a CPU it is looked at at once.
+Reading the values would synchronize a GPU, so they are copied to the CPU asynchronously and checked
+before the next step. On a CPU they are checked at once.
 """
 
 from __future__ import annotations

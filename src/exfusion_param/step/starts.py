@@ -1,4 +1,4 @@
-"""What is wrong where experts start, or their gradients come from."""
+"""Refuses or warns of what is wrong where experts start, or where their gradients come from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refuse_tied(turns: Sequence[Turn]) -> None:
 
 def warn_of_starts(optimizer: Optimizer, groups: Sequence[FusionWeights]) -> None:
     """Warn if experts have just started around other weights than those that `wrap` made."""
-    if _is_for_states_alone(optimizer):
+    if _only_makes_states(optimizer):
         return
     changed = [weights for weights in groups if weights.starts_around_changed]
     for weights in changed:
@@ -49,7 +49,7 @@ def warn_of_starts(optimizer: Optimizer, groups: Sequence[FusionWeights]) -> Non
         )
 
 
-def _is_for_states_alone(optimizer: Optimizer) -> bool:
+def _only_makes_states(optimizer: Optimizer) -> bool:
     """Whether torch's distributed checkpoints make states to load into, by a step of rate zero."""
     rates = [group.get("lr") for group in optimizer.param_groups]
     on_cpu = [rate for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]

@@ -1,9 +1,10 @@
 """How optimizers store the states of expert stacks: in full, in bfloat16 or in 8 bits.
 
 What is stored in less than float32 is updated in float32. Numbers in bfloat16 are then rounded
-stochastically, up or down with the probabilities that make them right on average: to the nearest
-they would lose each change of less than 1/256 of them, such as every decay of AdamW's second
-moment. 8 bits are torchao's, with a scale for each 256 numbers (Dettmers et al., arXiv 2110.02861).
+stochastically, up or down with the probabilities that make them right on average: rounding to
+nearest would lose each change smaller than 1/256 of the value, such as every decay of AdamW's
+second moment. 8 bits are torchao's, with a scale for each 256 numbers (Dettmers et al., arXiv
+2110.02861).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def check_state_dtype(dtype: StateDtype | None) -> None:
     """Raise if states cannot be stored so.
 
     Raises:
-        ValueError: it is no such dtype.
+        ValueError: the dtype is not one of these.
         ImportError: 8 bits without torchao.
     """
     if dtype == "8bit":

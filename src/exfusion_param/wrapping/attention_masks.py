@@ -1,6 +1,6 @@
 """The attention mask that a model of transformers is called with is its routers' token mask.
 
-`wrap` does this by itself.
+`wrap` sets this up.
 
 Each `PreTrainedModel` inside of a model has a mask of its own: the decoder of an encoder-decoder is
 one, and is called with the decoder's mask. A router follows the innermost one that holds it.

@@ -37,7 +37,7 @@ def wrap_linears(
         The new fusion weights, in the order of the model.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: as for `wrap`. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):

@@ -1,7 +1,7 @@
 """Tensors on disk by torch's distributed checkpoints, in safetensors.
 
 DCP writes each rank's part of sharded tensors, and tensors that all ranks have once; it reads them
-on any number of ranks. The files say themselves what is in them (`HuggingFaceStorageWriter`), so
+on any number of ranks. Each file describes its own contents (`HuggingFaceStorageWriter`), so
 that DCP's own `.metadata`, which is a pickle, is not needed.
 """
 
@@ -79,7 +79,7 @@ def read_tensors(
     Args:
         folder: of `write_tensors`, by any number of ranks.
         into: the same names on all ranks of the group.
-        group: the ranks that call this together; None is this process by itself.
+        group: the ranks that call this together; None is this process only.
     """
     if not into:
         return

@@ -41,7 +41,7 @@ class Part(ABC):
         return common(self.name, values)
 
     def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
-        """Empty tensors to read the stored ones into.
+        """Allocate tensors to load the stored ones into.
 
         Raises:
             CheckpointError: what is stored does not fit.

@@ -1,4 +1,4 @@
-"""Stop after the step a run is in, as Ctrl-C or a cluster that takes its machines back asks."""
+"""Stops a run after the current step, on Ctrl-C or when the cluster preempts the job."""
 
 from __future__ import annotations
 
