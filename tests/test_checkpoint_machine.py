@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
             self.run.checkpoints.save(self.done)
             self.run.checkpoints.wait()
 
-    @precondition(lambda self: len(list(self.folder.glob("step-*"))) > 1)
+    @precondition(lambda self: len(list(self.folder.glob("step-????????"))) > 1)
     @rule(where=st.floats(0, 1, exclude_max=True), deletes=st.booleans())
     def damage_the_latest(self, where: float, deletes: bool) -> None:
         latest = sorted(self.folder.glob("step-????????"))[-1]
