@@ -242,7 +242,8 @@ def test_an_empty_batch_has_no_vote_beside_another(fuse_on: Any) -> None:
 
 def adjoint(rank: int, gradients: Tensor) -> list[float]:
     """What a loss `<g_r, average(w)>` of each rank r sends to `w` here; rank 1 has no vote."""
-    votes, vote = bank_of(make()).votes, float(rank != 1)
+    model = make()  # which its votes hold weakly
+    votes, vote = bank_of(model).votes, float(rank != 1)
     marked = votes.average(torch.ones(4, dtype=torch.float64), vote)
     sent: Tensor = votes.average_gradient(torch.cat([gradients[rank], torch.ones(1)]), marked, vote)
     return sent.tolist()
