@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import exfusion_param as exf
 from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.tensors import functional, sliced_sums
+from exfusion_testing.expert_optimizers import ADAMW, Make, assert_same, step, train, wrapped
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import mesh_of, my_part, whole_state
@@ -24,38 +25,10 @@ from exfusion_testing.strategies import configs, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 
-Make = Callable[[Any], torch.optim.Optimizer]
-ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-
-
-def wrapped(config: exf.ExFusionConfig | None = None, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    fields = {"num_experts": 5, "bank_init": "uniform", "seed": 1} | fields
-    config = config or exf.ExFusionConfig(**fields)
-    return exf.wrap(FFNs(5, 7).double(), config, fuse_on="step")
-
 
 def experts_of(optimizer: torch.optim.Optimizer, model: Any) -> Tensor:
     experts: Tensor = optimizer.state[model.blocks[0].fc1.weight]["experts"]
     return experts
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range = range(3)) -> None:
-    for seed in seeds:
-        loss_of(model, inputs(model.stem.in_features, seed=seed)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def assert_same(ours: nn.Module, theirs: nn.Module, **tolerance: float) -> None:
-    tolerance = tolerance or {"rtol": 0, "atol": 1e-11}
-    torch.testing.assert_close(
-        dict(ours.named_parameters()), dict(theirs.named_parameters()), **tolerance
-    )
-    torch.testing.assert_close(
-        dict(ours.named_buffers()), dict(theirs.named_buffers()), **tolerance
-    )
 
 
 @pytest.fixture(params=[1, 40, 1 << 20])
@@ -111,24 +84,6 @@ def test_sgd_is_torchs(variant: str, momentum: float, nesterov: bool) -> None:
     train(model, exf.ExpertSGD(exf.param_groups(model, 0.1), **settings))
     train(twin, torch.optim.SGD(exf.param_groups(twin, 0.1), **settings))
     assert_same(model, twin)
-
-
-@pytest.mark.parametrize("fuse_on", ["forward", "step"])
-def test_either_goes_on_with_the_others_states(fuse_on: Any) -> None:
-    makes: list[Make] = [
-        lambda params: torch.optim.AdamW(params, **ADAMW),
-        lambda params: exf.ExpertAdamW(params, **ADAMW),
-    ]
-    expected = wrapped()
-    train(expected, makes[0](expected.parameters()), range(4))
-    for first, second in (makes, makes[::-1]):
-        model = wrapped()
-        before = first(model.parameters())
-        train(model, before, range(2))
-        after = second(model.parameters())
-        after.load_state_dict(before.state_dict())
-        train(model, after, range(2, 4))
-        assert_same(model, expected)
 
 
 @pytest.mark.usefixtures("batch_size")
@@ -270,50 +225,6 @@ def test_an_optimizer_within_another_steps_once(name: str) -> None:
     assert_same(model, twin)
 
 
-def test_states_from_before_a_cast_of_the_model_are_cast_with_it() -> None:
-    model = wrapped().float()
-    before = exf.ExpertAdamW(model.parameters())
-    step(model, before, inputs(5).float())
-    model.bfloat16()
-    for state_dtype in (None, torch.float32):
-        optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=state_dtype)
-        optimizer.load_state_dict(before.state_dict())
-        step(model, optimizer, inputs(5).bfloat16())
-        state = optimizer.state[model.blocks[0].fc1.weight]
-        assert state["experts.exp_avg"].dtype == (state_dtype or torch.bfloat16)
-        assert optimizer.state[model.stem.weight]["exp_avg"].dtype == torch.bfloat16
-
-
-def test_a_copied_optimizer_goes_on() -> None:
-    model = wrapped()
-    optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=torch.bfloat16)
-    train(model, optimizer)
-    model, optimizer = copy.deepcopy((model, optimizer))
-    train(model, optimizer)
-    state = optimizer.state[model.blocks[0].fc1.weight]
-    assert state["experts.exp_avg"].dtype == torch.bfloat16
-    assert state["step"] == 6
-
-
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32])
-def test_replicas_round_alike_and_resume(state_dtype: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    start = exf.wrap(FFNs(16, 32), seed=1, fuse_on="step", bank_init="uniform").bfloat16()
-    models = []
-    for seed in (1, 2):  # of torch's global generator, which ranks seed differently
-        model = copy.deepcopy(start)
-        optimizer = exf.ExpertAdamW(model.parameters(), lr=1e-3, state_dtype=state_dtype)
-        torch.manual_seed(seed)
-        for step_seed in range(6):
-            if seed == 2 and step_seed == 3:  # a new process
-                torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-                optimizer = exf.ExpertAdamW(model.parameters(), state_dtype=state_dtype)
-                optimizer.load_state_dict(torch.load(tmp_path / "state.pt"))
-            step(model, optimizer, inputs(16, seed=step_seed).bfloat16())
-        models.append(model)
-    assert_same(*models, rtol=0, atol=0)
-
-
 def test_what_stacks_cannot_have_is_refused() -> None:
     model = wrapped()
     theirs = torch.optim.AdamW(model.parameters(), amsgrad=True)
@@ -323,18 +234,6 @@ def test_what_stacks_cannot_have_is_refused() -> None:
     ours.param_groups[0]["amsgrad"] = True
     with pytest.raises(ValueError, match="ExpertAdamW has no amsgrad=True for experts"):
         train(model, ours)
-
-
-def test_a_grad_scaler_works_with_states_of_an_optimizer_that_is_not_fused() -> None:
-    model = wrapped().float()
-    theirs = torch.optim.AdamW(model.parameters())
-    step(model, theirs, inputs(5).float())
-    optimizer = exf.ExpertAdamW(model.parameters())
-    optimizer.load_state_dict(theirs.state_dict())
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss_of(model, inputs(5).float())).backward()
-    scaler.step(optimizer)
-    assert optimizer.param_groups[0]["fused"]
 
 
 def test_a_closure_is_evaluated_once_and_its_gradient_is_applied() -> None:
@@ -362,12 +261,6 @@ def sharded(rank: int, dense: nn.Module, config: exf.ExFusionConfig, shape: Any)
     set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
     step(model, optimizer, my_part(rank, [inputs(5, batch=12, seed=2)])[0])
     return whole_state(model)
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    loss_of(model, x).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("variant", ["sw", "dw", "mb"])

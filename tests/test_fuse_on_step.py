@@ -17,33 +17,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
-from exfusion_param.fusion.lookup import groups_of
 from exfusion_param.tensors import functional
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.experts import assert_trained_alike, fusion_weights
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.twins import plain, twins
 
 EXACT = ["sw", "dw"]
 VARIANTS = ["sw", "dw", "mb"]
 Train = Callable[[nn.Module, torch.optim.Optimizer, Tensor], Any]
-
-
-def twins(variant: str, depth: int = 2, **kwargs: Any) -> tuple[FFNs, FFNs]:
-    """The same model, fused at each forward and at each step."""
-    fields = {"variant": variant, "seed": 0, "bank_init": "uniform"} | kwargs
-    torch.manual_seed(0)
-    dense = FFNs(depth=depth).double()
-    return (
-        exf.wrap(copy.deepcopy(dense), fuse_on="forward", **fields),
-        exf.wrap(copy.deepcopy(dense), fuse_on="step", **fields),
-    )
-
-
-def plain(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    loss_of(model, x).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def in_a_closure(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
@@ -221,51 +204,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(name: str, variant: s
     for each, stepper in ((model, optimizer), (resumed, again)):
         plain(each, stepper, inputs(seed=5))
     assert_trained_alike((resumed, again), (model, optimizer), rtol=0, atol=0)
-
-
-CHANGES: dict[str, Callable[[FFNs], Any]] = {
-    "copy_": lambda model: model.blocks[0].fc1.weight.copy_(torch.ones(6, 4)),
-    "data": lambda model: model.blocks[0].fc1.weight.data.mul_(2),
-    "another parameter": lambda model: setattr(
-        model.blocks[0].fc1, "weight", nn.Parameter(torch.ones(6, 4).double())
-    ),
-    "load_state_dict": lambda model: model.load_state_dict(
-        {name: value + 1 for name, value in model.state_dict().items()}
-    ),
-    "assign": lambda model: model.load_state_dict(
-        {name: value + 1 for name, value in model.state_dict().items()}, assign=True
-    ),
-    "reset_parameters": lambda model: model.blocks[0].fc1.reset_parameters(),
-    "float and back": lambda model: model.float().double(),
-    "vector": lambda model: nn.utils.vector_to_parameters(
-        nn.utils.parameters_to_vector(model.parameters()) + 1, model.parameters()
-    ),
-}
-
-
-@pytest.mark.filterwarnings("ignore:The weights of .* were loaded without their experts")
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("steps", [0, 2])
-def test_what_is_written_to_a_weight_stays(variant: str, change: str, steps: int) -> None:
-    _, model = twins(variant)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for seed in range(steps):
-        plain(model, optimizer, inputs(seed=seed))
-    with torch.no_grad():
-        CHANGES[change](model)
-    if change in ("another parameter", "assign"):  # as on a dense model
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    written = copy.deepcopy(model)
-    if variant == "mb":  # whose bank moves, and the weights with it
-        for weights in groups_of(model):
-            weights.router.data.zero_()
-            weights.bank.fill_(1 / 4)
-        written = copy.deepcopy(model)
-    x = inputs(seed=9)
-    torch.testing.assert_close(model(x), exf.fuse(copy.deepcopy(written))(x), rtol=0, atol=0)
-    plain(model, optimizer, inputs(seed=5))
-    torch.testing.assert_close(model(x), written(x), rtol=1e-12, atol=1e-12)
 
 
 def test_two_optimizers_share_one_gradient_of_the_fusion_weights() -> None:

@@ -1,19 +1,16 @@
 """Merging Experts into One on models: what each level computes, tasks, padding, refusals."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import exfusion_param as exf
 from exfusion_param import meo
-from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, save_config
 from exfusion_param.finding.outer_modules import clean_name
 from exfusion_testing.meo_models import (
     gate_of,
@@ -258,95 +255,6 @@ def test_the_gate_of_the_first_segment_sends_no_gradient_into_the_tokens() -> No
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("task", [1, "embedding"])
-@pytest.mark.parametrize("shared_gate", [False, True])
-def test_a_task_folds_into_a_dense_model(task: Any, shared_gate: bool) -> None:
-    model = wrapped(level="task", task_dim=3, shared_gate=shared_gate).eval()
-    task = torch.tensor([0.3, -1.0, 2.0]) if task == "embedding" else task
-    meo.set_task(model, task)
-    x = inputs(4, 3, 9)
-    before = model(x)
-    dense = meo.fused_state_dict(model, task=task)
-    other = meo.fused_state_dict(model, task=0)
-    plain = FFNs(4, 6).double()
-    plain.load_state_dict(dense, strict=True)
-    torch.testing.assert_close(plain(x), before, rtol=0, atol=1e-12)
-    assert not torch.equal(dense["blocks.0.fc1.weight"], other["blocks.0.fc1.weight"])
-    fused = meo.fuse(copy.deepcopy(model).train(), task=task)
-    assert type(fused.blocks[0].fc1) is nn.Linear
-    assert list(fused.state_dict()) == list(FFNs(4, 6).state_dict())
-    torch.testing.assert_close(fused(x), before, rtol=0, atol=1e-12)
-    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-
-
-def test_weight_and_bias_of_a_task_are_merged_under_one_draw() -> None:
-    model = wrapped(level="task", task_dim=2, top_k=2).train()
-    meo.set_task(model, 0)
-    linear, x = model.blocks[0].fc1, inputs(4, 3, 9)
-    stacks = linear.parametrizations
-    y = linear(x)
-    outputs = torch.einsum("bti,noi->btno", x, stacks.weight.original) + stacks.bias.original
-    flat = outputs.movedim(2, -1).reshape(-1, 5)
-    gates = torch.linalg.lstsq(flat, y.reshape(-1, 1)).solution.flatten()
-    torch.testing.assert_close(flat @ gates, y.flatten(), rtol=0, atol=1e-9)
-    assert (gates.abs() > 1e-9).sum() == 2
-    assert gates.sum().item() == pytest.approx(1)
-
-
-def test_a_task_that_was_not_named_or_does_not_fit_is_refused() -> None:
-    model = wrapped(level="task", task_dim=3)
-    with pytest.raises(RuntimeError, match="Call meo.set_task"):
-        model(inputs())
-    for task in (3, -1, True, torch.zeros(2), torch.zeros(3, dtype=torch.long)):
-        with pytest.raises(ValueError, match="task must"):
-            meo.set_task(model, task)
-    with pytest.raises(ValueError, match="task must"):
-        meo.fuse(model, task=9)
-    with pytest.raises(ValueError, match="No task is set"):
-        exf.fuse(model)
-    with pytest.raises(ValueError, match="knows no tasks"):
-        meo.set_task(wrapped(), 0)
-    with pytest.raises(ValueError, match="has no gates. Wrap it with meo.wrap"):
-        meo.set_task(FFNs(), 0)
-
-
-def test_models_with_a_weight_for_each_sample_are_not_fused() -> None:
-    model = wrapped()
-    before = copy.deepcopy(model.state_dict())
-    for fuse in (exf.fuse, exf.fused_state_dict):
-        with pytest.raises(ValueError, match="no dense model computes the same"):
-            fuse(model)
-    with pytest.raises(ValueError, match="knows no tasks"):
-        meo.fuse(model, task=0)
-    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
-    model(inputs())
-
-
-def test_a_checkpoint_on_disk_is_not_fused_without_its_model(tmp_path: Path) -> None:
-    model = wrapped(level="task", task_dim=2)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    save_config(model, tmp_path)
-    with pytest.raises(CheckpointError, match="is one of MEO"):
-        fuse_checkpoint(tmp_path, tmp_path / "dense")
-    other = wrapped(level="task", task_dim=2)
-    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
-
-
-def test_the_weight_of_a_sample_cannot_be_read() -> None:
-    linear = wrapped().blocks[0].fc1
-    assert linear.weight.shape == (6, 4)
-    assert linear.weight.dtype == torch.float64
-    assert linear.weight.device.type == "cpu"
-    assert "PerSampleWeight" in repr(linear.weight) or "tensor" in repr(linear.weight)
-    for compute in (
-        lambda w: w + 1,
-        lambda w: w.sum(),
-        lambda w: nn.functional.linear(inputs(), w),
-    ):
-        with pytest.raises(RuntimeError, match="merges its experts again for each sample"):
-            compute(linear.weight)
-
-
 def test_layers_that_read_weights_of_their_own_take_the_slow_path() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
@@ -393,53 +301,3 @@ def test_empty_batches_pass() -> None:
     assert y.shape == (0, 5, 3)
     (y.sum() + meo.balance_loss(model)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-class Scaled(nn.Linear):
-    """Does more than a linear."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Twice what a linear gives."""
-        return 2 * super().forward(x)
-
-
-def test_linears_that_do_more_are_refused_for_each_sample() -> None:
-    model = nn.Sequential(Scaled(4, 8), nn.GELU(), nn.Conv1d(8, 4, 1, stride=2))
-    for fqn in ("0", "2"):
-        with pytest.raises(ValueError, match=f"'{fqn}' is a .* may do more than a linear's"):
-            meo.wrap(model, filter_fn=[fqn])
-    meo.wrap(model, filter_fn=["0"], level="task", task_dim=2)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"level": "word"}, "level must be one of task, sequence, token"),
-        ({"gating": "hash"}, "gating must be one of"),
-        ({"top_k": 9}, "top_k must be from 1 to num_experts = 8"),
-        ({"top_k": 0}, "top_k must be from 1"),
-        ({"gating": "softmax", "top_k": 2}, "merges all 8 experts"),
-        ({"level": "task"}, 'level="task" needs task_dim'),
-        ({"task_dim": 3}, "no other level has one"),
-        ({"level": "task", "task_dim": 0}, "task_dim must be >= 1"),
-        ({"level": "task", "task_dim": 2, "causal": True}, "sees no tokens"),
-        ({"segment_length": 0}, "segment_length must be >= 1"),
-        ({"batch_dim": 2}, "batch_dim must be 0, 1 or None"),
-        ({"balance_weight": -1}, "balance_weight must be >= 0"),
-        ({"num_experts": 1}, "num_experts must be >= 2"),
-    ],
-)
-def test_settings_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        meo.MEOConfig(**fields)
-
-
-def test_settings_of_other_types_are_refused_and_plain_values_come_back() -> None:
-    with pytest.raises(TypeError, match="causal must be a bool"):
-        meo.MEOConfig(causal=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="MEOConfig has no field momentum"):
-        meo.wrap(FFNs(), momentum=0.9)
-    with pytest.raises(TypeError, match="config must be a MEOConfig or None, got ExFusionConfig"):
-        meo.wrap(FFNs(), exf.ExFusionConfig())  # type: ignore[arg-type]
-    config = meo.MEOConfig(level="token", top_k=2, layers=(0,), seed=3)
-    assert meo.MEOConfig.from_dict(config.to_dict()) == config

@@ -10,6 +10,8 @@ from timm.optim import Lookahead
 from torch import nn
 
 import exfusion_param as exf
+from exfusion_param.fusion.lookup import groups_of
+from exfusion_testing.models import FFNs, inputs
 from exfusion_testing.step_models import (
     EXACT,
     VARIANTS,
@@ -26,6 +28,7 @@ from exfusion_testing.step_models import (
     trained,
     wrapped,
 )
+from exfusion_testing.twins import plain, twins
 
 X = batch(9)
 
@@ -170,3 +173,48 @@ def test_lookahead_by_data_leaves_what_it_writes(variant: str) -> None:
             assert_same(dense_state(model), {n: slow[n] for n in dense_state(model)}, 0)
     shipped = exf.fused_state_dict(model)
     assert_same(dict(shipped), {name: slow[name] for name in shipped}, 0)
+
+
+CHANGES: dict[str, Callable[[FFNs], Any]] = {
+    "copy_": lambda model: model.blocks[0].fc1.weight.copy_(torch.ones(6, 4)),
+    "data": lambda model: model.blocks[0].fc1.weight.data.mul_(2),
+    "another parameter": lambda model: setattr(
+        model.blocks[0].fc1, "weight", nn.Parameter(torch.ones(6, 4).double())
+    ),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: value + 1 for name, value in model.state_dict().items()}
+    ),
+    "assign": lambda model: model.load_state_dict(
+        {name: value + 1 for name, value in model.state_dict().items()}, assign=True
+    ),
+    "reset_parameters": lambda model: model.blocks[0].fc1.reset_parameters(),
+    "float and back": lambda model: model.float().double(),
+    "vector": lambda model: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(model.parameters()) + 1, model.parameters()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The weights of .* were loaded without their experts")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_is_written_to_a_weight_stays(variant: str, change: str, steps: int) -> None:
+    _, model = twins(variant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for seed in range(steps):
+        plain(model, optimizer, inputs(seed=seed))
+    with torch.no_grad():
+        CHANGES[change](model)
+    if change in ("another parameter", "assign"):  # as on a dense model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    written = copy.deepcopy(model)
+    if variant == "mb":  # whose bank moves, and the weights with it
+        for weights in groups_of(model):
+            weights.router.data.zero_()
+            weights.bank.fill_(1 / 4)
+        written = copy.deepcopy(model)
+    x = inputs(seed=9)
+    torch.testing.assert_close(model(x), exf.fuse(copy.deepcopy(written))(x), rtol=0, atol=0)
+    plain(model, optimizer, inputs(seed=5))
+    torch.testing.assert_close(model(x), written(x), rtol=1e-12, atol=1e-12)

@@ -77,3 +77,10 @@ def assert_equal(states: list[dict[str, Tensor]], expected: dict[str, Tensor]) -
         assert state.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(state[name], tensor), name
+
+
+def resumed(folder: Path, **settings: Any) -> Run:
+    """Another run, resumed from step 3."""
+    run = Run(folder, seed=5, **settings)
+    assert run.checkpoints.resume() == 3
+    return run

@@ -1,6 +1,7 @@
 """What the tests of training on several ranks share."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -8,11 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import exfusion_param as exf
 from exfusion_param.tensors.shards import whole
-from exfusion_testing.models import loss_of
+from exfusion_testing.models import FFNs, inputs, loss_of
 
 VARIANTS = ["sw", "dw", "mb"]
 MODES = ["forward", "step"]
 EXACT = {"rtol": 0, "atol": 1e-9}
+BATCHES = [inputs(batch=8, seed=seed) for seed in range(4)]
 
 
 def mesh_of(*shape: int) -> DeviceMesh:
@@ -54,3 +56,16 @@ def assert_same(
         assert state.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+def settings_of(fuse_on: Any, variant: Any = "mb") -> exf.ExFusionConfig:
+    """Three experts."""
+    return exf.ExFusionConfig(
+        variant=variant, fuse_on=fuse_on, num_experts=3, bank_init="uniform", seed=1
+    )
+
+
+def dense_model() -> nn.Module:
+    """FFNs in float64."""
+    torch.manual_seed(0)
+    return FFNs().double()
