@@ -1,4 +1,4 @@
-"""The layers of the source: a folder imports what lies below it, and no files form a circle."""
+"""The layers of the source: a folder imports what lies below it, no circles, no large files."""
 
 import ast
 import sys
@@ -10,6 +10,7 @@ import pytest
 import exfusion_param as exf
 
 SOURCE = Path(exf.__file__).parent
+TESTS = Path(__file__).parent
 LAYERS = [
     ["atomic_files", "expert_config", "config"],
     ["tensors", "finding"],
@@ -47,6 +48,14 @@ def imports_of(module: str) -> Iterator[tuple[str, ast.stmt]]:
 
 
 ARROWS = {module: {target for target, _ in imports_of(module)} for module in MODULES}
+
+
+@pytest.mark.parametrize(("folder", "most"), [(SOURCE, 250), (TESTS, 350)], ids=["src", "tests"])
+def test_files_are_small(folder: Path, most: int) -> None:
+    lines = {
+        path: len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py")
+    }
+    assert not {str(path): count for path, count in lines.items() if count > most}
 
 
 def test_every_module_has_a_layer() -> None:
