@@ -4,7 +4,7 @@ PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file 
 ARGS ?=
 TESTS :=
 
-.PHONY: help demo test lint types unit quick nightly bench faults borders recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly docs package bench faults borders recipes evidence clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -21,8 +21,9 @@ test: .venv/installed  ## lint, types and unit, each whatever the others say, an
 	printf "\n$$summary"; \
 	test -z "$$failed"
 
-lint: .venv/installed  ## the linter and the check of the format
-	@$(BIN)/ruff check; code=$$?; $(BIN)/ruff format --check && exit $$code
+lint: .venv/installed  ## the linter, the check of the format, spelling and wording
+	@code=0; $(BIN)/ruff check || code=1; $(BIN)/ruff format --check || code=1; \
+	$(BIN)/codespell || code=1; $(BIN)/python tools/words.py || code=1; exit $$code
 
 types: .venv/installed  ## the type checker
 	$(BIN)/mypy
@@ -35,6 +36,13 @@ quick: .venv/installed  ## the tests without processes, compiled code and exampl
 
 nightly: .venv/installed  ## the tests with many more random cases
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(TESTS)
+
+docs: .venv/installed  ## the site, in runs/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+package: .venv/installed  ## wheel and sdist in dist/, and the tests against the installed wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[release]'
+	$(BIN)/python tools/package.py $(ARGS)
 
 bench: .venv/installed  ## time, memory and precision against dense and peers; about 75 minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -128,7 +128,7 @@ def replace_ffns(model: nn.Module, replace: Replace, num_experts: int) -> nn.Mod
     """Put other FFNs into a ViT of timm, in place.
 
     Args:
-        model: with `blocks`, each of which has an `mlp`.
+        model: with `blocks`, and an `mlp` in each.
         replace: makes an FFN from its features, its hidden features and N.
         num_experts: N.
     """

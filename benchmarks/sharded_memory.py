@@ -2,7 +2,7 @@
 
 Command: `OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py`. Ranks are processes with gloo.
 
-Counted are the bytes of the tensors that a rank keeps, its part alone of those that are sharded;
+Counted are the bytes of the tensors that a rank keeps, only its part of those that are sharded;
 not activations, nor the blocks that FSDP2 gathers for the moment. The greatest of all ranks counts.
 """
 
@@ -76,7 +76,7 @@ class Row:
 
 
 def held(tensors: Iterable[Any]) -> int:
-    """The bytes that this rank holds of some tensors; whatever is no tensor has none."""
+    """The bytes that this rank holds of some tensors; other objects count zero."""
     return sum(local(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 

@@ -203,7 +203,7 @@ def statistics_of(num_experts: int, features: int) -> int:
 
 
 def check(row: Row, dense: Row, settings: Settings) -> None:
-    """Raise unless a row under `fuse_on="step"` is what `reading` says of it.
+    """Raise unless a row under `fuse_on="step"` is as `reading` expects.
 
     Routers and learned fusion weights are parameters that FSDP2 gathers twice and scatters once. At
     the optimizer's step each variant has its all-reduces, those of `dw` for its sharded vectors.

@@ -70,7 +70,7 @@ def build(settings: Settings) -> Any:
 
 @torch.no_grad()
 def build_sharded(settings: Settings, device: torch.device, world: int) -> Any:
-    """The model, of which each rank only ever holds its own part."""
+    """The model; each rank only ever holds its own part of it."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = build(settings)

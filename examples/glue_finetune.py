@@ -77,7 +77,7 @@ class ExFusionTrainer(ExFusionTrainerMixin, Trainer):
 
 
 def main(settings: Settings) -> None:
-    """Fine-tune, fuse, and test the dense model loaded anew."""
+    """Fine-tune, fuse, and test the dense model loaded again."""
     seed = settings.exfusion.seed or 0
     torch.manual_seed(seed)
     if settings.task == "reviews":

@@ -167,7 +167,7 @@ def under_ddp(rank: int, folder: Path) -> Any:
 
 
 class Counted:
-    """A part of which each rank has a state of its own."""
+    """A part with a state of its own on each rank."""
 
     def __init__(self, rank: int) -> None:
         self.count = 10 * rank

@@ -52,7 +52,7 @@ def test_inspect_reads_a_folder_of_transformers(
         (["timm:resnet18"], "No FFN was found in ResNet"),
         (["torch:vit"], "A model is timm:NAME or transformers:DIR, got 'torch:vit'"),
         (["timm:"], "A model is timm:NAME"),
-        (["transformers:nowhere"], "nowhere is no folder with a config.json"),
+        (["transformers:nowhere"], "nowhere is not a folder with a config.json"),
         (["timm:deit_tiny_patch16_224", "--filter", "nope"], "The glob 'nope' matches no linear"),
     ],
 )

@@ -129,7 +129,7 @@ def test_training_and_eval_with_any_batch_size_compile_twice_each_and_equal_eage
     variant: str, per_block: bool
 ) -> None:
     """Once for the first batch size, once for any other."""
-    eager = vit(variant, depth=10 if per_block else 2)  # more than torch.compile compiles anew
+    eager = vit(variant, depth=10 if per_block else 2)  # more than torch.compile recompiles
     compiled = copy.deepcopy(eager)
     counter = CompileCounterWithBackend(COMPILER)
     for module in compiled.blocks if per_block else [compiled]:

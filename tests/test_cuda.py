@@ -27,7 +27,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Of this GPU alone, with NCCL."""
+    """Of this GPU only, with NCCL."""
     store = distributed.HashStore()
     distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     yield init_device_mesh("cuda", (1,))

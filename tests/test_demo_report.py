@@ -1,4 +1,4 @@
-"""The demo's report: what it says of accuracies, and its page."""
+"""The demo's report: accuracies, and its page."""
 
 from collections.abc import Sequence
 from html.parser import HTMLParser

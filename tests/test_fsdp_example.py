@@ -133,7 +133,7 @@ def test_a_stopped_run_continues_on_another_number_of_ranks(
     torch.testing.assert_close(train(tmp_path, 1), one, **TOLERANCE)
     both = read_history(tmp_path / "metrics.csv")
     assert both["step"] == [*range(1, STEPS + 1)]
-    # A run that starts over would write these rows anew, with other times.
+    # A run that starts over would write these rows again, with other times.
     assert both["time"][: STEPS // 2] == first["time"]
     assert {path.name for path in checkpoints.iterdir()} == {"latest", f"step-{STEPS:08d}"}
 
@@ -192,5 +192,5 @@ def test_two_nodes_train_the_model_of_one_process(
 ) -> None:
     arguments = ["--replicas", 2, "--checkpointing", "--out", tmp_path]
     printed = train_on_nodes(*network, 2, *arguments)
-    assert printed.count("test accuracy") == 1  # one job, of which one rank prints
+    assert printed.count("test accuracy") == 1  # one job; one rank of it prints
     torch.testing.assert_close(shipped(tmp_path), shipped(folder_of_one), **TOLERANCE)

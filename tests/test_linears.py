@@ -1,4 +1,4 @@
-"""A wrapped linear used as a linear: assigned to, initialised anew, copied, pickled."""
+"""A wrapped linear used as a linear: assigned to, initialised again, copied, pickled."""
 
 import copy
 import pickle
@@ -169,7 +169,7 @@ def test_linears_of_one_kind_share_a_class_and_survive_each_others_end() -> None
     """torch.compile then compiles equal blocks once."""
     first, second = wrapped().blocks
     assert type(first.fc1) is type(second.fc1)
-    assert type(first.fc1) is not type(first.fc2)  # the router reads the input of fc1 alone
+    assert type(first.fc1) is not type(first.fc2)  # the router reads only the input of fc1
     for name in ("weight", "bias"):
         expected = second.fc1.get_parameter(f"parametrizations.{name}.original")
         parametrize.remove_parametrizations(first.fc1, name)

@@ -14,7 +14,7 @@ from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks
 
 SOON = 10.0
-"""Seconds, of which starting a first process group takes most."""
+"""Seconds; starting a first process group takes most of them."""
 
 
 class Dropping(FFNs):

@@ -1,4 +1,4 @@
-"""A run's history as a file, what routers say of single tokens, and the plots of both."""
+"""A run's history as a file, router outputs for single tokens, and the plots of both."""
 
 import math
 from pathlib import Path

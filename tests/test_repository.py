@@ -51,15 +51,17 @@ def test_make_test_runs_every_part() -> None:
     assert "tests/test_config.py" in planned
 
 
-@pytest.mark.parametrize("broken", ["ruff check", "ruff format", "mypy", "pytest"])
+@pytest.mark.parametrize(
+    "broken", ["ruff check", "ruff format", "codespell", "python", "mypy", "pytest"]
+)
 def test_a_part_that_fails_hides_no_other(tmp_path: Path, broken: str) -> None:
-    for name in ("ruff", "mypy", "pytest"):
+    for name in ("ruff", "mypy", "pytest", "codespell", "python"):
         tool = tmp_path / name
         tool.write_text(f'#!/bin/sh\ncase "{name} $*" in "{broken}"*) exit 1;; esac\n')
         tool.chmod(0o755)
     code, output = make("test", f"BIN={tmp_path}")
     assert code != 0
-    part = {"ruff": "lint", "mypy": "types", "pytest": "unit"}[broken.split()[0]]
+    part = {"mypy": "types", "pytest": "unit"}.get(broken, "lint")
     verdicts = dict(line.split() for line in output.splitlines()[-3:])
     assert verdicts == {"lint": "passed", "types": "passed", "unit": "passed"} | {part: "FAILED"}
 

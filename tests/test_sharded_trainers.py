@@ -55,7 +55,7 @@ def set_environment(rank: int, ranks: int) -> None:
 def by_accelerate(rank: int, folder: Path, has_plugin: bool) -> dict[str, Tensor]:
     set_environment(rank, 2)
     accelerator = Accelerator(cpu=True)
-    if has_plugin:  # accelerate takes the plugin on accelerators alone
+    if has_plugin:  # accelerate takes the plugin only on accelerators
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2

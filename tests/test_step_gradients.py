@@ -190,7 +190,7 @@ def test_rows_that_a_tensor_hook_masks_stay(variant: str) -> None:
     if variant != "mb":  # whose bank moves all rows
         assert moved[:5].max() < 1e-15 or variant == "dw"
     assert moved[5:].min() > 1e-3
-    if variant == "dw":  # the experts stay, and move with the learned weights alone
+    if variant == "dw":  # the experts stay, and move only with the learned weights
         model = wrapped("dw")
         model.blocks[0].fc1.weight.register_hook(lambda gradient: gradient * mask)
         fused = fusion_weights(model)[0].fused[0]

@@ -53,12 +53,12 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def test_a_mask_in_a_context_leaves_padding_out_and_is_gone_after_it() -> None:
     model = exf.wrap(FFNs().double(), momentum=0.0)
-    alone, plain = copy.deepcopy(model), copy.deepcopy(model)
+    unpadded, plain = copy.deepcopy(model), copy.deepcopy(model)
     x = inputs(batch=1, tokens=6)
     mask = torch.arange(6)[None] < 4
     with exf.token_mask(model, mask):
         masked = moves_of(model, lambda: model(x))
-    assert_same(masked, moves_of(alone, lambda: alone(x[:, :4])))
+    assert_same(masked, moves_of(unpadded, lambda: unpadded(x[:, :4])))
     for either in (model, plain):
         either.zero_grad()
     assert_same(moves_of(model, lambda: model(x)), moves_of(plain, lambda: plain(x)))
@@ -94,11 +94,11 @@ def make(name: str, **arguments: Any) -> nn.Module:
 @pytest.mark.parametrize("positional", [True, False])
 def test_bert_counts_the_tokens_of_its_attention_mask(positional: bool) -> None:
     model = make("bert", **BERT)
-    alone = copy.deepcopy(model)
+    unpadded = copy.deepcopy(model)
     arguments: dict[str, Any] = {} if positional else {"attention_mask": MASK[1:]}
     extra = (MASK[1:],) if positional else ()
     masked = moves_of(model, lambda: model(IDS[1:], *extra, **arguments).last_hidden_state[:, :3])
-    assert_same(masked, moves_of(alone, lambda: alone(IDS[1:, :3]).last_hidden_state))
+    assert_same(masked, moves_of(unpadded, lambda: unpadded(IDS[1:, :3]).last_hidden_state))
 
 
 def test_a_forward_without_a_mask_counts_all_tokens_again() -> None:
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_of_transformers_keeps_the_mask(use_reentrant: bo
 
 def test_encoder_and_decoder_of_t5_follow_masks_of_their_own() -> None:
     model = make("t5", **T5)
-    alone = copy.deepcopy(model)
+    unpadded = copy.deepcopy(model)
     decoder_mask = torch.tensor([[1, 1, 0, 0]])
     masked = moves_of(
         model,
@@ -139,8 +139,8 @@ def test_encoder_and_decoder_of_t5_follow_masks_of_their_own() -> None:
         ).last_hidden_state[:, :2],
     )
     expected = moves_of(
-        alone,
-        lambda: alone(input_ids=IDS[1:, :3], decoder_input_ids=IDS[:1, :2]).last_hidden_state,
+        unpadded,
+        lambda: unpadded(input_ids=IDS[1:, :3], decoder_input_ids=IDS[:1, :2]).last_hidden_state,
     )
     assert_same(masked, expected)
 

@@ -24,7 +24,7 @@ CASES = [(variant, n) for variant in ("sw", "dw", "mb") for n in (2, 16)]
 
 
 def count(rank: int, cases: list[Any]) -> Any:
-    """Each case's collectives, and what is said of one that the benchmark does not know."""
+    """Each case's collectives, and the error for one that the benchmark does not know."""
     seen = traffic.count_cases(rank, DIM, DEPTH, cases)
     with pytest.raises(RuntimeError) as refused, collectives.counted():
         distributed.broadcast(torch.zeros(1), src=0)

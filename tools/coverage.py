@@ -134,7 +134,7 @@ class Row(NamedTuple):
 
     @property
     def is_covered(self) -> bool:
-        """Whether nothing is missed, and nothing found that is no FFN."""
+        """Whether nothing is missed, and nothing found that is not an FFN."""
         return self.expected == self.found and self.expected_linears == self.found_linears
 
 

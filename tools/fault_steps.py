@@ -19,7 +19,7 @@ STEPS = 4
 
 
 class Run:
-    """A small run whose batches depend on the step alone."""
+    """A small run whose batches depend only on the step."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.model, self.optimizer, self.checkpoints = run_in(folder, seed)

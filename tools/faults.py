@@ -78,7 +78,7 @@ class Settings:
         soak: steps of a long run.
         seed: of the moments and the bytes.
         limit: images that runs train on.
-        out: the table; None prints it alone.
+        out: the table; None only prints it.
     """
 
     kills: int = 25

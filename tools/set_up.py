@@ -2,7 +2,7 @@
 
     python3 tools/set_up.py
 
-It needs the standard library alone. A step takes one line, and shows its own output only if it
+It needs only the standard library. A step takes one line, and shows its own output only if it
 fails. The file `.venv/installed` says that none did.
 """
 

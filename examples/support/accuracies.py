@@ -1,4 +1,4 @@
-"""Accuracies of several runs on the same images, and how far chance alone can move them apart."""
+"""Accuracies of several runs on the same images, and how far apart chance moves them."""
 
 import math
 from typing import NamedTuple

@@ -75,9 +75,9 @@ def train_tokenizer(files: list[Path], size: int) -> Tokenizer:
 
 
 class CorruptedSpans(IterableDataset[tuple[Tensor, Tensor]]):
-    """An endless stream of corrupted texts, of which each rank and worker reads its own part.
+    """An endless stream of corrupted texts, each rank and worker reads its own part.
 
-    Files, and documents of plain text, are shuffled anew in each pass; lines of JSON keep their
+    Files, and documents of plain text, are shuffled again in each pass; lines of JSON keep their
     order, as C4 is shuffled already. The state is where the stream stands: the pass, how many
     documents of it were read, and the tokens that were left over.
 

@@ -33,7 +33,7 @@ def _fusion_weights(model: nn.Module) -> list[nn.Parameter]:
 def subspace(
     dense: nn.Module, config: exf.ExFusionConfig, concentration: float, whole_network: bool
 ) -> nn.Module:
-    """Fusion weights drawn anew for each training step; the mid-point in eval, and shipped.
+    """Fusion weights drawn for each training step; the mid-point in eval, and shipped.
 
     Learning Neural Network Subspaces (Wortsman et al., 2021, arXiv 2102.10472).
 
@@ -63,7 +63,7 @@ def subspace(
 
 
 def around_bank(dense: nn.Module, config: exf.ExFusionConfig, concentration: float) -> nn.Module:
-    """Fusion weights drawn anew around the memory bank for each training step.
+    """Fusion weights drawn around the memory bank for each training step.
 
     Args:
         dense: the model; wrapped in place.

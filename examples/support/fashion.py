@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its IDX files, plain or compressed. Needs torch alone."""
+"""Fashion-MNIST from its IDX files, plain or compressed. Needs only torch."""
 
 import gzip
 import lzma

@@ -26,7 +26,7 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError:
-            print("tensorboard is not installed: logging to metrics.csv alone.")
+            print("tensorboard is not installed: logging to metrics.csv only.")
         else:
             self.board = SummaryWriter(folder)
 

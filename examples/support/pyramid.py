@@ -59,7 +59,7 @@ class Pyramid(nn.Module):
             raise SystemExit(f"{folder} holds no results.json of examples/imagenet.py.")
         settings = json.loads((folder / "results.json").read_text())["settings"]
         if settings["method"] == "moe":
-            raise SystemExit(f"{folder} holds a mixture of experts, which is no dense backbone.")
+            raise SystemExit(f"{folder} holds a mixture of experts, which is not a dense backbone.")
         weights = load_file(folder / "model.safetensors")
         classes = next(len(w) for n, w in weights.items() if n.endswith(HEADS))
         name, size, more = (settings[key] for key in ("model", "image_size", "model_kwargs"))

@@ -52,7 +52,7 @@ def is_first() -> bool:
 
 
 def say(text: object) -> None:
-    """Print on the first rank alone."""
+    """Print only on the first rank."""
     if is_first():
         print(text, flush=True)
 
@@ -88,7 +88,7 @@ def loader(
     Args:
         data: samples.
         batch_size: of a step, on all ranks together.
-        workers: processes that load on each rank. What they draw is drawn anew by a run that
+        workers: processes that load on each rank. What they draw is drawn again by a run that
             continues; the order of the data is not.
         seed: of the order.
         **more: of StatefulDataLoader.

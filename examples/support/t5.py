@@ -53,7 +53,7 @@ def tokenizer_of(path: Path | None, files: list[Path], pieces: int, out: Path) -
     tokenizer = Tokenizer.from_file(str(path))
     for name in (corpus.END, corpus.SENTINELS[0], corpus.SENTINELS[-1]):
         if tokenizer.token_to_id(name) is None:
-            raise SystemExit(f"{path} has no {name}: it is no tokenizer of T5.")
+            raise SystemExit(f"{path} has no {name}: it is not a tokenizer of T5.")
     return tokenizer
 
 

@@ -117,7 +117,7 @@ class Comparison:
         self.checkpoints.save(self.step)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches that are left; an epoch's order depends on the seed and its number alone."""
+        """The batches that are left; an epoch's order depends only on the seed and its number."""
         while self.step < self.total_steps:
             epoch, done = divmod(self.step, self.steps_per_epoch)
             order = torch.Generator().manual_seed(self.settings["seed"] + epoch)

@@ -20,7 +20,7 @@ from .state_dict import fused_state_dict, load_dense_state_dict
 from .step.expert_optimizers import ExpertAdamW, ExpertSGD
 from .summary import Summary, summarize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ExFusionConfig",

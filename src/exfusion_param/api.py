@@ -54,7 +54,7 @@ def wrap(
         ValueError: a field is out of range, nothing matched, or a linear cannot be wrapped (tied,
             frozen, sharded, wrapped already, not floating). The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = exf.wrap(model, num_experts=4, variant="dw")
         >>> model.linear1.weight.shape  # the fused weight
@@ -87,7 +87,7 @@ def fuse(model: Model) -> Model:
             is then unchanged.
             RuntimeError: the last step failed when some experts had moved.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = exf.fuse(exf.wrap(model, variant="sw"))
         >>> model.linear1

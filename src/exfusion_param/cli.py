@@ -1,4 +1,7 @@
-"""The command line `exfusion`; needs tyro, tqdm, and what a command itself works with."""
+"""The command line `exfusion`; needs tyro, tqdm, and what a command itself works with.
+
+`exfusion --tyro-print-completion bash` prints shell completion, which tyro makes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from . import __version__
 from .checkpoint import fuse_checkpoint
 from .checkpoint.dense.fusing import SHARD_BYTES
 from .config import ExFusionConfig
@@ -112,7 +116,7 @@ def plot(
     try:
         history = read_history(path)
     except csv.Error as error:
-        raise UsageError(f"{path} is no CSV file: {error}") from error
+        raise UsageError(f"{path} is not a CSV file: {error}") from error
     folder = out or run_dir
     folder.mkdir(parents=True, exist_ok=True)
     print(*write_plots(history, folder), sep="\n")
@@ -146,7 +150,7 @@ def _load_transformers(folder: str) -> nn.Module:
     from transformers import AutoConfig, AutoModel
 
     if not Path(folder, "config.json").is_file():
-        raise UsageError(f"{folder} is no folder with a config.json.")
+        raise UsageError(f"{folder} is not a folder with a config.json.")
     trusted: Any = {"trust_remote_code": False}  # the folder's code is not run
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **trusted)
     return AutoModel.from_config(config, **trusted)
@@ -154,6 +158,9 @@ def _load_transformers(folder: str) -> nn.Module:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exit status 0, 1 with a message, or 2 for arguments that do not fit."""
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"exfusion_param {__version__}")
+        return
     commands: dict[str, Callable[..., None]] = {"inspect": inspect, "fuse": fuse, "plot": plot}
     try:
         with warnings.catch_warnings():

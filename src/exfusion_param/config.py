@@ -51,7 +51,7 @@ class ExFusionConfig(ExpertConfig):
         TypeError: a field has the wrong type.
         ValueError: a field has a value outside its range.
 
-    Example:
+    Examples:
         >>> config = exf.ExFusionConfig(variant="dw", num_experts=8)
         >>> config.label
         'ExFusion dw'

@@ -162,7 +162,7 @@ class ExpertConfig:
 
 
 def check_type(name: str, value: object, *types: type) -> None:
-    """Raise a TypeError unless a field has one of some types; a bool is no number."""
+    """Raise a TypeError unless a field has one of some types; a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, types):
         wanted = " or ".join(kind.__name__ for kind in types)
         raise TypeError(f"{name} must be {wanted}, got {value!r}.")

@@ -21,7 +21,7 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
     Raises:
         ValueError: a cell holds no number.
 
-    Example:
+    Examples:
         >>> write_history("metrics.csv", [{"step": 1, "loss": 2.5}, {"step": 2, "accuracy": 0.5}])
         >>> read_history("metrics.csv")
         {'step': [1.0, 2.0], 'loss': [2.5, nan], 'accuracy': [nan, 0.5]}
@@ -35,7 +35,7 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
 def write_history(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Write rows as a CSV file; a row may lack columns that others have.
 
-    Example:
+    Examples:
         >>> write_history("metrics.csv", [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}])
         >>> read_history("metrics.csv")["loss"]
         [2.5, 1.5]
@@ -56,7 +56,7 @@ def append_row(path: str | Path, row: Mapping[str, float]) -> None:
         path: the file.
         row: its numbers, such as `{"step": 50, "loss": 2.1} | metrics(model)`.
 
-    Example:
+    Examples:
         >>> for step in (1, 2):
         ...     append_row("metrics.csv", {"step": step, "loss": 1 / step})
         >>> append_row("metrics.csv", {"step": 2, "accuracy": 0.5})
@@ -81,7 +81,7 @@ def drop_rows_after(path: str | Path, step: float) -> None:
     Raises:
         ValueError: the file has no column `step`, or a cell of it holds no number.
 
-    Example:
+    Examples:
         >>> write_history("metrics.csv", [{"step": step} for step in (1, 2, 3)])
         >>> drop_rows_after("metrics.csv", step=2)
         >>> read_history("metrics.csv")
@@ -100,7 +100,7 @@ def drop_rows_after(path: str | Path, step: float) -> None:
 def set_aside(path: str | Path) -> None:
     """Give another run's file a number, so that a new run begins its own.
 
-    Example:
+    Examples:
         >>> write_history("metrics.csv", [{"step": 1}])
         >>> set_aside("metrics.csv")
         >>> read_history("metrics.1.csv")

@@ -36,7 +36,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: nothing is wrapped.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         >>> values = exf.metrics(exf.wrap(model, num_experts=2, variant="sw"))
         >>> list(values)

@@ -51,7 +51,7 @@ def param_groups(
         TypeError: both or neither of `weight_decay` and `groups` are given.
         ValueError: `weight_decay` or `fusion_lr` is negative, or a glob matches no parameter.
 
-    Example:
+    Examples:
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), variant="dw")
         >>> groups = exf.param_groups(model, weight_decay=0.05, fusion_lr=1e-2)
         >>> [(len(group["params"]), group["weight_decay"], group.get("lr")) for group in groups]
@@ -141,7 +141,7 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
     Raises:
         ValueError: a glob matches no parameter.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         >>> model = exf.wrap(model, fuse_on="step")
         >>> sorted(exf.no_weight_decay_names(model))

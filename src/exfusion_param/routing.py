@@ -32,7 +32,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Raises:
         ValueError: the model has no memory bank.
 
-    Example:
+    Examples:
         >>> model = exf.wrap(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
         >>> with record_routing(model) as shares, torch.no_grad():
         ...     output = model(torch.randn(2, 3, 8))
@@ -75,7 +75,7 @@ def router_load(
         ValueError: the labels do not fit the shares or the names; or a name holds a slash, which
             separates the parts of a column's name.
 
-    Example:
+    Examples:
         >>> shares = {"0": torch.tensor([[[0.25, 0.75]], [[0.5, 0.5]]])}  # 2 samples of 1 token
         >>> router_load(shares, torch.tensor([0, 1]), names=["cat", "dog"])
         {'router_load/0/cat/0': 0.25, 'router_load/0/cat/1': 0.75,
@@ -124,7 +124,7 @@ def average_banks(target: nn.Module, source: nn.Module, *, decay: float = 0.0) -
         ValueError: `decay` is not between 0 and 1, or the two models do not have the same memory
             banks, by names and shapes. The target is then unchanged.
 
-    Example:
+    Examples:
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), seed=0)
         >>> teacher = copy.deepcopy(model).eval()
         >>> model(torch.ones(2, 3, 8)).sum().backward()

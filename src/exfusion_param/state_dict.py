@@ -52,7 +52,7 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         memory with the model, as in `state_dict()`. DTensors for a sharded model: each rank fuses
         its own part, and nothing but fusion weights is gathered.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         >>> model = exf.wrap(model, variant="sw")
         >>> dense = exf.fused_state_dict(model)
@@ -99,7 +99,7 @@ def load_dense_state_dict(
     Raises:
         ValueError: keys or shapes do not fit. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         >>> dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         >>> model = exf.wrap(model, variant="sw")

@@ -45,7 +45,7 @@ class Summary:
             are trained, in the weights' own dtypes.
         shipped_bytes: of the weights after `fuse`.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> summary = exf.summarize(model, num_experts=4)
         >>> summary.num_groups, len(summary.linears)
@@ -109,7 +109,7 @@ def summarize(
         TypeError: as `wrap` does.
         ValueError: as `wrap` does; or settings are given for a model that is wrapped already.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         >>> print(exf.summarize(model, num_experts=4, variant="mb"))
         ExFusion mb, 4 experts: 2 linears in 1 FFN groups

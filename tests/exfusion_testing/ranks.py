@@ -19,7 +19,7 @@ from exfusion_testing.processes import FORKS
 
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(rank, *args)` returns on each rank; tensors and plain values alone."""
+    """What `function(rank, *args)` returns on each rank; only tensors and plain values."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _run,

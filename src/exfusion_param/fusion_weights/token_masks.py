@@ -29,7 +29,7 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
     Raises:
         ValueError: the model has no router.
 
-    Example:
+    Examples:
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0]])  # the second sample is one token long
         >>> with exf.token_mask(model, mask):

@@ -48,7 +48,7 @@ class ExFusionCallback(Callback):
             return
         self._logged_at = step
         if wrapped_linears(pl_module):
-            values = metrics(pl_module)  # on all ranks, of which the loggers hear one
+            values = metrics(pl_module)  # on all ranks; loggers read one
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
 

@@ -59,7 +59,7 @@ def wrap(
         ValueError: as for `exfusion_param.wrap`; or a linear does more than a linear does, so that
             it cannot be merged for each sample. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = meo.wrap(model, num_experts=4, top_k=2)
         >>> model(torch.randn(2, 3, 8)).shape
@@ -94,7 +94,7 @@ def set_task(model: nn.Module, task: Task) -> None:
     Raises:
         ValueError: the model is not wrapped so, or the task does not fit.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = meo.wrap(model, level="task", task_dim=3)
         >>> meo.set_task(model, 1)
@@ -122,7 +122,7 @@ def fuse(model: Model, *, task: Task) -> Model:
         ValueError: as for `exfusion_param.fuse`, or the task does not fit. The model is then
             unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         >>> model = meo.wrap(model, level="task", task_dim=3)
         >>> model = meo.fuse(model, task=1)
@@ -149,7 +149,7 @@ def fused_state_dict(model: nn.Module, *, task: Task) -> OrderedDict[str, Any]:
     Raises:
         ValueError: the model is not wrapped so, or the task does not fit.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         >>> model = meo.wrap(model, level="task", task_dim=3)
         >>> by_task = [meo.fused_state_dict(model, task=task) for task in range(3)]

@@ -34,7 +34,7 @@ def balance_loss(model: nn.Module) -> Tensor:
         ValueError: the model has no gates.
         RuntimeError: no forward in training came before, or none with a graph.
 
-    Example:
+    Examples:
         >>> model = meo.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), num_experts=4)
         >>> task_loss = model(torch.randn(2, 3, 8)).square().mean()
         >>> loss = task_loss + meo.balance_loss(model)
@@ -87,7 +87,7 @@ def _summed(values: Tensor, ranks: Ranks) -> Tensor:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks, all of which have the same loss."""
+    """The sum over the ranks; all of them have the same loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:

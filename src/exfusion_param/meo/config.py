@@ -15,7 +15,7 @@ Gating = Literal["noisy_top_k", "softmax"]
 class MEOConfig(ExpertConfig):
     """What `meo.wrap` attaches to a model. Immutable, checked when it is made.
 
-    The defaults are those of He et al., 2023 (arXiv 2310.09832): 8 experts, of which 4 are merged.
+    The defaults are those of He et al., 2023 (arXiv 2310.09832): 8 experts, 4 of them merged.
 
     Args:
         level: what has a merged weight of its own. `"task"`: the whole batch, by the task that
@@ -47,7 +47,7 @@ class MEOConfig(ExpertConfig):
         TypeError: a field has the wrong type.
         ValueError: a field has a value outside its range, or two do not go together.
 
-    Example:
+    Examples:
         >>> config = meo.MEOConfig(level="sequence", num_experts=8, top_k=2)
         >>> config.label
         'MEO sequence, top 2'

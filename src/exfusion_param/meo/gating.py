@@ -1,6 +1,6 @@
 """The mathematics of gates, as pure functions on tensors.
 
-Symbols: B samples, N experts, k of which are merged, D features. Gates `g`, shape (B, N), sum to
+Symbols: B samples, N experts (k of them are merged), D features. Gates `g`, shape (B, N), sum to
 one over the experts. All is computed in float32 at least.
 """
 
@@ -17,7 +17,7 @@ class Gates(NamedTuple):
     """What a gate says.
 
     Args:
-        gates: `g`, shape (B, N), of which k are not zero.
+        gates: `g`, shape (B, N); k of them are not zero.
         load: how many samples each expert can expect, differentiable where there is noise; (N,).
     """
 

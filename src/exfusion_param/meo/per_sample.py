@@ -1,4 +1,4 @@
-"""What `linear.weight` is where each sample has a weight of its own: there is no one to read."""
+"""`linear.weight` where each sample has a weight of its own, so that no single one can be read."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def curves(
     Raises:
         ValueError: a history lacks one of the columns.
 
-    Example:
+    Examples:
         >>> dense = {"step": [1, 2], "loss": [2.0, 1.0]}
         >>> experts = {"step": [1, 2], "loss": [2.0, 0.5]}
         >>> ax = curves({"dense": dense, "ExFusion": experts}, "loss")
@@ -71,7 +71,7 @@ def fusion_weights(
     Raises:
         ValueError: the history has no such group or no column `x`.
 
-    Example:
+    Examples:
         >>> history = {"step": [1, 2], "fusion_weights/0/0": [0.5, 0.4]}
         >>> history["fusion_weights/0/1"] = [0.5, 0.6]
         >>> ax = fusion_weights(history, "0")
@@ -102,7 +102,7 @@ def over_groups(history: History, measure: str, *, x: str = "step", ax: Axes | N
     Raises:
         ValueError: the history has no such measure or no column `x`.
 
-    Example:
+    Examples:
         >>> history = {"step": [1, 2], "entropy/0": [0.7, 0.6], "entropy/1": [0.7, 0.5]}
         >>> ax = over_groups(history, "entropy")
         >>> ax.get_ylabel(), len(ax.lines)
@@ -136,7 +136,7 @@ def router_load(history: History, group: str, *, ax: Axes | None = None) -> Axes
     Raises:
         ValueError: the history has no such group.
 
-    Example:
+    Examples:
         >>> history = {"router_load/0/cat/0": [0.25], "router_load/0/cat/1": [0.75]}
         >>> ax = router_load(history, "0")
         >>> ax.get_xlabel()

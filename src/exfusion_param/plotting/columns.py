@@ -12,7 +12,7 @@ from ..history import History
 def group_names(history: History, measure: str = "fusion_weights") -> list[str]:
     """The FFN groups whose fusion weights, or router load, a history holds, in its order.
 
-    Example:
+    Examples:
         >>> group_names({"step": [1], "fusion_weights/blocks.0.mlp/0": [1.0], "loss": [2.0]})
         ['blocks.0.mlp']
     """

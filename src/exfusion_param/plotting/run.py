@@ -27,7 +27,7 @@ def write_plots(history: History, folder: Path) -> list[Path]:
     Raises:
         ValueError: the history holds nothing to draw, or no column `step`.
 
-    Example:
+    Examples:
         >>> history = {"step": [1, 2], "entropy/0": [0.7, 0.6], "entropy/1": [0.7, 0.5]}
         >>> [path.name for path in write_plots(history, Path())]
         ['entropy.png']

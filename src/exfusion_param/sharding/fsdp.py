@@ -7,7 +7,7 @@ model's for any number of experts. What routers and learned fusion weights need 
 in one all-reduce at the optimizer's step.
 
 Under `fuse_on="forward"` FSDP2 manages the stacks themselves, sharded beyond the dimension of the
-experts, of which there are fewer than ranks.
+experts, which are fewer than the ranks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def fully_shard(
             fit the model, or under "forward" the ranks wrapped differently. The model is then
             unchanged.
 
-    Example:
+    Examples:
         >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
         >>> mesh = torch.distributed.init_device_mesh("cpu", (1,))  # of one process, for once
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -112,7 +112,7 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
     Expert stacks are sharded along the first dimension behind the experts' that the ranks of the
     job divide, as FSDP2 asks for; everything else, and stacks without one, along dimension 0.
 
-    Example:
+    Examples:
         >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
         >>> exf.expert_placement(model.linear1.parametrizations.weight.original)

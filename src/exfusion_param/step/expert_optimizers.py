@@ -44,7 +44,7 @@ class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
         ValueError: an argument is outside of its range.
         ImportError: `"8bit"` without torchao.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         >>> model = exf.wrap(model, fuse_on="step")
         >>> optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.05), lr=1e-3)
@@ -126,7 +126,7 @@ class ExpertSGD(ExpertOptimizer, torch.optim.SGD):
         ValueError: an argument is outside of its range.
         ImportError: `"8bit"` without torchao.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         >>> model = exf.wrap(model, fuse_on="step")
         >>> optimizer = exf.ExpertSGD(exf.param_groups(model, 1e-4), lr=0.1, momentum=0.9)

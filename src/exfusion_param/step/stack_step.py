@@ -23,7 +23,7 @@ from .state_storage import store, to_work_on
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Stack:
-    """A stack and its states, of which this rank has the rows.
+    """The rows of a stack and its states that this rank has.
 
     Args:
         experts: shape (N, *S).

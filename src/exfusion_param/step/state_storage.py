@@ -112,7 +112,7 @@ def round_stochastically(numbers: Tensor, generator: torch.Generator) -> Tensor:
         numbers: any shape and floating dtype.
         generator: on the device of `numbers`.
     """
-    bits = numbers.float().view(torch.int32)  # of which bfloat16 has the upper 16
+    bits = numbers.float().view(torch.int32)  # bfloat16 has the upper 16 of them
     draws = torch.empty(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)
     draws.random_(-(1 << 63), None, generator=generator)  # four numbers of 16 bits in each
     noise = draws.view(torch.int16)[: bits.numel()].view_as(bits).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Any optimizer's step on experts, each of which is a parameter of its own to it.
+"""Any optimizer's step on experts: it sees each expert as a parameter of its own.
 
 Note [States of experts]
 The states of experts are kept in the optimizer's state of the parameter that they fuse into:

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part (DTensor) and plain ones, dealt with alike.
+"""The same operations on plain tensors and on DTensors, whose parts are spread over the ranks.
 
 `torch.distributed.tensor` takes long to import, and who has a DTensor has imported it.
 """
@@ -51,7 +51,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A new tensor spread over the ranks as `tensor` is, of which this rank holds `part`."""
+    """A new tensor, sharded as `tensor` is; `part` is what this rank holds of it."""
     if not is_sharded(tensor):
         return part.to(tensor.device, tensor.dtype)
     result = torch.empty_like(tensor.detach())
@@ -105,7 +105,7 @@ def assign(target: Tensor, tensor: Tensor) -> None:
 
 
 def with_all_experts(stack: Tensor) -> Tensor:
-    """A stack, shape (N, *S), of which each rank has a part of every expert, and no whole expert.
+    """A stack, shape (N, *S): each rank has a part of every expert, and no whole expert.
 
     FSDP2 shards along the experts where it is not told otherwise.
     """

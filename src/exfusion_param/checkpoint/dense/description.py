@@ -70,7 +70,7 @@ def _names_of(model: nn.Module, weights: FusionWeights) -> list[str]:
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
-    """Names of the same memory in the state dict, of which a file may hold one."""
+    """Names that share memory in the state dict; a file may hold one of them."""
     owners: dict[Any, list[str]] = defaultdict(list)
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and local(value).numel() > 0 and not value.is_meta:

@@ -62,7 +62,7 @@ def _checked(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprints(folder: Path, names: list[str], processes: Processes) -> dict[str, Any]:
-    """Size and SHA-256 of files, of which each rank reads its share."""
+    """Size and SHA-256 of files; each rank reads its share of them."""
     mine = sorted(names)[processes.rank :: processes.count]
     found = processes.together(lambda: {name: _fingerprint(folder / name) for name in mine})
     return {name: value for part in found for name, value in part.items()}

@@ -29,7 +29,7 @@ from .errors import CheckpointError
 from .tensor_spec import TensorSpec
 
 FILE_BYTES = 2**32
-"""How large a rank's files become, each of which is put together in memory."""
+"""The largest size of a rank's file; each file is assembled in memory."""
 
 
 def write_tensors(
@@ -119,7 +119,7 @@ def _file_numbers(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
 
 
 def _with_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors takes contiguous tensors of which no two share a storage."""
+    """Safetensors takes contiguous tensors that share no storage."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
