@@ -156,7 +156,7 @@ def with_other_settings(rank: int) -> str:
     ("function", "message"),
     [
         (with_an_early_optimizer, "AdamW was made before fully_shard"),
-        (with_other_settings, "Rank 1 wrapped the model differently: 'blocks.0"),
+        (with_other_settings, "Rank 1 wrapped the model differently from rank 0: 'blocks.0"),
     ],
 )
 def test_the_first_step_refuses(function: Any, message: str) -> None:
@@ -174,5 +174,5 @@ def in_processes(rank: int) -> dict[str, str]:
 @pytest.mark.processes
 def test_ddp_with_different_seeds_and_fsdp1_are_refused() -> None:
     for said in on_ranks(2, in_processes):
-        assert "Rank 1 wrapped the model differently from rank 0: 'blocks.0'" in said["ddp"]
+        assert "Rank 1 wrapped the model differently from rank 0: 'blocks.0.fc1'" in said["ddp"]
         assert "flat parameters, as under FSDP1" in said["fsdp1"]

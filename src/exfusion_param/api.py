@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,10 @@ from .wrapping.attach import detach
 from .wrapping.checks import check_fusable
 from .wrapping.wrap_linears import wrap_linears
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -32,6 +36,7 @@ def wrap(
     *,
     filter_fn: Filter | None = None,
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     **fields: Any,
 ) -> Model:
     """Turn the FFN linears of a model into weighted sums of experts, in place.
@@ -44,6 +49,10 @@ def wrap(
         filter_fn: selects the linears to wrap, instead of the FFNs that are found automatically:
             `filter_fn(module, fqn) -> bool`, asked for every linear, or globs for their names.
         generator: draws the seed of the experts and routers, instead of `config.seed`.
+        process_group: the ranks that train this model, as a process group or a device mesh, where
+            they are not all ranks of the job: a pipeline stage, or one of several models. Routers
+            and learned fusion weights are reduced over them. FSDP2 and DistributedDataParallel
+            tell it by themselves, but not under `torch.compile` or before the first forward.
         **fields: fields of the config, `wrap(model, num_experts=8, variant="dw")`.
 
     Returns:
@@ -64,7 +73,14 @@ def wrap(
     """
     config = ExFusionConfig.resolve(config, fields)
     share_alarm(
-        wrap_linears(model, config, fusion_weights_for, filter_fn=filter_fn, generator=generator)
+        wrap_linears(
+            model,
+            config,
+            fusion_weights_for,
+            filter_fn=filter_fn,
+            generator=generator,
+            process_group=process_group,
+        )
     )
     _warn_of_bank(config)
     return model

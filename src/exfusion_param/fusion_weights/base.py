@@ -21,7 +21,7 @@ from ..finding.place import MakeForward, PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import raise_precision
-from ..tensors.ranks import Ranks, all_ranks
+from ..tensors.ranks import Ranks, all_ranks, ranks_of_ddp, require_known
 from ..tensors.shards import ranks_of, whole
 from .fused import Fused
 from .one_model import OneModel
@@ -68,7 +68,8 @@ class FusionWeights(OneModel):
         self.config = config
         self.seed = 0  # of the draws; `wrap` sets it
         self.handles: list[RemovableHandle] = []  # of hooks that serve this group
-        self.sharing: Ranks | None = None  # set by fully_shard
+        self.given_ranks: Ranks | None = None  # by `wrap` or `fully_shard`
+        self._ddp_ranks: Ranks | None = None  # of the DDP that has run the last forward
         self.was_loaded = False  # with the model's state dict
         self.starts_around_changed = False  # weights, which `wrap` has not made so
         self.is_in_own_loop = False  # which no optimizer steps in, on "step"
@@ -76,6 +77,10 @@ class FusionWeights(OneModel):
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__.update(linears=linears, fusions=[], fused=[])
         self._live()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along."""
+        return self.__dict__ | {"_ddp_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
         super().__setstate__(state)
@@ -127,14 +132,29 @@ class FusionWeights(OneModel):
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that train the model together: those of its mesh, or else all of the job."""
-        return self._ranks_of_mesh() or self.sharing or all_ranks()
+        """The ranks that train the model together, see Note [Which ranks] in tensors/ranks.py."""
+        self.follow_ddp()
+        given, mesh = self.given_ranks or self._ddp_ranks, self._ranks_of_mesh()
+        if given is not None:
+            given = require_known(given, self.group)
+        if mesh is not None:
+            return mesh if given is None else mesh.joined(given)
+        return all_ranks() if given is None else given
+
+    def follow_ddp(self) -> None:
+        """Remember whose forward runs now, if it is that of DDP."""
+        self._ddp_ranks = ranks_of_ddp() or self._ddp_ranks
 
     def _ranks_of_mesh(self) -> Ranks | None:
         """Those of the first sharded parameter that the experts fuse into."""
         every = [fused.parameter for fused in self.fused]
         sharded = [parameter for parameter in every if type(parameter) is not nn.Parameter]
         return ranks_of(sharded[0]) if sharded else None
+
+    @property
+    def name(self) -> str:
+        """Of the group in the model that was wrapped; two that share an FFN differ."""
+        return f"{self.group}.{self.first_linear}".lstrip(".")
 
     def before_step(self) -> None:
         """An optimizer is about to step: decide which micro-batches its step applies."""

@@ -22,6 +22,9 @@ class Fused(Protocol):
     def parameter(self) -> nn.Parameter:
         """The linear's own parameter, shape (*S)."""
 
+    def is_flat(self) -> bool:
+        """Whether an engine has put a part of its flat parameters in the parameter's place."""
+
     def experts(self) -> Tensor:
         """The experts, shape (N, *S), as they are or as they would be drawn."""
 

@@ -82,8 +82,7 @@ class MemoryBank(TokenPool):
         self.votes = self._new_votes()
 
     def _new_votes(self) -> Votes:
-        name = f"{self.group}.{self.first_linear}".lstrip(".")
-        return Votes(self._anchor, self._find_ranks, name)
+        return Votes(self._anchor, self._find_ranks, self.name)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the router as `nn.Linear` does (zero for upcycled experts), empty the bank.

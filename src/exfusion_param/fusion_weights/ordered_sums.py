@@ -44,14 +44,18 @@ class OrderedSums:
         self._name = name
         self._find_ranks = find_ranks
 
+    def ranks(self) -> Ranks:
+        """The ranks that train the group."""
+        return self._find_ranks() or ALONE
+
     def sum(self, tensor: Tensor, direction: Direction) -> Tensor:
         """The sum of a tensor of one dimension over the ranks; all of them call this together.
 
         Raises:
             RuntimeError: on every rank, if they sum for different FFNs or directions.
         """
-        ranks = self._find_ranks()
-        if ranks is None or ranks is ALONE:
+        ranks = self.ranks()
+        if ranks is ALONE:
             return tensor
         ranks = ranks.apart()
         tag = 2 * (zlib.crc32(self._name.encode()) % _TAGS) + (direction == "backward")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from ..tensors.arrival import await_ranks
 from ..tensors.ranks import ALONE, Ranks
 from ..tensors.shards import is_sharded
 from .base import FusionWeights
 
+_SEEDS = "seeds"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _agreed: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 
@@ -24,48 +27,22 @@ def agree(groups: Iterable[FusionWeights]) -> None:
     Under `fuse_on="step"` all ranks draw experts as the first of them does.
 
     Raises:
+        RuntimeError: some ranks do not come to the step.
         ValueError: on every rank, if they differ in more than their draws.
     """
-    new = [weights for weights in groups if weights not in _agreed]
-    by_forward = {w: w.group for w in new if not w.fused and w.sharing is None}
-    if by_forward and (ranks := next(iter(by_forward)).ranks) is not ALONE:
-        require_agreement(by_forward, ranks)
-    by_step = [weights for weights in new if weights.fused]
-    if by_step and (ranks := by_step[0].ranks) is not ALONE:
-        _share_draws(by_step, ranks)
-    _agreed.update(new)
-
-
-def _share_draws(groups: Iterable[FusionWeights], ranks: Ranks) -> None:
-    """Take the seeds of the first rank that has a group; where they differed, its bases as well."""
-    own = {
-        f"{weights.group}.{weights.first_linear}": {
-            "settings": dataclasses.asdict(weights.config) | {"seed": None},
-            "seeds": [fused.start.seed for fused in weights.fused],
-        }
-        for weights in groups
-    }
-    gathered = ranks.gather(own)
-    first: dict[str, dict[str, Any]] = {}
-    for rank, other in enumerate(gathered):
-        for name, description in other.items():
-            if first.setdefault(name, description)["settings"] != description["settings"]:
-                raise ValueError(
-                    f"Rank {rank} wrapped the model differently: {name!r} differs in its settings. "
-                    "Wrap the model with the same settings on all ranks."
-                )
+    by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
     for weights in groups:
-        name = f"{weights.group}.{weights.first_linear}"
-        seeds = first[name]["seeds"]
-        is_alike = all(other.get(name, first[name])["seeds"] == seeds for other in gathered)
-        for fused, seed in zip(weights.fused, seeds, strict=True):
-            fused.start = dataclasses.replace(fused.start, seed=seed)
-            if not is_alike and fused.base is not None and not is_sharded(fused.parameter):
-                ranks.broadcast(fused.base)
+        if weights not in _agreed:
+            by_ranks[weights.ranks].append(weights)
+    for ranks, new in by_ranks.items():
+        if ranks is not ALONE:
+            await_ranks(ranks, "optimizer step")
+            require_agreement({weights: weights.name for weights in new}, ranks)
+        _agreed.update(new)
 
 
 def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None:
-    """Raise unless all ranks have the same groups, settings, experts and fusion weights.
+    """Raise unless all ranks have the same groups, settings, weights and fusion weights.
 
     Args:
         groups: the fusion weights of a model, each with its FFN group's name.
@@ -74,26 +51,48 @@ def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None
     Raises:
         ValueError: on every rank, with what differs.
     """
+    number = distributed.get_rank() if ranks is not ALONE else 0
     own = {name: _fingerprint(weights) for weights, name in groups.items()}
-    first, *others = ranks.gather(own)
-    for rank, other in enumerate(others, start=1):
+    (first_number, first), *others = ranks.gather((number, own))
+    for number, other in others:
         for name in dict.fromkeys([*first, *other]):
-            if first.get(name) != other.get(name):
+            if what := _difference(first.get(name, {}), other.get(name, {})):
                 raise ValueError(
-                    f"Rank {rank} wrapped the model differently from rank 0: {name!r} differs in "
-                    f"{_difference(first.get(name), other.get(name))}. Build and wrap the model "
-                    "alike on all ranks, with the same seed: torch.manual_seed(...) before both."
+                    f"Rank {number} wrapped the model differently from rank {first_number}: "
+                    f"{name!r} differs in {what}. Build and wrap the model alike on all ranks, "
+                    "with the same seed: torch.manual_seed(...) before both. Ranks of another "
+                    "model, or of another pipeline stage, need a group of their own: "
+                    "wrap(..., process_group=group)."
                 )
+    every = [first, *(other for _, other in others)]
+    for weights, name in groups.items():
+        _share_draws(weights, [fingerprints[name][_SEEDS] for fingerprints in every], ranks)
+    _agreed.update(groups)
+
+
+def _share_draws(weights: FusionWeights, seeds: Sequence[Sequence[int]], ranks: Ranks) -> None:
+    """Take the seeds of the first rank; where they differed, its bases as well."""
+    for fused, seed in zip(weights.fused, seeds[0], strict=True):
+        fused.start = dataclasses.replace(fused.start, seed=seed)
+        is_alike = all(other == seeds[0] for other in seeds)
+        if not is_alike and fused.base is not None and not is_sharded(fused.parameter):
+            ranks.broadcast(fused.base)
 
 
 def _fingerprint(weights: FusionWeights) -> dict[str, Any]:
     """What ranks can compare without sending tensors."""
-    whole = [tensor for tensor in weights.expert_stacks() if _is_whole(tensor)]
+    stacks = [stack for stack in weights.expert_stacks() if _is_whole(stack)]
+    fused = [fused.parameter for fused in weights.fused if not fused.is_flat()]
+    dense = [parameter for parameter in fused if not is_sharded(parameter)]
+    own = [parameter for parameter in weights.parameters() if _is_whole(parameter)]
+    settings = dataclasses.asdict(weights.config)
     return {
-        "its settings": dataclasses.asdict(weights.config),
-        "the shapes of its experts": [tuple(stack.shape) for stack in whole],
-        "its experts": [_checksum(stack) for stack in whole],
-        "its fusion weights": [_checksum(p) for p in weights.parameters() if _is_whole(p)],
+        "its settings": settings | ({"seed": None} if weights.fused else {}),
+        "its shapes": [tuple(tensor.shape) for tensor in [*stacks, *dense]],
+        "its experts": [_checksum(stack) for stack in stacks],
+        "its weights": [_checksum(tensor[None]) for tensor in dense],
+        "its fusion weights": [_checksum(parameter) for parameter in own],
+        _SEEDS: [each.start.seed for each in weights.fused],
     }
 
 
@@ -112,7 +111,8 @@ def _checksum(tensor: Tensor) -> int:
     return int((rows.flatten() * places).sum())
 
 
-def _difference(first: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
-    if first is None or other is None:
+def _difference(first: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first thing in which two fingerprints differ, if they do."""
+    if not first or not other:
         return "being wrapped at all"
-    return next(key for key in first if first[key] != other[key])
+    return next((key for key in first if key != _SEEDS and first[key] != other[key]), None)

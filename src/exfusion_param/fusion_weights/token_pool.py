@@ -20,7 +20,7 @@ class TokenPool(FusionWeights):
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: not the running forward, nor handles of a model gone."""
         handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
-        return self.__dict__ | {"token_mask": None, "_running": {}, "handles": handles}
+        return super().__getstate__() | {"token_mask": None, "_running": {}, "handles": handles}
 
     @property
     def current(self) -> Tensor | None:

@@ -79,6 +79,7 @@ def _note(gradient: Tensor, marked: Tensor, vote: float, name: Tensor) -> Tensor
 def _token(statistics: Tensor, probe: Tensor, name: Tensor) -> Tensor:
     if (counter := _live.get(int(name))) is not None:
         counter.follow_anchor()
+        counter.sums.ranks()  # those of DDP are known only while it runs the forward
     return torch.zeros_like(probe)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from .gate import Gate
 from .hooks import kept_off_fast_paths, refuse_cache
 from .surroundings import batch_dim, is_causal
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
 Model = TypeVar("Model", bound=nn.Module)
 Task = int | Tensor
 
@@ -32,6 +36,7 @@ def wrap(
     *,
     filter_fn: Filter | None = None,
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
     **fields: Any,
 ) -> Model:
     """Let each FFN linear of a model merge k of N experts before it computes, in place.
@@ -49,6 +54,7 @@ def wrap(
         config: the settings; None takes the paper's.
         filter_fn: as for `exfusion_param.wrap`.
         generator: as for `exfusion_param.wrap`.
+        process_group: as for `exfusion_param.wrap`.
         **fields: fields of the config, `meo.wrap(model, level="token")`.
 
     Returns:
@@ -67,7 +73,14 @@ def wrap(
     """
     config = MEOConfig.resolve(config, fields)
     make_gate = functools.partial(_gate_for, model)
-    new = wrap_linears(model, config, make_gate, filter_fn=filter_fn, generator=generator)
+    new = wrap_linears(
+        model,
+        config,
+        make_gate,
+        filter_fn=filter_fn,
+        generator=generator,
+        process_group=process_group,
+    )
     gates = [weights for weights in new if isinstance(weights, Gate)]
     course = Course(gates)
     handles = [

@@ -23,7 +23,7 @@ from ..fusion_weights.base import living
 from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.rank_agreement import require_agreement
 from ..step.hooks import outdate
-from ..tensors.ranks import Ranks
+from ..tensors.ranks import ranks_in
 from .checks import check_shardable
 from .transformer_blocks import transformer_blocks
 
@@ -80,7 +80,7 @@ def fully_shard(
     groups = groups_of(model)
     chosen = transformer_blocks(model) if blocks is None else list(blocks)
     check_shardable(model, groups, mesh, chosen)
-    ranks = ranks_of(mesh)
+    ranks = ranks_in(mesh)
     by_forward = {weights: name for weights, name in groups.items() if not weights.fused}
     if by_forward:
         require_agreement(by_forward, ranks)
@@ -97,7 +97,7 @@ def fully_shard(
             **settings,
         )
     for weights in by_forward:
-        weights.sharing = ranks
+        weights.given_ranks = ranks
     for weights in groups:
         if isinstance(weights, MemoryBank):
             weights.votes.follow_anchor()
@@ -121,12 +121,6 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
         >>> torch.distributed.destroy_process_group()
     """
     return _placement(parameter, torch.distributed.get_world_size())
-
-
-def ranks_of(mesh: DeviceMesh) -> Ranks:
-    """The ranks of a mesh of shards, or of replicas and shards."""
-    groups = tuple(mesh.get_group(dim) for dim in range(mesh.ndim))
-    return Ranks(groups, replicas=mesh.size() // mesh.size(-1))
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.variants import LearnedWeights, StaticWeights
 from ..tensors.ranks import ALONE, Ranks, sum_together
-from ..tensors.shards import is_sharded, like, local, padded, ranks_of, spread
+from ..tensors.shards import is_sharded, like, local, padded, ranks_of, replicas_of, spread
 from ..tensors.sliced_sums import products_with
 from .turn import Turn
 
@@ -69,7 +69,7 @@ def _take_gradients(turns: Sequence[Turn], needs_all: bool, ranks: Ranks) -> boo
         if not isinstance(turn.fused.weights, StaticWeights):
             products = products_with(turn.experts, local(gradient))
             if ranks is not ALONE:
-                products = products / (ranks_of(turn.parameter) or ranks).replicas
+                products = products / replicas_of(turn.parameter, ranks)
             turn.fused.products = products
     if all(turn.parameter.grad is None for turn in turns):
         turns[0].fused.weights.step_gradients = {}
@@ -101,6 +101,6 @@ def gather_learned(groups: Iterable[FusionWeights]) -> None:
             if ranks is not None:
                 by_ranks[ranks].append(weights)
     for ranks, alike in by_ranks.items():
-        parts = [padded(weights.weights) / ranks.replicas for weights in alike]
+        parts = [padded(weights.weights) / replicas_of(weights.weights, ranks) for weights in alike]
         for weights, whole in zip(alike, sum_together(ranks, parts), strict=True):
             weights.gathered = whole

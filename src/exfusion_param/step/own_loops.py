@@ -44,6 +44,7 @@ class OwnLoopCheck:
         if torch.compiler.is_compiling() or not isinstance(output, Tensor):
             return
         weights, fused = self.weights, self.weights.fused[0]
+        weights.follow_ddp()
         if fused.has_stepped() or weights.was_loaded or weights.is_in_own_loop:
             return
         if not (weights.training and output.requires_grad and fused.parameter.requires_grad):

@@ -1,33 +1,44 @@
-"""The ranks that train one model together, and what they tell each other."""
+"""The ranks that train one model together, and what they tell each other.
+
+Note [Which ranks]
+Everything is reduced over the ranks that hold or feed the same parameters, which are all ranks of
+the job only if it trains a single model. They are the ranks of a sharded weight's mesh, with those
+that `wrap(..., process_group=)` was given. If it was given none, a plain weight takes those of the
+DistributedDataParallel that runs its forward, or else all ranks of the job.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 
 _own_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Ranks:
     """Some ranks of a job.
 
     Args:
-        groups: process groups, one for each dimension of the device mesh; none for a single rank.
-        replicas: how many of the ranks hold the same part of an expert stack.
+        groups: process groups of this rank, one for each dimension of the ranks' mesh; none for a
+            single rank.
     """
 
     groups: tuple[Any, ...] = ()
-    replicas: int = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
+
+    def __reduce__(self) -> Any:
+        """A pickle, which another job may load, leaves process groups out."""
+        return _unpickled, (len(self.groups) > 0,)
 
     @property
     def count(self) -> int:
@@ -36,6 +47,17 @@ class Ranks:
         for group in self.groups:
             count *= distributed.get_world_size(group)
         return count
+
+    def joined(self, other: Ranks) -> Ranks:
+        """The ranks of two meshes, which have dimensions in common or are parts of one mesh."""
+        if set(other.groups) <= set(self.groups):
+            return self
+        every = {g: set(distributed.get_process_group_ranks(g)) for g in self.groups + other.groups}
+        kept: list[Any] = []
+        for group in sorted(every, key=lambda group: -len(every[group])):
+            if not any(every[group] <= every[larger] for larger in kept):
+                kept.append(group)
+        return Ranks(tuple(kept))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the ranks, in place."""
@@ -48,7 +70,7 @@ class Ranks:
 
         Made at the first call, which all of the ranks have to take part in.
         """
-        return dataclasses.replace(self, groups=tuple(_own_group(group) for group in self.groups))
+        return replace(self, groups=tuple(_own_group(group) for group in self.groups))
 
     def broadcast(self, tensor: Tensor) -> None:
         """Give every rank the tensor of the first one, in place."""
@@ -75,14 +97,72 @@ def _own_group(group: Any) -> Any:
 
 
 ALONE = Ranks()
+_LOST = Ranks((None,))  # those of an unpickled model
+
+
+def _unpickled(had_groups: bool) -> Ranks:
+    return _LOST if had_groups else ALONE
+
+
+def ranks_of_groups(groups: Sequence[Any]) -> Ranks:
+    """The ranks of process groups; `ALONE` if that is a single one."""
+    several = tuple(group for group in groups if distributed.get_world_size(group) > 1)
+    return Ranks(several) if several else ALONE
+
+
+def ranks_in(process_group: Any) -> Ranks:
+    """The ranks of a process group or a device mesh.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: this rank is not in it.
+    """
+    if not _is_initialized():
+        raise ValueError("process_group needs torch.distributed.init_process_group() before.")
+    if isinstance(process_group, distributed.ProcessGroup):
+        return ranks_of_groups([process_group])
+    is_mesh = hasattr(process_group, "get_coordinate")
+    if not is_mesh and process_group != distributed.GroupMember.NON_GROUP_MEMBER:
+        raise TypeError(
+            "process_group must be a ProcessGroup or a DeviceMesh, got "
+            f"{type(process_group).__name__}."
+        )
+    if not is_mesh or process_group.get_coordinate() is None:
+        raise ValueError(
+            f"Rank {distributed.get_rank()} is not in process_group. Give each rank the group of "
+            "the ranks that train its model."
+        )
+    return ranks_of_groups([process_group.get_group(dim) for dim in range(process_group.ndim)])
 
 
 def all_ranks() -> Ranks:
-    """All ranks of the job, each of them with whole expert stacks, as under DDP."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return ALONE
-    count = distributed.get_world_size()
-    return Ranks((distributed.group.WORLD,), replicas=count) if count > 1 else ALONE
+    """All ranks of the job."""
+    return ranks_of_groups([distributed.group.WORLD]) if _is_initialized() else ALONE
+
+
+def ranks_of_ddp() -> Ranks | None:
+    """The ranks of the DistributedDataParallel that runs a forward now, if one does.
+
+    The attribute is private; torch's own compiler finds DDP by it, and there is no public way.
+    """
+    ddp: Any = DistributedDataParallel._active_ddp_module
+    return None if ddp is None else ranks_of_groups([ddp.process_group])
+
+
+def require_known(ranks: Ranks, group: str) -> Ranks:
+    """The ranks, unless a pickle has left them out in a job of several ranks.
+
+    Args:
+        ranks: the ranks.
+        group: name of the FFN group that they train.
+    """
+    if ranks is not _LOST or all_ranks() is ALONE:
+        return ALONE if ranks is _LOST else ranks
+    raise RuntimeError(
+        f"The model of {group!r} was unpickled, which leaves the process group of its ranks out. "
+        "Wrap a new model with wrap(..., process_group=group), and load the unpickled one's "
+        "state_dict() into it."
+    )
 
 
 def sum_together(ranks: Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -97,3 +177,7 @@ def sum_together(ranks: Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     flat = ranks.sum(torch.cat([tensor.flatten().to(device, dtype) for tensor in tensors]))
     return list(flat.split([tensor.numel() for tensor in tensors]))
+
+
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, Ranks, ranks_of_groups
 
 
 def is_sharded(tensor: object) -> bool:
@@ -134,9 +134,19 @@ def ranks_of(tensor: Tensor) -> Ranks | None:
     if not is_sharded(tensor):
         return None
     sharded: Any = tensor
+    mesh = sharded.device_mesh
+    return ranks_of_groups([mesh.get_group(dim) for dim in range(mesh.ndim)])
+
+
+def replicas_of(tensor: Tensor, ranks: Ranks) -> int:
+    """How many of the ranks hold the same part of a tensor."""
+    if not is_sharded(tensor):
+        return ranks.count
+    sharded: Any = tensor
     mesh, places = sharded.device_mesh, sharded.placements
-    replicas = math.prod(mesh.size(i) for i, place in enumerate(places) if place.is_replicate())
-    return Ranks(tuple(mesh.get_group(dim) for dim in range(mesh.ndim)), replicas)
+    return ranks.count // math.prod(
+        mesh.size(dim) for dim, place in enumerate(places) if not place.is_replicate()
+    )
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -226,4 +236,4 @@ def holders_of(tensor: Tensor) -> Ranks:
         return ALONE
     sharded: Any = tensor
     dims = [dim for dim, place in enumerate(sharded.placements) if place.is_shard()]
-    return Ranks(tuple(sharded.device_mesh.get_group(dim) for dim in dims))
+    return ranks_of_groups([sharded.device_mesh.get_group(dim) for dim in dims])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,9 +12,14 @@ from torch import nn
 from ..finding.discovery import Filter, select_groups
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.token_pool import TokenPool
+from ..tensors.ranks import ranks_in
 from .checks import check_wrappable
 from .load_guard import guard_loading
 from .planning import Config, MakeWeights, choose_seed, plan_groups
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def wrap_linears(
@@ -23,6 +29,7 @@ def wrap_linears(
     *,
     filter_fn: Filter | None,
     generator: torch.Generator | None,
+    process_group: ProcessGroup | DeviceMesh | None,
 ) -> list[FusionWeights]:
     """Parametrize linears of a model with expert stacks, in place.
 
@@ -32,6 +39,7 @@ def wrap_linears(
         make_weights: makes the fusion weights for linears that share them.
         filter_fn: as for `wrap`.
         generator: as for `wrap`.
+        process_group: as for `wrap`.
 
     Returns:
         The new fusion weights, in the order of the model.
@@ -46,9 +54,11 @@ def wrap_linears(
         raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
     groups = select_groups(model, filter_fn, config.layers)
     check_wrappable(model, groups, config)
+    ranks = None if process_group is None else ranks_in(process_group)
     seed = choose_seed(config, generator)
     plans = plan_groups(groups, config, seed, make_weights)  # allocates everything
     for plan in plans:
+        plan.weights.given_ranks = ranks
         plan.carry_out(model)
         if config.fuse_on == "forward":
             guard_loading(model, plan.weights, plan.group.linears)

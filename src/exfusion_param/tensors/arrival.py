@@ -1,0 +1,59 @@
+"""Waits for other ranks before a first collective, which would wait for a missing one for ever.
+
+Ranks meet in the store of the default process group, the only wait with a time limit that works on
+all backends. Its getter is private; the public `new_group` meets there as well, but with the time
+limit of its collectives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+from typing import Any
+
+from torch import distributed
+
+from .ranks import Ranks
+
+PATIENCE = {"optimizer step": 60.0, "forward": 300.0}
+"""Seconds. The gradients of a backward are reduced before a step, so that ranks step together."""
+
+_meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def await_ranks(ranks: Ranks, where: str) -> None:
+    """Wait until all ranks are here.
+
+    Args:
+        ranks: those that are to come.
+        where: "optimizer step" or "forward".
+
+    Raises:
+        RuntimeError: some have not come in time.
+    """
+    for group in ranks.groups:
+        _meetings[group] = _meetings.get(group, 0) + 1
+        _meet(distributed.get_process_group_ranks(group), where, _meetings[group])
+
+
+def _meet(members: list[int], where: str, number: int) -> None:
+    store: Any = distributed.distributed_c10d._get_default_store()
+    place = f"exfusion_param/{where}/{number}/{','.join(map(str, members))}"
+    own = distributed.get_rank()
+    store.set(f"{place}/{own}", "here")
+    if store.add(f"{place}/count", 1) == len(members):
+        store.set(f"{place}/all", "here")
+    try:
+        store.wait([f"{place}/all"], timedelta(seconds=PATIENCE[where]))
+    except RuntimeError as error:
+        missing = [rank for rank in members if not store.check([f"{place}/{rank}"])]
+        raise RuntimeError(
+            f"Fusion weights are reduced over the ranks {_listed(members)}, and of these "
+            f"{_listed(missing)} did not come to their first {where} within "
+            f"{PATIENCE[where]:.0f} s of rank {own}. If they do not train this model, give it the "
+            "group of those that do: wrap(..., process_group=group)."
+        ) from error
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
