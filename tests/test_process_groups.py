@@ -123,22 +123,23 @@ def test_a_rank_that_does_not_train_takes_no_part() -> None:
         assert_same(state, dict(alone.state_dict()))
 
 
-def late(rank: int) -> str:
+def late(rank: int) -> list[str]:
     arrival.PATIENCE["optimizer step"] = arrival.PATIENCE["forward"] = 0.5
-    if rank == 2:
-        return ""
-    model = wrapped(0, "dw", "step")
-    loss_of(model, batch()).backward()
-    with pytest.raises(RuntimeError) as caught:
-        adamw(model).step()
-    return str(caught.value)
+    messages: list[str] = []
+    for variant, fuse_on in [("dw", "step"), ("mb", "forward")] if rank < 2 else []:
+        model = wrapped(0, variant, fuse_on)
+        with pytest.raises(RuntimeError) as caught:
+            train(model, model, 0)
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.mark.processes
 def test_ranks_that_wait_for_one_that_does_not_train_raise() -> None:
-    for message in on_ranks(3, late)[:2]:
-        assert "over the ranks 0, 1, 2, and of these 2 did not come to their first" in message
-        assert "wrap(..., process_group=group)" in message
+    for at_step, in_forward in on_ranks(3, late)[:2]:
+        assert "and of these 2 did not come to their first optimizer step within" in at_step
+        assert "the ranks 0, 1, 2, and of these 2 did not come to their first forward" in in_forward
+        assert "wrap(..., process_group=group)" in in_forward
 
 
 def other_models(rank: int, kind: str) -> str:

@@ -22,8 +22,8 @@ class Fused(Protocol):
     def parameter(self) -> nn.Parameter:
         """The linear's own parameter, shape (*S)."""
 
-    def is_flat(self) -> bool:
-        """Whether an engine has put a part of its flat parameters in the parameter's place."""
+    def refuse_flat(self) -> None:
+        """Raise for the flat parameters of FSDP1."""
 
     def experts(self) -> Tensor:
         """The experts, shape (N, *S), as they are or as they would be drawn."""

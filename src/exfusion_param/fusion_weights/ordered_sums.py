@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..tensors.arrival import apart
 from ..tensors.ranks import ALONE, Ranks
 
 Direction = Literal["forward", "backward"]
@@ -57,7 +58,7 @@ class OrderedSums:
         ranks = self.ranks()
         if ranks is ALONE:
             return tensor
-        ranks = ranks.apart()
+        ranks = apart(ranks)
         tag = 2 * (zlib.crc32(self._name.encode()) % _TAGS) + (direction == "backward")
         own = tensor.new_full((2,), tag, dtype=torch.float64)
         own[1:].square_()

@@ -82,8 +82,7 @@ def _share_draws(weights: FusionWeights, seeds: Sequence[Sequence[int]], ranks: 
 def _fingerprint(weights: FusionWeights) -> dict[str, Any]:
     """What ranks can compare without sending tensors."""
     stacks = [stack for stack in weights.expert_stacks() if _is_whole(stack)]
-    fused = [fused.parameter for fused in weights.fused if not fused.is_flat()]
-    dense = [parameter for parameter in fused if not is_sharded(parameter)]
+    dense = [fused.parameter for fused in weights.fused if not is_sharded(fused.parameter)]
     own = [parameter for parameter in weights.parameters() if _is_whole(parameter)]
     settings = dataclasses.asdict(weights.config)
     return {
@@ -92,7 +91,7 @@ def _fingerprint(weights: FusionWeights) -> dict[str, Any]:
         "its experts": [_checksum(stack) for stack in stacks],
         "its weights": [_checksum(tensor[None]) for tensor in dense],
         "its fusion weights": [_checksum(parameter) for parameter in own],
-        _SEEDS: [each.start.seed for each in weights.fused],
+        _SEEDS: [fused.start.seed for fused in weights.fused],
     }
 
 

@@ -110,13 +110,9 @@ class FusedParameter:
         self.refuse_other_experts(experts)
         self._own_state[EXPERTS] = experts
 
-    def is_flat(self) -> bool:
-        """Whether an engine has put a part of its flat parameters in the parameter's place."""
-        return self.parameter.shape != self.shape
-
     def refuse_flat(self) -> None:
         """Raise for the flat parameters of FSDP1."""
-        if self.is_flat():
+        if self.parameter.shape != self.shape:
             raise RuntimeError(
                 f"{self.start.name!r} is a part of flat parameters, as under FSDP1, which have no "
                 'experts under fuse_on="step". Use FSDP2 (torch.distributed.fsdp.fully_shard), or '

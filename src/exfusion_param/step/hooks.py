@@ -91,6 +91,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if weights.fused:
             refuse_closures(optimizer, weights)
             refuse_within_backward(optimizer, weights)
+            for fused in weights.fused:
+                fused.refuse_flat()
         else:
             weights.before_step()
     look_once(optimizer, groups)

@@ -97,7 +97,6 @@ def turn_of(
     state = fused.own_state() if owner is None else owner.state[parameter]
     if before is not None and before.state is state and before.is_of(parameter, group):
         return before
-    fused.refuse_flat()
     if EXPERTS not in state:
         experts = fused.own_state().get(EXPERTS)
         if experts is None:

@@ -18,6 +18,7 @@ from .ranks import Ranks
 PATIENCE = {"optimizer step": 60.0, "forward": 300.0}
 """Seconds. The gradients of a backward are reduced before a step, so that ranks step together."""
 
+_own_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
@@ -34,6 +35,25 @@ def await_ranks(ranks: Ranks, where: str) -> None:
     for group in ranks.groups:
         _meetings[group] = _meetings.get(group, 0) + 1
         _meet(distributed.get_process_group_ranks(group), where, _meetings[group])
+
+
+def apart(ranks: Ranks) -> Ranks:
+    """The same ranks with process groups that nothing else uses.
+
+    Made at the first call, which all of the ranks have to take part in.
+    """
+    if any(group not in _own_groups for group in ranks.groups):
+        await_ranks(ranks, "forward")
+    return Ranks(tuple(_own_group(group) for group in ranks.groups))
+
+
+def _own_group(group: Any) -> Any:
+    own = _own_groups.get(group)
+    if own is None:
+        members = distributed.get_process_group_ranks(group)
+        own = distributed.new_group(members, use_local_synchronization=True)
+        _own_groups[group] = own
+    return own
 
 
 def _meet(members: list[int], where: str, number: int) -> None:

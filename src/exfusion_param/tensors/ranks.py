@@ -10,16 +10,13 @@ DistributedDataParallel that runs its forward, or else all ranks of the job.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-
-_own_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,6 @@ class Ranks:
             distributed.all_reduce(tensor, group=group)
         return tensor
 
-    def apart(self) -> Ranks:
-        """The same ranks with process groups that nothing else uses.
-
-        Made at the first call, which all of the ranks have to take part in.
-        """
-        return replace(self, groups=tuple(_own_group(group) for group in self.groups))
-
     def broadcast(self, tensor: Tensor) -> None:
         """Give every rank the tensor of the first one, in place."""
         for group in self.groups:
@@ -85,15 +75,6 @@ class Ranks:
             distributed.all_gather_object(gathered, values, group=group)
             values = [value for part in gathered for value in part]
         return values
-
-
-def _own_group(group: Any) -> Any:
-    own = _own_groups.get(group)
-    if own is None:
-        ranks = distributed.get_process_group_ranks(group)
-        own = distributed.new_group(ranks, use_local_synchronization=True)
-        _own_groups[group] = own
-    return own
 
 
 ALONE = Ranks()
