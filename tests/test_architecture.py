@@ -20,7 +20,7 @@ LAYERS = [
     ["wrapping", "sharding"],
     ["measures", "optim", "state_dict", "history", "routing"],
     ["api", "checkpoint", "plotting"],
-    ["summary", "integrations", "meo"],
+    ["summary", "integrations", "meo", "study"],
     ["cli"],
 ]
 """From the lowest up; what shares a layer is independent of each other, but for `config`."""

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 import exfusion_param as exf
-from exfusion_param import history, meo, plotting, routing
+from exfusion_param import history, meo, plotting, routing, study
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 GIVEN = {"copy": copy, "exf": exf, "meo": meo, "nn": nn, "torch": torch}
@@ -33,7 +33,7 @@ def examples() -> list[doctest.DocTest]:
 
 
 def public() -> Iterator[tuple[str, object]]:
-    for module in (exf, meo, plotting):
+    for module in (exf, meo, plotting, study):
         yield from ((f"{module.__name__}.{name}", vars(module)[name]) for name in module.__all__)
     for module in (history, routing):
         for name, value in vars(module).items():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from torch import nn
 from . import __version__
 from .checkpoint import fuse_checkpoint
 from .checkpoint.dense.fusing import SHARD_BYTES
-from .config import ExFusionConfig
+from .config import ExFusionConfig, Variant
+from .study import run as run_study
+from .study.rates import Better
 from .summary import summarize
 
 try:
@@ -122,6 +125,69 @@ def plot(
     print(*write_plots(history, folder), sep="\n")
 
 
+def study(
+    train: Annotated[str, tyro.conf.Positional],
+    build: str = "build",
+    config: Annotated[ExFusionConfig, tyro.conf.OmitArgPrefixes] = ExFusionConfig(),  # noqa: B008
+    variants: tuple[Variant, ...] = ("sw", "dw", "mb"),
+    out: Path = Path("study"),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    rates: tuple[float, ...] = (),
+    tuning_seeds: tuple[int, ...] = (1000, 1001),
+    better: Better = "more",
+    at_once: int = 1,
+    metric: str = "metric",
+) -> None:
+    """Does it help on your task? Train dense, the control and the variants, and compare them.
+
+    The module has a function that makes the dense model, and one that trains and tests it:
+    `train(model, seed) -> metric`, or `train(model, seed, lr)` with --rates. docs/study.md has an
+    example. The same command continues a study that was stopped.
+
+        exfusion study my_task:train
+        exfusion study my_task:train --rates 1e-3 3e-3 --at-once 2 --metric loss --better less
+
+    Args:
+        train: `MODULE:FUNCTION`, with a module of this folder or one that is installed.
+        build: the function of the same module that makes the dense model.
+        config: the settings of the variants; each variant and seed takes its own.
+        variants: which to compare with the control.
+        out: the folder for records, table and plot.
+        seeds: of the runs that are compared.
+        rates: learning rates of which each arm takes its best.
+        tuning_seeds: of the runs that choose rates.
+        better: whether more of the metric is better, or less.
+        at_once: how many processes run at once.
+        metric: what is measured, with its unit, for the table.
+    """
+    module, _, name = train.partition(":")
+    if not module or not name:
+        raise UsageError(f"What trains is MODULE:FUNCTION, as in my_task:train, got {train!r}.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        functions = vars(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise UsageError(f"There is no module {module} in {Path.cwd()} or installed.") from error
+    for function in (name, build):
+        if not callable(functions.get(function)):
+            raise UsageError(f"The module {module} has no function {function!r}.")
+    run_study(
+        functions[build],
+        functions[name],
+        out=out,
+        config=config,
+        variants=variants,
+        seeds=seeds,
+        rates=rates,
+        tuning_seeds=tuning_seeds,
+        better=better,
+        at_once=at_once,
+        metric=metric,
+    )
+
+
 def _load(name: str) -> nn.Module:
     library, _, rest = name.partition(":")
     loaders = {"timm": _load_timm, "transformers": _load_transformers}
@@ -161,12 +227,17 @@ def main(arguments: list[str] | None = None) -> None:
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(f"exfusion_param {__version__}")
         return
-    commands: dict[str, Callable[..., None]] = {"inspect": inspect, "fuse": fuse, "plot": plot}
+    commands: dict[str, Callable[..., None]] = {
+        "inspect": inspect,
+        "fuse": fuse,
+        "plot": plot,
+        "study": study,
+    }
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             tyro.extras.subcommand_cli_from_dict(commands, prog="exfusion", args=arguments)
-    except (UsageError, ValueError, TypeError, OSError) as error:
+    except (UsageError, ValueError, TypeError, RuntimeError, OSError) as error:
         sys.exit(f"exfusion: {str(error).splitlines()[0]}")
     except ModuleNotFoundError as error:
         sys.exit(f"exfusion: {error.name} is not installed; pip install {error.name}.")

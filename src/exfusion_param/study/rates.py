@@ -1,0 +1,62 @@
+"""Learning rates: each arm chooses its own, by as many runs as any other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from .processes import finish
+from .runs import Run, Trial
+from .statistics import Spread
+
+Better = Literal["more", "less"]
+
+
+def choose_rates(
+    trial: Trial,
+    arms: Mapping[str, str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    better: Better,
+    folder: Path,
+    at_once: int,
+) -> tuple[dict[str, float | None], list[str]]:
+    """The rate of each arm that is best over the tuning seeds, and what to know about the choice.
+
+    Raises:
+        RuntimeError: every rate of an arm failed or gave nan.
+    """
+    if len(rates) < 2:
+        return dict.fromkeys(arms, rates[0] if rates else None), []
+    grid = {
+        (arm, lr): [Run(name, seed, lr, tuning=True) for seed in seeds]
+        for lr in sorted(rates)
+        for arm, name in arms.items()
+    }
+    found, failures = finish(
+        trial, [r for runs in zip(*grid.values(), strict=True) for r in runs], folder, at_once
+    )
+    scores = {
+        key: Spread.of([found[run].metric for run in runs]).mean
+        for key, runs in grid.items()
+        if not failures.keys() & set(runs)
+    }
+    sign = 1 if better == "more" else -1
+    chosen: dict[str, float | None] = {}
+    notes = [
+        f"{run} failed, so that its rate was not chosen: {why}" for run, why in failures.items()
+    ]
+    for arm in arms:
+        mine = {lr: sign * s for (a, lr), s in scores.items() if a == arm and not math.isnan(s)}
+        if not mine:
+            raise RuntimeError(
+                f"No rate trained {arm}: each failed or gave nan.\n" + "\n".join(notes)
+            )
+        chosen[arm] = max(mine, key=lambda lr: mine[lr])
+    if at_end := [arm for arm, lr in chosen.items() if lr in (min(rates), max(rates))]:
+        notes.append(
+            f"Took an end of the grid, so a wider one may suit better: {', '.join(at_end)}."
+        )
+    return chosen, notes
