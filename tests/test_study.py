@@ -328,6 +328,10 @@ def test_the_command_runs_functions_of_the_users_module(
         ("train", "What trains is MODULE:FUNCTION, as in my_task:train, got 'train'"),
         ("my_own_task:trains", "The module my_own_task has no function 'trains'"),
         ("no_such_task:train", "There is no module no_such_task in"),
+        ("my_own_task:build", "build is called as train(model, seed)"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             cli.main(["study", name])
+    (tmp_path / "my_bad_task.py").write_text("def build(): 1 / 0\ndef train(model, seed): ...\n")
+    with pytest.raises(SystemExit, match=r"15 of 15 runs failed.*ZeroDivisionError"):
+        cli.main(["study", "my_bad_task:train", "--variants", "sw", "--out", "bad"])

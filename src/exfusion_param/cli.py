@@ -173,19 +173,22 @@ def study(
     for function in (name, build):
         if not callable(functions.get(function)):
             raise UsageError(f"The module {module} has no function {function!r}.")
-    run_study(
-        functions[build],
-        functions[name],
-        out=out,
-        config=config,
-        variants=variants,
-        seeds=seeds,
-        rates=rates,
-        tuning_seeds=tuning_seeds,
-        better=better,
-        at_once=at_once,
-        metric=metric,
-    )
+    try:
+        run_study(
+            functions[build],
+            functions[name],
+            out=out,
+            config=config,
+            variants=variants,
+            seeds=seeds,
+            rates=rates,
+            tuning_seeds=tuning_seeds,
+            better=better,
+            at_once=at_once,
+            metric=metric,
+        )
+    except RuntimeError as error:  # some runs failed
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 def _load(name: str) -> nn.Module:
@@ -237,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             tyro.extras.subcommand_cli_from_dict(commands, prog="exfusion", args=arguments)
-    except (UsageError, ValueError, TypeError, RuntimeError, OSError) as error:
+    except (UsageError, ValueError, TypeError, OSError) as error:
         sys.exit(f"exfusion: {str(error).splitlines()[0]}")
     except ModuleNotFoundError as error:
         sys.exit(f"exfusion: {error.name} is not installed; pip install {error.name}.")
