@@ -296,22 +296,11 @@ def page() -> str:
     ]
 
 
-def test_the_pages_script_runs_and_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_pages_script_is_short() -> None:  # test_docs.py runs it
     lines = [
         line for line in page().splitlines() if line and not line.startswith(("import", "from"))
     ]
     assert len(lines) <= 20
-    exec(compile_of(page()), {"__name__": "__main__"})
-    printed = capsys.readouterr().out
-    assert "control, as long as mb takes" in printed
-    assert (tmp_path / "runs/my-task/study.md").read_text() in printed
-
-
-def compile_of(code: str) -> object:
-    return compile(code, "docs/study.md", "exec")
 
 
 @pytest.mark.processes
@@ -327,7 +316,7 @@ def test_the_command_runs_functions_of_the_users_module(
     for name, message in (
         ("train", "What trains is MODULE:FUNCTION, as in my_task:train, got 'train'"),
         ("my_own_task:trains", "The module my_own_task has no function 'trains'"),
-        ("no_such_task:train", "There is no module no_such_task in"),
+        ("no_such_task:train", "There is no module no_such_task in this folder"),
         ("my_own_task:build", "build is called as train(model, seed)"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from .checkpoint.dense.fusing import SHARD_BYTES
 from .config import ExFusionConfig, Variant
 from .study import run as run_study
 from .study.rates import Better
+from .study.user_code import functions_of
 from .summary import summarize
 
 try:
@@ -160,23 +160,10 @@ def study(
         at_once: how many processes run at once.
         metric: what is measured, with its unit, for the table.
     """
-    module, _, name = train.partition(":")
-    if not module or not name:
-        raise UsageError(f"What trains is MODULE:FUNCTION, as in my_task:train, got {train!r}.")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        functions = vars(importlib.import_module(module))
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise UsageError(f"There is no module {module} in {Path.cwd()} or installed.") from error
-    for function in (name, build):
-        if not callable(functions.get(function)):
-            raise UsageError(f"The module {module} has no function {function!r}.")
-    try:
         run_study(
-            functions[build],
-            functions[name],
+            *functions_of(train, build),
             out=out,
             config=config,
             variants=variants,

@@ -25,7 +25,7 @@ Numbers = float | Mapping[str, float]
 class Run(NamedTuple):
     """One run of a study: what it trains, and how.
 
-    Args:
+    Attributes:
         arm: what is trained.
         seed: of everything that is random.
         lr: learning rate; None where there is no grid.
