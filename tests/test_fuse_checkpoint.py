@@ -222,14 +222,15 @@ class WithEmbedding(FFNs):
 @pytest.mark.processes
 @pytest.mark.parametrize("write", [save, save_torch], ids=["safetensors", "torch"])
 def test_it_holds_one_file_of_the_dense_model_in_memory(write: Save, tmp_path: Path) -> None:
-    command, shard = Path(sys.executable).parent / "exfusion", 2**25
+    command, shard = Path(sys.executable).parent / "exfusion", 2**27
     peaks = {}
-    for name, *shape in (("small", 8, 1, 2), ("large", 1024, 4, 2**13)):
+    for name, *shape in (("small", 8, 1, 2), ("large", 1024, 4, 2**15)):
         folder = tmp_path / name
         folder.mkdir()
         write(exf.wrap(WithEmbedding(*shape), bank_init="uniform", num_experts=8), folder)
         out = tmp_path / f"{name}-dense"
         peaks[name] = peak_memory(command, "fuse", folder, out, "--shard-bytes", shard)
     assert len(list((tmp_path / "large-dense").glob("*.safetensors"))) > 2
-    # safetensors may copy a file's tensors, and malloc may keep what was freed
-    assert peaks["large"] - peaks["small"] < 3 * shard < 8 * 4 * 1024**2 * 4, "a stack"
+    stack, allowed = 8 * 4 * 1024**2 * 4, 2**26  # what safetensors copies and malloc keeps
+    assert allowed < min(shard, stack)  # neither a second file nor a whole stack is in memory
+    assert peaks["large"] - peaks["small"] < shard + allowed

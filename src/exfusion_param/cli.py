@@ -62,8 +62,8 @@ def fuse(
 ) -> None:
     """Fuse a wrapped checkpoint on disk into a dense one, in safetensors.
 
-    The model is not built. In memory are one file of the dense model at a time, and a few MiB of
-    the stacks. What the checkpoint's config.json must say is written by
+    The model is not built. In memory are one file of the dense model and a few tens of MiB.
+    What the checkpoint's config.json must say is written by
     exfusion_param.checkpoint.save_config(model, folder), and by the callbacks for transformers and
     Lightning.
 

@@ -38,9 +38,9 @@ def fuse_checkpoint(
 ) -> Path:
     """Fuse a wrapped checkpoint on disk into a dense one, without building the model.
 
-    It holds in memory one file of the dense model, as large as `shard_bytes`, and of the stacks a
-    few MiB; of a checkpoint that ranks have written in pieces (`Checkpoints`, torch's distributed
-    checkpoints) one whole stack. A tensor larger than `shard_bytes` gets a file of its own.
+    In memory are one file of the dense model, whose size `shard_bytes` limits, and a few tens of
+    MiB; of a checkpoint that ranks have written in pieces (`Checkpoints`, torch's distributed
+    checkpoints) one whole stack as well. A tensor larger than `shard_bytes` gets its own file.
 
     Args:
         checkpoint: a safetensors or torch file, or a folder with one or with shards and their
