@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..finding.outer_modules import clean_name, unwrapped
-from ..fusion_weights.base import FusionWeights, living
+from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.fused import Fused
 from ..tensors import shards
 from .expert_fusion import ExpertFusion
@@ -88,7 +88,7 @@ def labels_of(model: nn.Module) -> dict[FusionWeights, str]:
 
 def fused_parameter(parameter: nn.Parameter) -> Fused | None:
     """What is known of a parameter that is fused at each step; None for any other."""
-    every = (fused for weights in living() for fused in weights.fused)
+    every = (fused for weights in live_groups() for fused in weights.fused)
     return next((fused for fused in every if fused.parameter is parameter), None)
 
 
@@ -110,4 +110,4 @@ def parametrized_names(linear: nn.Module) -> list[str]:
 
 def _weights_by_step() -> dict[int, FusionWeights]:
     """The fusion weights of all linears that live under `fuse_on="step"`, by the linears' ids."""
-    return {id(fused.linear): weights for weights in living() for fused in weights.fused}
+    return {id(fused.linear): weights for weights in live_groups() for fused in weights.fused}

@@ -29,18 +29,18 @@ from .one_model import OneModel
 Linears = tuple[nn.Module, ...]
 
 # In the order of wrapping, which is the same on all ranks.
-_living: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
-_at_birth: list[Callable[[], None]] = []
+_live_groups: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
+_on_creation: list[Callable[[], None]] = []
 
 
-def living() -> list[FusionWeights]:
-    """All fusion weights that live, in the order of wrapping."""
-    return [weights for ref in _living.keyrefs() if (weights := ref()) is not None]
+def live_groups() -> list[FusionWeights]:
+    """The fusion weights of every FFN group in this process, in the order of wrapping."""
+    return [weights for ref in _live_groups.keyrefs() if (weights := ref()) is not None]
 
 
-def call_at_birth(prepare: Callable[[], None]) -> None:
-    """Have `prepare` called whenever fusion weights come to life: by `wrap`, a copy or a pickle."""
-    _at_birth.append(prepare)
+def on_creation(prepare: Callable[[], None]) -> None:
+    """Have `prepare` called whenever fusion weights are created: by `wrap`, a copy or a pickle."""
+    _on_creation.append(prepare)
 
 
 class FusionWeights(OneModel):
@@ -76,7 +76,7 @@ class FusionWeights(OneModel):
         self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__.update(linears=linears, fusions=[], fused=[])
-        self._live()
+        self._register()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along."""
@@ -84,12 +84,12 @@ class FusionWeights(OneModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
         super().__setstate__(state)
-        self._live()
+        self._register()
 
-    def _live(self) -> None:
-        for prepare in _at_birth:
+    def _register(self) -> None:
+        for prepare in _on_creation:
             prepare()
-        _living[self] = None
+        _live_groups[self] = None
 
     def forward(self) -> Tensor:
         """The fusion weights to fuse with now, shape (N,)."""
@@ -205,7 +205,7 @@ class FusionWeights(OneModel):
     def remove_hooks(self) -> None:
         """Leave no hook behind; the group is about to be fused."""
         self.end_forward()
-        _living.pop(self, None)
+        _live_groups.pop(self, None)
         for handle in self.handles:
             handle.remove()
 

@@ -34,5 +34,5 @@ class Fused(Protocol):
     def is_untouched(self) -> bool:
         """Whether the parameter is what `wrap` made of it."""
 
-    def leave(self) -> None:
+    def remove_experts(self) -> None:
         """Take the experts away from their optimizer."""

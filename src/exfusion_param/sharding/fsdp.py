@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..fusion.lookup import groups_of
-from ..fusion_weights.base import living
+from ..fusion_weights.base import live_groups
 from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.rank_agreement import require_agreement
 from ..step.hooks import outdate
@@ -134,4 +134,4 @@ def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
 
 
 def _is_stack(parameter: nn.Parameter) -> bool:
-    return any(parameter is stack for weights in living() for stack in weights.expert_stacks())
+    return any(parameter is stack for weights in live_groups() for stack in weights.expert_stacks())

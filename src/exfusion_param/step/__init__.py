@@ -31,8 +31,8 @@ Static and learned fusion weights train as under "forward". A memory bank fuses 
 step before, and its router sends no gradient into the FFN's input.
 
 Note [The other files]
-- A fused weight or bias: `fused_parameter`. What one step looks up about it: `turn`. The state that
-  an optimizer has from before there were experts: `dense_states`. Attaching all this to a model and
+- A fused weight or bias: `fused_parameter`. What an optimizer has for it: `slots`. The state
+  that it has from before there were experts: `dense_states`. Attaching all this to a model and
   taking it off again: `attach`.
 - Errors: `refusals` before every step, under both settings of `fuse_on`; `starts` where experts
   start or their gradients come from; `first_look` at an optimizer's first step under "forward".

@@ -66,7 +66,7 @@ def detach_fused(model: nn.Module, weights: FusionWeights) -> None:
     if getattr(first.__dict__.get("forward"), "__func__", None) is type(first).forward:
         del first.__dict__["forward"]
     for fused in weights.fused:
-        fused.leave()
+        fused.remove_experts()
     weights.fused.clear()
     for module in model.modules():
         for name, child in list(module.named_children()):

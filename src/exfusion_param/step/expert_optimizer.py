@@ -16,9 +16,9 @@ from ..fusion_weights.base import FusionWeights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import local
 from .fused_parameter import EXPERTS
+from .slots import Slot
 from .stack_step import Stack, StackPlan, StackStep
 from .state_storage import StateDtype, check_state_dtype, stored
-from .turn import Turn
 
 OWN_SETTINGS = ("state_dtype", "expert_dtype", "fused", "foreach")
 """Of a group, which a loaded state dict does not change."""
@@ -33,7 +33,7 @@ class _KnownPlan(NamedTuple):
     Args:
         plan: itself.
         stored_as: the dtypes of states and experts that the group asks for.
-        tensors: the turns and states, kept so that no other ones have their identities.
+        tensors: the slots and states, kept so that no other ones have their identities.
     """
 
     plan: StackPlan
@@ -124,54 +124,54 @@ class ExpertOptimizer(Optimizer):
 
     @torch.no_grad()
     def update_experts(
-        self, turns: Iterable[Turn], now: Mapping[FusionWeights, Tensor]
-    ) -> set[Turn]:
+        self, slots: Iterable[Slot], now: Mapping[FusionWeights, Tensor]
+    ) -> set[Slot]:
         """Update the experts of parameters that have a gradient, and fuse them.
 
         Args:
-            turns: of the wrapped parameters that this optimizer holds.
+            slots: of the wrapped parameters that this optimizer holds.
             now: the fusion weights to fuse with, shape (N,), of each FFN group.
 
         Returns:
-            The turns in which a parameter was fused.
+            The slots in which a parameter was fused.
         """
-        due = {turn: local(grad) for turn in turns if (grad := turn.gradient) is not None}
+        due = {slot: local(grad) for slot in slots if (grad := slot.gradient) is not None}
         for index, group in enumerate(self.param_groups):
-            own = [turn for turn in due if turn.group == index]
+            own = [slot for slot in due if slot.group_index == index]
             steps = [
                 StackStep(
-                    due[turn],
-                    turn.fused.weights_of_gradient,
-                    turn.part,
-                    now[turn.fused.weights],
+                    due[slot],
+                    slot.fused.weights_of_gradient,
+                    slot.part,
+                    now[slot.fused.weights],
                 )
-                for turn in own
+                for slot in own
             ]
             update = functools.partial(self._update, group)
             self._plan(index, own).step(steps, update, _generators(group))
         return set(due)
 
-    def _plan(self, index: int, turns: Sequence[Turn]) -> StackPlan:
+    def _plan(self, index: int, slots: Sequence[Slot]) -> StackPlan:
         """How the stacks of a group are cut, as at the step before if they are the same."""
         group, plans = self.param_groups[index], _plans.setdefault(self, {})
         kinds = self._kinds_of_state(group)
         keys = [EXPERTS, "step", *[f"{EXPERTS}.{name}" for name in kinds]]
         stored_as = (group["state_dtype"], group["expert_dtype"])
         known = plans.get(index)
-        if known is not None and known.is_of(stored_as, _tensors_of(turns, keys)):
+        if known is not None and known.is_of(stored_as, _tensors_of(slots, keys)):
             return known.plan
-        plan = StackPlan([self._stack(turn, group, kinds) for turn in turns])
-        plans[index] = _KnownPlan(plan, stored_as, _tensors_of(turns, keys))
+        plan = StackPlan([self._stack(slot, group, kinds) for slot in slots])
+        plans[index] = _KnownPlan(plan, stored_as, _tensors_of(slots, keys))
         return plan
 
-    def _stack(self, turn: Turn, group: dict[str, Any], kinds: Mapping[str, bool]) -> Stack:
+    def _stack(self, slot: Slot, group: dict[str, Any], kinds: Mapping[str, bool]) -> Stack:
         """A stack with its states, made at the first step and stored as asked for after a load."""
-        state, dtype = turn.state, turn.part.dtype
+        state, dtype = slot.state, slot.part.dtype
         if group["expert_dtype"] is not None or group["state_dtype"] is not None:
             dtype = accumulation_dtype(dtype)
-        if group["expert_dtype"] not in (None, turn.experts.dtype):
+        if group["expert_dtype"] not in (None, slot.experts.dtype):
             state[EXPERTS] = state[EXPERTS].to(group["expert_dtype"])
-            turn.experts = local(state[EXPERTS])
+            slot.experts = local(state[EXPERTS])
         stored_as = dtype if group["state_dtype"] is None else group["state_dtype"]
         states = []
         for name, signed in kinds.items():
@@ -180,13 +180,13 @@ class ExpertOptimizer(Optimizer):
             if type(value) is not Tensor or value.dtype != stored_as:
                 value = state[key] = stored(value, state[EXPERTS], stored_as, signed)
             states.append(local(value))
-        return Stack(turn.experts, states, self._count_of(turn), dtype)
+        return Stack(slot.experts, states, self._count_of(slot), dtype)
 
     def _kinds_of_state(self, group: dict[str, Any]) -> dict[str, bool]:
         """The names of the experts' states, and whether they may be negative."""
         raise NotImplementedError
 
-    def _count_of(self, turn: Turn) -> Tensor:
+    def _count_of(self, slot: Slot) -> Tensor:
         """How many steps the experts have made, shape (), as torch's optimizers hold it."""
         return _ZERO
 
@@ -205,9 +205,9 @@ class ExpertOptimizer(Optimizer):
         return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
 
 
-def _tensors_of(turns: Sequence[Turn], keys: Sequence[str]) -> list[Any]:
-    """The turns, which stay the same while parameters and experts do, and their states."""
-    return [each for turn in turns for each in (turn, *map(turn.state.get, keys))]
+def _tensors_of(slots: Sequence[Slot], keys: Sequence[str]) -> list[Any]:
+    """The slots, which stay the same while parameters and experts do, and their states."""
+    return [each for slot in slots for each in (slot, *map(slot.state.get, keys))]
 
 
 def _generators(group: dict[str, Any]) -> Callable[[torch.device], torch.Generator]:

@@ -18,8 +18,8 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from .expert_optimizer import ExpertOptimizer
+from .slots import Slot
 from .state_storage import StateDtype
-from .turn import Turn
 
 
 class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
@@ -75,10 +75,10 @@ class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
     def _kinds_of_state(self, group: dict[str, Any]) -> dict[str, bool]:
         return {"exp_avg": True, "exp_avg_sq": False}
 
-    def _count_of(self, turn: Turn) -> Tensor:
+    def _count_of(self, slot: Slot) -> Tensor:
         is_fused = any(group["fused"] for group in self.param_groups)
-        count: Tensor = turn.state.get("step", torch.zeros(()))
-        count = turn.state["step"] = count.to(turn.experts.device) if is_fused else count
+        count: Tensor = slot.state.get("step", torch.zeros(()))
+        count = slot.state["step"] = count.to(slot.experts.device) if is_fused else count
         return count
 
     def _update(

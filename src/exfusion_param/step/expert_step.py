@@ -16,16 +16,16 @@ from ..tensors.sliced_sums import fuse_into
 from .expert_optimizer import ExpertOptimizer
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned
+from .slots import Slot, slot_of
 from .starts import refuse_graph, refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
-from .turn import Turn, turn_of
 
 _IS_VIEW = "_exfusion_is_view"
 """The attribute of an optimizer as its own `step` sees it."""
 
 
 # Those of the step before.
-_turns: weakref.WeakKeyDictionary[Optimizer, dict[FusedParameter, Turn]] = (
+_slots: weakref.WeakKeyDictionary[Optimizer, dict[FusedParameter, Slot]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -77,19 +77,19 @@ class ExpertStep:
         self._settings = [dict(group) for group in optimizer.param_groups]
         with torch.no_grad():
             gather_learned(groups)
-            known = _turns.setdefault(optimizer, {})
-            self._turns = {
+            known = _slots.setdefault(optimizer, {})
+            self._slots = {
                 weights: [
-                    turn_of(fused, optimizer, parameter, place.get(id(parameter)), known.get(fused))
+                    slot_of(fused, optimizer, parameter, place.get(id(parameter)), known.get(fused))
                     for fused in cast(list[FusedParameter], weights.fused)
                     for parameter in (fused.parameter,)
                 ]
                 for weights in groups
             }
-        every = [turn for turns in self._turns.values() for turn in turns]
-        self._may_be_loaded = any(known.get(turn.fused) is not turn for turn in every)
-        known.update([(turn.fused, turn) for turn in every])
-        self._held = [turn for turn in every if turn.group is not None]
+        every = [slot for slots in self._slots.values() for slot in slots]
+        self._may_be_loaded = any(known.get(slot.fused) is not slot for slot in every)
+        known.update([(slot.fused, slot) for slot in every])
+        self._held = [slot for slot in every if slot.group_index is not None]
         refuse_tied(every)
         warn_of_starts(optimizer, groups)
         if isinstance(optimizer, ExpertOptimizer):
@@ -114,7 +114,7 @@ class ExpertStep:
 
     def _make_view(self) -> Optimizer:
         """The optimizer as its own `step` is to see it, without the wrapped parameters."""
-        seen: dict[int, list[nn.Parameter]] = {id(turn.parameter): [] for turn in self._held}
+        seen: dict[int, list[nn.Parameter]] = {id(slot.parameter): [] for slot in self._held}
         view: Optimizer = object.__new__(type(self.optimizer))
         view.__dict__.update(vars(self.optimizer), **{_IS_VIEW: True})
         if self._stand_ins is not None:
@@ -148,21 +148,21 @@ class ExpertStep:
     def prepare(self) -> None:
         """Take writes from outside, and give fusion weights and experts their gradients."""
         self._is_prepared = True
-        for turn in self._held:
-            gradient = turn.parameter.grad
+        for slot in self._held:
+            gradient = slot.parameter.grad
             if gradient is not None and gradient.requires_grad:
                 refuse_graph(self.optimizer)
-        for weights, turns in self._turns.items():
+        for weights, slots in self._slots.items():
             weights.before_step()
             now = weights.current_weights()
-            for turn in turns:
-                turn.take_writes(now)
+            for slot in slots:
+                slot.take_writes(now)
         self._lend_gradients()
         if self._stand_ins is not None:
             self._stand_ins.give_gradients()
-        self._versions = [turn.part._version for turn in self._held]
+        self._versions = [slot.part._version for slot in self._held]
         if self._may_be_loaded:  # once, as a write to `.data` leaves no trace in the version
-            self._copies = [turn.part.clone() for turn in self._held]
+            self._copies = [slot.part.clone() for slot in self._held]
 
     @torch.no_grad()
     def finish(self, skipped: Tensor | None) -> None:
@@ -181,28 +181,28 @@ class ExpertStep:
             return
         gather_learned(self.groups)
         now = {weights: weights.current_weights().clone() for weights in self.groups}
-        is_fused: set[Turn] = set()
+        is_fused: set[Slot] = set()
         if isinstance(self.optimizer, ExpertOptimizer):
             is_fused = self.optimizer.update_experts(self._held, now)
         elif self._stand_ins is not None:
             self._stand_ins.take_states()
         else:
             update_one_by_one(self.optimizer, self._settings, self._held)
-        for weights, turns in self._turns.items():
-            for turn in turns:
-                if turn.group is None and isinstance(weights, StaticWeights):
+        for weights, slots in self._slots.items():
+            for slot in slots:
+                if slot.group_index is None and isinstance(weights, StaticWeights):
                     continue  # as it was, which an optimizer in backward relies on
-                if turn not in is_fused:
-                    fuse_into(turn.part, turn.experts, now[weights])
-                turn.is_fused(now[weights])
-                if (gradient := turn.gradient) is not None:
-                    turn.fused.have_taken(gradient)
-                elif turn.group is not None:
-                    turn.allow_loading()
+                if slot not in is_fused:
+                    fuse_into(slot.part, slot.experts, now[weights])
+                slot.note_fused(now[weights])
+                if (gradient := slot.gradient) is not None:
+                    slot.fused.note_applied(gradient)
+                elif slot.group_index is not None:
+                    slot.allow_loading()
 
     def _refuse_own_lists(self) -> None:
         """Raise if the optimizer has written to a parameter that its `step` was not given."""
-        now = [turn.part._version for turn in self._held]
+        now = [slot.part._version for slot in self._held]
         pairs = zip(self._held, self._copies, strict=False)  # no copies after the first step
         is_same = self._versions in ([], now) and all(_is_same(t.part, copy) for t, copy in pairs)
         self._copies.clear()
@@ -215,7 +215,7 @@ class ExpertStep:
 
     def _lend_gradients(self) -> None:
         """Add the step's gradients to what autograd gave routers and learned fusion weights."""
-        for parameter, gradient in fusion_gradients(self._turns, self._place).items():
+        for parameter, gradient in fusion_gradients(self._slots, self._place).items():
             own = parameter.grad
             lent = gradient if own is None else own + gradient
             self._lent.append((parameter, lent, own))

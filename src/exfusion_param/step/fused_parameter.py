@@ -80,12 +80,12 @@ class FusedParameter:
             self.weights_of_gradient = self.writes.fused_with
             setattr(gradient, _NOTED, True)
 
-    def have_taken(self, gradient: Tensor) -> None:
+    def note_applied(self, gradient: Tensor) -> None:
         """The experts have moved by it; what is added to it from now on is another gradient."""
         if hasattr(gradient, _NOTED):
             delattr(gradient, _NOTED)
 
-    def leave(self) -> None:
+    def remove_experts(self) -> None:
         """Take the experts and their states away from the optimizer; the model is fused."""
         if (optimizer := self.optimizer) is not None:
             optimizer.state.pop(self.parameter, None)
@@ -100,8 +100,8 @@ class FusedParameter:
         """The experts where no optimizer has them, for the next one."""
         return self._own_state
 
-    def belong_to(self, optimizer: Optimizer) -> None:
-        """Leave the experts to an optimizer, whose state has them."""
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """The experts are in this optimizer's state from now on."""
         self._owner = weakref.ref(optimizer)
         self.base = None  # the draws are not needed again
 
@@ -129,7 +129,7 @@ class FusedParameter:
 
     def has_stepped(self) -> bool:
         """Whether an optimizer has moved the experts, as far as this process knows."""
-        return self.writes.know_of_a_step()
+        return self.writes.has_record()
 
     def is_untouched(self) -> bool:
         """Whether the parameter is what `wrap` made of it."""

@@ -14,14 +14,14 @@ from ..fusion_weights.variants import LearnedWeights, StaticWeights
 from ..tensors.ranks import ALONE, Ranks, sum_together
 from ..tensors.shards import is_sharded, like, local, padded, ranks_of, replicas_of, spread
 from ..tensors.sliced_sums import products_with
-from .turn import Turn
+from .slots import Slot
 
 _SEEN = "_exfusion_seen"
 """The attribute of a gradient that holds the version of it from which others were computed."""
 
 
 def fusion_gradients(
-    turns: Mapping[FusionWeights, Sequence[Turn]], held: Collection[int]
+    slots: Mapping[FusionWeights, Sequence[Slot]], held: Collection[int]
 ) -> dict[nn.Parameter, Tensor]:
     """The gradients of routers and learned fusion weights.
 
@@ -30,58 +30,59 @@ def fusion_gradients(
     a time. Where fusion weights are stepped before, it is computed then.
 
     Args:
-        turns: of the parameters of each FFN group.
+        slots: of the parameters of each FFN group.
         held: ids of the parameters that the optimizer holds.
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
-    for weights, own in turns.items():
+    for weights, own in slots.items():
         needs_all = not set(map(id, weights.own_tensors())).isdisjoint(held)
         ranks = ALONE if isinstance(weights, StaticWeights) else weights.ranks
         if _take_gradients(own, needs_all, ranks) and not isinstance(weights, StaticWeights):
             by_ranks[ranks].append(weights)
     for ranks, alike in by_ranks.items():
-        parts = [weights.statistics(_products(weights, turns[weights])) for weights in alike]
+        parts = [weights.statistics(_products(weights, slots[weights])) for weights in alike]
         for weights, sums in zip(alike, sum_together(ranks, parts), strict=True):
             weights.step_gradients = {
                 parameter: _as_gradient(parameter, gradient)
                 for parameter, gradient in weights.gradients(sums).items()
                 if parameter.requires_grad
             }
-    return {p: grad for weights in turns for p, grad in weights.step_gradients.items()}
+    return {p: grad for weights in slots for p, grad in weights.step_gradients.items()}
 
 
-def _take_gradients(turns: Sequence[Turn], needs_all: bool, ranks: Ranks) -> bool:
+def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> bool:
     """Compute the parts of the weights that are due; whether there are any."""
     is_any = False
-    for turn in turns:
-        gradient: Any = turn.parameter.grad
+    for slot in slots:
+        gradient: Any = slot.parameter.grad
         if gradient is None:
-            turn.fused.products = None
+            slot.fused.products = None
             continue
         version = local(gradient)._version
         is_new = getattr(gradient, _SEEN, None) != version
-        if is_new or turn.group is not None:  # before a bank moves, whichever optimizer steps first
-            turn.fused.note_gradient(gradient)
-        if turn.group is None and not (needs_all and is_new):
+        if is_new or slot.group_index is not None:
+            # Before a bank moves, whichever optimizer steps first.
+            slot.fused.note_gradient(gradient)
+        if slot.group_index is None and not (needs_all and is_new):
             continue
         setattr(gradient, _SEEN, version)
         is_any = True
-        if not isinstance(turn.fused.weights, StaticWeights):
-            products = products_with(turn.experts, local(gradient))
+        if not isinstance(slot.fused.weights, StaticWeights):
+            products = products_with(slot.experts, local(gradient))
             if ranks is not ALONE:
-                products = products / replicas_of(turn.parameter, ranks)
-            turn.fused.products = products
-    if all(turn.parameter.grad is None for turn in turns):
-        turns[0].fused.weights.step_gradients = {}
+                products = products / replicas_of(slot.parameter, ranks)
+            slot.fused.products = products
+    if all(slot.parameter.grad is None for slot in slots):
+        slots[0].fused.weights.step_gradients = {}
     return is_any
 
 
-def _products(weights: FusionWeights, turns: Sequence[Turn]) -> Tensor:
+def _products(weights: FusionWeights, slots: Sequence[Slot]) -> Tensor:
     """`<E_i, G>` of this rank's share of a group's experts, shape (N,)."""
     total = torch.zeros_like(weights.current_weights())
-    for turn in turns:
-        if turn.fused.products is not None:
-            total += turn.fused.products.to(total)
+    for slot in slots:
+        if slot.fused.products is not None:
+            total += slot.fused.products.to(total)
     return total
 
 

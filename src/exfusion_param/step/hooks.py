@@ -36,7 +36,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..fusion_weights.base import FusionWeights, call_at_birth, living
+from ..fusion_weights.base import FusionWeights, live_groups, on_creation
 from ..fusion_weights.rank_agreement import agree
 from .expert_step import ExpertStep, is_view
 from .first_look import look_once
@@ -68,7 +68,7 @@ def install() -> None:
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
-call_at_birth(install)  # importing the package registers nothing with torch
+on_creation(install)  # importing the package registers nothing with torch
 
 
 def outdate(parameters: Iterable[nn.Parameter]) -> None:
@@ -200,7 +200,7 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
-    for weights in living():
+    for weights in live_groups():
         own = [*weights.own_tensors(), *weights.trained()]
         if not held.isdisjoint([id(tensor) for tensor in own]):
             yield weights

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion_weights.base import FusionWeights, living
+from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.reached import is_transformed
 from ..tensors.shards import local
 
@@ -69,7 +69,7 @@ class OwnLoopCheck:
             self._warn()
 
     def _warn(self) -> None:
-        for other in living():
+        for other in live_groups():
             if other.config is self.weights.config:  # of the same wrap()
                 other.is_in_own_loop = True
         warnings.warn(

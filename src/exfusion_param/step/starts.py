@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..fusion_weights.base import FusionWeights
-from .turn import Turn
+from .slots import Slot
 
 
-def refuse_tied(turns: Sequence[Turn]) -> None:
+def refuse_tied(slots: Sequence[Slot]) -> None:
     """Raise if two of the parameters are one, tied after `wrap`."""
     names: dict[int, str] = {}
-    for turn in turns:
-        name = turn.fused.start.name
-        if (other := names.setdefault(id(turn.parameter), name)) != name:
+    for slot in slots:
+        name = slot.fused.start.name
+        if (other := names.setdefault(id(slot.parameter), name)) != name:
             raise RuntimeError(
                 f"{other!r} and {name!r} were tied after wrap(), and one parameter cannot be fused "
                 "from two stacks of experts. Tie them before wrap(), which takes one of them."

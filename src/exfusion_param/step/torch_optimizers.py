@@ -25,7 +25,7 @@ from torch import Tensor, nn, optim
 from ..tensors.shards import as_stack, is_sharded, local, stacked, unstacked
 from ..tensors.sliced_sums import fuse_into
 from .fused_parameter import EXPERTS, FusedParameter
-from .turn import Turn, have_stepped
+from .slots import Slot, have_stepped
 
 _ELEMENTWISE = {
     optim.ASGD,
@@ -53,28 +53,28 @@ def steps_one_by_one(optimizer: optim.Optimizer) -> bool:
 
 
 def update_one_by_one(
-    optimizer: optim.Optimizer, settings: Sequence[dict[str, Any]], turns: Iterable[Turn]
+    optimizer: optim.Optimizer, settings: Sequence[dict[str, Any]], slots: Iterable[Slot]
 ) -> None:
     """Have an optimizer step on the experts of one parameter after the other.
 
     Args:
         optimizer: one that `steps_one_by_one`.
         settings: of its parameter groups, as they were before its step on all else.
-        turns: of the parameters that it holds.
+        slots: of the parameters that it holds.
     """
     step: Any = type(optimizer).step
     is_whole = type(optimizer) in _ELEMENTWISE
-    for turn in turns:
-        if (gradient := turn.gradient) is None or turn.group is None:
+    for slot in slots:
+        if (gradient := slot.gradient) is None or slot.group_index is None:
             continue
-        state = turn.state
+        state = slot.state
         experts = [state[EXPERTS]] if is_whole else unstacked(state[EXPERTS])
         units = [nn.Parameter(expert) for expert in experts]
-        for unit, own in zip(units, _gradients(turn.fused, gradient, is_whole), strict=True):
+        for unit, own in zip(units, _gradients(slot.fused, gradient, is_whole), strict=True):
             unit.grad = own.to(unit.dtype)  # the model may have been converted since
         view: Any = object.__new__(type(optimizer))
         view.__dict__.update(optimizer.__dict__)
-        view.param_groups = [settings[turn.group] | {"params": units}]
+        view.param_groups = [settings[slot.group_index] | {"params": units}]
         view.state = defaultdict(dict, zip(units, _states(state, units, is_whole), strict=True))
         step.__wrapped__(view)  # without torch's hooks, which have brought us here
         _store(state, [view.state[unit] for unit in units], is_whole)
@@ -85,45 +85,45 @@ class StandIns:
 
     Args:
         optimizer: about to step.
-        turns: of the wrapped parameters that it holds.
+        slots: of the wrapped parameters that it holds.
 
     Attributes:
         state: the optimizer's, with the experts' own.
         units: the experts by the id of the parameter that they stand in for.
     """
 
-    def __init__(self, optimizer: optim.Optimizer, turns: Sequence[Turn]) -> None:
+    def __init__(self, optimizer: optim.Optimizer, slots: Sequence[Slot]) -> None:
         self.state: defaultdict[Any, dict[str, Any]] = defaultdict(dict, optimizer.state)
         self.units: dict[int, list[nn.Parameter]] = {}
         self._optimizer = optimizer
-        self._turns = turns
-        self._versions = [turn.experts._version for turn in turns]
-        for turn in turns:
-            units = [nn.Parameter(expert) for expert in unstacked(turn.state[EXPERTS])]
-            self.units[id(turn.parameter)] = units
-            self.state.update(zip(units, _states(turn.state, units, is_whole=False), strict=True))
+        self._slots = slots
+        self._versions = [slot.experts._version for slot in slots]
+        for slot in slots:
+            units = [nn.Parameter(expert) for expert in unstacked(slot.state[EXPERTS])]
+            self.units[id(slot.parameter)] = units
+            self.state.update(zip(units, _states(slot.state, units, is_whole=False), strict=True))
 
     def have_moved(self) -> bool:
         """Whether the optimizer has moved an expert already."""
-        return [turn.experts._version for turn in self._turns] != self._versions
+        return [slot.experts._version for slot in self._slots] != self._versions
 
     def give_gradients(self) -> None:
         """Give each expert its gradient."""
-        for turn in self._turns:
-            if (gradient := turn.gradient) is not None:
-                own = _gradients(turn.fused, gradient, is_whole=False)
-                for unit, grad in zip(self.units[id(turn.parameter)], own, strict=True):
+        for slot in self._slots:
+            if (gradient := slot.gradient) is not None:
+                own = _gradients(slot.fused, gradient, is_whole=False)
+                for unit, grad in zip(self.units[id(slot.parameter)], own, strict=True):
                     unit.grad = grad.to(unit.dtype)
 
     def take_states(self) -> None:
         """Keep what the optimizer remembers of each expert."""
         averages = callable(getattr(self._optimizer, "train", None))
-        for turn in self._turns:
-            owns = [self.state[unit] for unit in self.units[id(turn.parameter)]]
+        for slot in self._slots:
+            owns = [self.state[unit] for unit in self.units[id(slot.parameter)]]
             if any(owns):
-                _store(turn.state, owns, is_whole=False)
+                _store(slot.state, owns, is_whole=False)
             if averages:  # schedule-free, whose `eval()` moves a parameter by its state
-                _fuse_states(turn.fused, turn.state)
+                _fuse_states(slot.fused, slot.state)
         units = {unit for units in self.units.values() for unit in units}
         self._optimizer.state.update(
             {key: value for key, value in self.state.items() if key not in units}

@@ -21,7 +21,7 @@ Identity = tuple[int, int]
 
 
 class Writes:
-    """Compares this rank's part of a parameter with what the last step has left.
+    """Compares this rank's part of a parameter with its value at the end of the last step.
 
     Args:
         weights: the group's fusion weights.
@@ -31,13 +31,12 @@ class Writes:
         self.fused_with: Tensor | None = None
         """The fusion weights that the parameter is fused with now, shape (N,)."""
         self._weights = weights
-        self.left: Tensor | None = None
-        """What the parameter was at the end of the last step, this rank's part."""
+        self._recorded: Tensor | None = None  # this rank's part at the end of the last step
         self._fused_from: tuple[int, int, object] | None = None
 
-    def know_of_a_step(self) -> bool:
-        """Whether an optimizer has moved the experts, as far as this process knows."""
-        return self.left is not None
+    def has_record(self) -> bool:
+        """Whether an optimizer has stepped on the experts in this process."""
+        return self._recorded is not None
 
     def take(self, part: Tensor, experts: Tensor, identity: Identity, now: Tensor) -> None:
         """Add to the experts what was written to the parameter since the last step.
@@ -48,20 +47,20 @@ class Writes:
             identity: theirs.
             now: the group's fusion weights, shape (N,).
         """
-        if self.left is None or not self._is_fused_from(identity, now):
+        if self._recorded is None or not self._is_fused_from(identity, now):
             self.fused_with = now.clone()
             shift(experts, difference(part, experts, now), now)
             return
-        left = self.left.to(part.device, part.dtype)
-        if not _is_known_equal(part, left):
-            shift(experts, part.to(now.dtype) - left, now)
+        recorded = self._recorded.to(part.device, part.dtype)
+        if not _is_known_equal(part, recorded):
+            shift(experts, part.to(now.dtype) - recorded, now)
 
-    def leave(self, part: Tensor, identity: Identity, now: Tensor) -> None:
+    def record(self, part: Tensor, identity: Identity, now: Tensor) -> None:
         """Remember what the parameter was fused from, and what it is at the end of a step."""
-        left = self.left
-        if left is None or left.shape != part.shape or left.device != part.device:
-            left = self.left = torch.empty_like(part)
-        left.copy_(part)
+        value = self._recorded
+        if value is None or value.shape != part.shape or value.device != part.device:
+            value = self._recorded = torch.empty_like(part)
+        value.copy_(part)
         self.fused_with = now
         versions = None if now.device.type == "cpu" else self._versions()
         self._fused_from = (*identity, versions)

@@ -1,4 +1,7 @@
-"""What an optimizer's step looks up once of each parameter that is fused from experts."""
+"""The slot of a fused parameter in an optimizer: the parameter with its state and its experts.
+
+A slot is looked up at each step, and serves again as long as none of the three has been replaced.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ _LOADED_BY = ("step", "mu_product", "eta", "mu")  # the latter by NAdam and ASGD
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Turn:
-    """A fused parameter in one step, with what the step asks for often.
+class Slot:
+    """A fused parameter with the state and the experts that an optimizer has for it.
 
     Args:
         fused: itself.
@@ -29,7 +32,7 @@ class Turn:
         state: of its optimizer, with the experts.
         stack: the experts, shape (N, *S); a DTensor if the parameter is one.
         experts: this rank's part of them.
-        group: index of the optimizer's parameter group; None if another one holds the parameter.
+        group_index: of the parameter group; None if another optimizer holds the parameter.
     """
 
     fused: FusedParameter
@@ -38,13 +41,13 @@ class Turn:
     state: dict[str, Any]
     stack: Tensor
     experts: Tensor
-    group: int | None
+    group_index: int | None
 
-    def is_of(self, parameter: nn.Parameter, group: int | None) -> bool:
-        """Whether this is the turn of another step, too: nothing was moved or loaded since."""
+    def is_current(self, parameter: nn.Parameter, group_index: int | None) -> bool:
+        """Whether the slot serves again: nothing was moved or loaded since."""
         return (
             parameter is self.parameter
-            and group == self.group
+            and group_index == self.group_index
             and self.state.get(EXPERTS) is self.stack
             and type(parameter) is nn.Parameter
             and parameter.data_ptr() == self.part.data_ptr()
@@ -58,15 +61,15 @@ class Turn:
     @property
     def gradient(self) -> Tensor | None:
         """`G` of the parameter, if this step moves its experts; a DTensor if the parameter is."""
-        return self.parameter.grad if self.group is not None else None
+        return self.parameter.grad if self.group_index is not None else None
 
     def take_writes(self, now: Tensor) -> None:
         """Add to the experts what was written to the parameter since the last step."""
         self.fused.writes.take(self.part, self.experts, self.identity(), now)
 
-    def is_fused(self, now: Tensor) -> None:
+    def note_fused(self, now: Tensor) -> None:
         """The parameter has just been fused with these fusion weights, shape (N,)."""
-        self.fused.writes.leave(self.part, self.identity(), now)
+        self.fused.writes.record(self.part, self.identity(), now)
 
     def allow_loading(self) -> None:
         """Give the experts of a parameter without a gradient what torch's optimizers load by.
@@ -77,25 +80,25 @@ class Turn:
             self.state |= {name: torch.zeros(()) for name in _LOADED_BY}
 
 
-def turn_of(
+def slot_of(
     fused: FusedParameter,
     optimizer: Optimizer,
     parameter: nn.Parameter,
-    group: int | None,
-    before: Turn | None,
-) -> Turn:
-    """A fused parameter's turn in a step.
+    group_index: int | None,
+    before: Slot | None,
+) -> Slot:
+    """The slot of a fused parameter, for a step.
 
     Args:
         fused: itself.
         optimizer: about to step.
         parameter: as the linear has it now.
-        group: index of its parameter group that holds the parameter, if one does.
-        before: the turn in the step before, which may serve again.
+        group_index: index of its parameter group that holds the parameter, if one does.
+        before: its slot at the step before.
     """
-    owner = optimizer if group is not None else fused.optimizer
+    owner = optimizer if group_index is not None else fused.optimizer
     state = fused.own_state() if owner is None else owner.state[parameter]
-    if before is not None and before.state is state and before.is_of(parameter, group):
+    if before is not None and before.state is state and before.is_current(parameter, group_index):
         return before
     if EXPERTS not in state:
         experts = fused.own_state().get(EXPERTS)
@@ -105,14 +108,14 @@ def turn_of(
         state[EXPERTS] = experts
     elif before is None or before.stack is not state[EXPERTS]:
         fused.weights.starts_around_changed = False  # the experts were loaded
-    if group is not None:
-        fused.belong_to(optimizer)
+    if group_index is not None:
+        fused.set_optimizer(optimizer)
     experts = state[EXPERTS]
     fused.keep(experts)
-    return Turn(fused, parameter, local(parameter), state, experts, local(experts), group)
+    return Slot(fused, parameter, local(parameter), state, experts, local(experts), group_index)
 
 
 def have_stepped(state: Mapping[str, Any]) -> bool:
-    """Whether experts have states of their own; False for what `Turn.allow_loading` put there."""
+    """Whether experts have states of their own; False for what `Slot.allow_loading` put there."""
     has_own = any(key.startswith(f"{EXPERTS}.") for key in state)
     return has_own or "step" not in state or float(state["step"]) > 0
