@@ -1,7 +1,7 @@
 """What each expert counts for now: the fusion weights of an FFN group.
 
 All variants share `base`: the weights of one group, a module that must exist only once
-(`one_model`), and the protocol `fused` for the tensors that are fused from them under
+(`single_instance`), and the protocol `fused` for the tensors that are fused from them under
 `fuse_on="step"`. `variants` has the static and the learned weights, and picks the variant.
 
 The third variant is the memory bank, which follows a router: `memory_bank` under "forward",

@@ -86,7 +86,7 @@ class BankOnStep(MemoryBank):
         pooled = functional.router_gradient(mean_of(total), gradient, features)
         return {router: (1 - self.config.momentum) * pooled}
 
-    def _experts_alone_have_gradients(self) -> bool:
+    def _only_experts_have_gradients(self) -> bool:
         gradients = [fused.parameter.grad for fused in self.fused]
         return any(local(gradient).any() for gradient in gradients if gradient is not None)
 

@@ -24,7 +24,7 @@ from ..tensors.precision import raise_precision
 from ..tensors.ranks import Ranks, all_ranks, ranks_of_ddp, require_known
 from ..tensors.shards import ranks_of, whole
 from .fused import Fused
-from .one_model import OneModel
+from .single_instance import SingleInstance
 
 Linears = tuple[nn.Module, ...]
 
@@ -43,7 +43,7 @@ def on_creation(prepare: Callable[[], None]) -> None:
     _on_creation.append(prepare)
 
 
-class FusionWeights(OneModel):
+class FusionWeights(SingleInstance):
     """What all variants share. Calling the module gives the `w` to fuse with now.
 
     Args:
@@ -72,7 +72,7 @@ class FusionWeights(OneModel):
         self._ddp_ranks: Ranks | None = None  # of the DDP that has run the last forward
         self.was_loaded = False  # with the model's state dict
         self.starts_around_changed = False  # weights, which `wrap` has not made so
-        self.is_in_own_loop = False  # which no optimizer steps in, on "step"
+        self.is_in_custom_loop = False  # which no optimizer steps in, on "step"
         self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
         self.__dict__.update(linears=linears, fusions=[], fused=[])

@@ -231,11 +231,11 @@ class MemoryBank(TokenPool):
     def _warn_if_bypassed(self) -> None:
         if self.is_bypassed or self.bank.is_meta or current_backward() is not None:
             return  # within a backward the router's turn comes after the experts'
-        if self._experts_alone_have_gradients():
+        if self._only_experts_have_gradients():
             self.is_bypassed = True
             warn_of_bypass(self.group)
 
-    def _experts_alone_have_gradients(self) -> bool:
+    def _only_experts_have_gradients(self) -> bool:
         """No for the zeros that distributed checkpoints step on, which the router has as well."""
         gradients = [stack.grad for stack in self.expert_stacks()]
         return self.router.grad is None and any(grad is not None for grad in gradients)

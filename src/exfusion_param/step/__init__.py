@@ -35,8 +35,8 @@ Note [The other files]
   that it has from before there were experts: `dense_states`. Attaching all this to a model and
   taking it off again: `attach`.
 - Errors: `refusals` before every step, under both settings of `fuse_on`; `starts` where experts
-  start or their gradients come from; `first_look` at an optimizer's first step under "forward".
-- Warnings: `own_loops` for loops without an optimizer; `health` checks fusion weights after each
+  start; `first_step_checks` at an optimizer's first step under "forward".
+- Warnings: `custom_loops` for loops without an optimizer; `health` checks fusion weights after each
   step, under both settings.
 - `interrupts` holds Ctrl-C back until the step is done.
 """

@@ -12,8 +12,8 @@ from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.variants import StaticWeights
 from ..tensors.expert_starts import ExpertStart
+from .custom_loops import CustomLoopCheck
 from .fused_parameter import FusedParameter
-from .own_loops import OwnLoopCheck
 
 NAME = "fusion_weights"
 _BEFORE_MOVES = "fusion_weights_before_moves"
@@ -48,7 +48,7 @@ def attach_fused(
     first = next(iter(group.linears))
     home, name = _home(model, first, group.name)
     home.add_module(name, weights)
-    check = group.linears[first].register_forward_hook(OwnLoopCheck(weights))
+    check = group.linears[first].register_forward_hook(CustomLoopCheck(weights))
     weights.handles.append(check)
     if not isinstance(weights, StaticWeights):
         hook = group.linears[first].register_forward_hook(weights.follow_forward, with_kwargs=True)

@@ -16,8 +16,9 @@ from ..tensors.sliced_sums import fuse_into
 from .expert_optimizer import ExpertOptimizer
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned
+from .refusals import refuse_graph
 from .slots import Slot, slot_of
-from .starts import refuse_graph, refuse_tied, warn_of_starts
+from .starts import refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
 
 _IS_VIEW = "_exfusion_is_view"
@@ -149,9 +150,8 @@ class ExpertStep:
         """Take writes from outside, and give fusion weights and experts their gradients."""
         self._is_prepared = True
         for slot in self._held:
-            gradient = slot.parameter.grad
-            if gradient is not None and gradient.requires_grad:
-                refuse_graph(self.optimizer)
+            if (gradient := slot.parameter.grad) is not None:
+                refuse_graph(self.optimizer, gradient)
         for weights, slots in self._slots.items():
             weights.before_step()
             now = weights.current_weights()

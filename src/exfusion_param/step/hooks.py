@@ -39,7 +39,7 @@ from torch.optim.optimizer import (
 from ..fusion_weights.base import FusionWeights, live_groups, on_creation
 from ..fusion_weights.rank_agreement import agree
 from .expert_step import ExpertStep, is_view
-from .first_look import look_once
+from .first_step_checks import check_first_step
 from .health import check_health, finish_checks
 from .interrupts import DeferredInterrupt
 from .refusals import delegates, refuse_closures, refuse_within_backward
@@ -95,7 +95,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 fused.refuse_flat()
         else:
             weights.before_step()
-    look_once(optimizer, groups)
+    check_first_step(optimizer, groups)
     _holds[optimizer] = (held, groups)
     agree(groups)
     by_step = [weights for weights in groups if weights.fused]

@@ -46,6 +46,15 @@ def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -
         )
 
 
+def refuse_graph(optimizer: optim.Optimizer, gradient: Tensor) -> None:
+    """Raise for a gradient that has a graph."""
+    if gradient.requires_grad:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} got gradients with a graph (create_graph=True), which "
+            'those of experts under fuse_on="step" cannot have. Wrap with fuse_on="forward".'
+        )
+
+
 def refuse_dense_state(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
     """Raise if the optimizer remembers the dense tensor that a stack has taken the place of."""
     for stack in weights.expert_stacks():

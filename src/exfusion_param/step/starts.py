@@ -1,4 +1,4 @@
-"""Refuses or warns of what is wrong where experts start, or where their gradients come from."""
+"""Refuses or warns of what is wrong where experts start."""
 
 from __future__ import annotations
 
@@ -54,11 +54,3 @@ def _only_makes_states(optimizer: Optimizer) -> bool:
     rates = [group.get("lr") for group in optimizer.param_groups]
     on_cpu = [rate for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]
     return all(rate is not None and float(rate) == 0 for rate in on_cpu) and bool(on_cpu)
-
-
-def refuse_graph(optimizer: Optimizer) -> None:
-    """Raise for gradients that have a graph."""
-    raise RuntimeError(
-        f"{type(optimizer).__name__} got gradients with a graph (create_graph=True), which "
-        'those of experts under fuse_on="step" cannot have. Wrap with fuse_on="forward".'
-    )

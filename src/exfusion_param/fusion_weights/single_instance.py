@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import nn
 
 
-class OneModel(nn.Module):
+class SingleInstance(nn.Module):
     """A module that refuses DataParallel's replicas and TorchScript."""
 
     def _replicate_for_data_parallel(self) -> NoReturn:

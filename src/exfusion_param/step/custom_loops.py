@@ -25,7 +25,7 @@ SIZE = 64
 """Numbers in a sample, at least."""
 
 
-class OwnLoopCheck:
+class CustomLoopCheck:
     """A hook on the forward of a group's first linear.
 
     Args:
@@ -45,7 +45,7 @@ class OwnLoopCheck:
             return
         weights, fused = self.weights, self.weights.fused[0]
         weights.follow_ddp()
-        if fused.has_stepped() or weights.was_loaded or weights.is_in_own_loop:
+        if fused.has_stepped() or weights.was_loaded or weights.is_in_custom_loop:
             return
         if not (weights.training and output.requires_grad and fused.parameter.requires_grad):
             return
@@ -59,7 +59,7 @@ class OwnLoopCheck:
             return
         numbers = local(self.weights.fused[0].parameter).flatten()
         before, self._sample = self._sample, numbers[:: max(1, len(numbers) // SIZE)].clone()
-        if before is None or self.weights.is_in_own_loop:
+        if before is None or self.weights.is_in_custom_loop:
             return
         if before.device == self._sample.device and torch.equal(before, self._sample):
             self._changes, self._period = 0, 2 * self._period
@@ -71,7 +71,7 @@ class OwnLoopCheck:
     def _warn(self) -> None:
         for other in live_groups():
             if other.config is self.weights.config:  # of the same wrap()
-                other.is_in_own_loop = True
+                other.is_in_custom_loop = True
         warnings.warn(
             f"The weights of {self.weights.group!r} have changed over {self._forwards} backwards "
             'without a step of a torch.optim.Optimizer on them. Under fuse_on="step" their experts '

@@ -26,7 +26,7 @@ _seen: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[FusionWeights]] = (
 )
 
 
-def look_once(optimizer: Optimizer, groups: Iterable[FusionWeights]) -> None:
+def check_first_step(optimizer: Optimizer, groups: Iterable[FusionWeights]) -> None:
     """Check an optimizer that is about to step on FFN groups for the first time.
 
     Args:
@@ -47,12 +47,12 @@ def look_once(optimizer: Optimizer, groups: Iterable[FusionWeights]) -> None:
             for name in parametrized_names(linear):
                 require_sound(linear, name)
     stacks = {id(stack) for weights in new for stack in weights.expert_stacks()}
-    _look_at_matrix_optimizer(optimizer, stacks)
+    _check_matrix_optimizer(optimizer, stacks)
     _warn_of_decay(optimizer, new, stacks)
     seen.update(new)
 
 
-def _look_at_matrix_optimizer(optimizer: Optimizer, stacks: set[int]) -> None:
+def _check_matrix_optimizer(optimizer: Optimizer, stacks: set[int]) -> None:
     """Raise for timm's Muon, and warn of other ones, if they take stacks for matrices."""
     kind = type(optimizer)
     held = [
