@@ -180,8 +180,8 @@ def _refuse_shared(model: nn.Module, groups: Iterable[FFNGroup]) -> None:
         name, group = own.get(module, (fqn, None))
         if name == fqn or group is None:
             continue
-        holder = model.get_submodule(fqn.rpartition(".")[0])
-        found = set((_by_name(holder) or _by_structure(holder)).values())
+        parent = model.get_submodule(fqn.rpartition(".")[0])
+        found = set((_by_name(parent) or _by_structure(parent)).values())
         if module in found and found != set(group.linears.values()):
             raise ValueError(
                 f"{fqn} is the same module as {name}, and the two FFNs would share one of their "

@@ -52,7 +52,11 @@ class ExpertFusion(nn.Module):
 
     def extra_repr(self) -> str:
         """N and the shape of the fused tensor."""
-        stacks = [holder.original for holder, own in self.fusion_weights.fusions if own is self]
+        stacks = [
+            parametrized.original
+            for parametrized, own in self.fusion_weights.fusions
+            if own is self
+        ]
         shapes = [f"{stack.shape[0]} x {tuple(stack.shape[1:])}" for stack in stacks if stack.ndim]
         return ", ".join(shapes)
 

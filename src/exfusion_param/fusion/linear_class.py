@@ -112,7 +112,7 @@ def _moving(dense: Any) -> Callable[..., Any]:
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `fn` does not tell which tensor it gets, so stacks are known by their shapes.
-        stacks = {holder.original.shape for holder in self.parametrizations.values()}
+        stacks = {each.original.shape for each in self.parametrizations.values()}
 
         def apply(tensor: Tensor) -> Tensor:
             if tensor.ndim < 4 or tensor.shape not in stacks or is_sharded(tensor):
@@ -120,11 +120,11 @@ def _moving(dense: Any) -> Callable[..., Any]:
             # A stack of a convolution, moved as the dense weight is: to channels_last, for one.
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
-        holders = [holder for holder in self.parametrizations.values() if _is_on_meta(holder)]
+        on_meta = [each for each in self.parametrizations.values() if _is_on_meta(each)]
         dense._apply(self, apply, recurse)
-        for holder in holders:
-            if not _is_on_meta(holder):
-                outside_access.spoil(holder.original, holder[0])
+        for each in on_meta:
+            if not _is_on_meta(each):
+                outside_access.spoil(each.original, each[0])
         return self
 
     return _apply
@@ -143,8 +143,8 @@ def _registering(dense: Any) -> Callable[..., None]:
     return register_parameter
 
 
-def _is_on_meta(holder: Any) -> bool:
-    return isinstance(holder[0], ExpertFusion) and holder.original.is_meta
+def _is_on_meta(parametrized: Any) -> bool:
+    return isinstance(parametrized[0], ExpertFusion) and parametrized.original.is_meta
 
 
 def _reset_experts(self: Any) -> None:

@@ -68,13 +68,13 @@ def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def read(linear: Any, name: str) -> Tensor:
     """The value of a parametrized tensor; raises if something went wrong before."""
-    holder = linear.parametrizations[name]
-    if _is_recorded() or not isinstance(holder[0], ExpertFusion):
-        return holder()
+    parametrized = linear.parametrizations[name]
+    if _is_recorded() or not isinstance(parametrized[0], ExpertFusion):
+        return parametrized()
     require_sound(linear, name)
-    fused: Tensor = holder()
+    fused: Tensor = parametrized()
     if _running.linear is not linear:
-        _remember(holder, fused)
+        _remember(parametrized, fused)
     return fused
 
 
@@ -82,15 +82,15 @@ def require_sound(linear: Any, name: str) -> None:
     """Raise a RuntimeError if a write to a fused tensor was lost, or its stack was never filled."""
     if _is_recorded():
         return
-    holder = linear.parametrizations[name]
-    fusion = holder[0]
+    parametrized = linear.parametrizations[name]
+    fusion = parametrized[0]
     if fusion.is_unfilled:
-        _require_filled(linear, name, holder.original)
+        _require_filled(linear, name, parametrized.original)
         fusion.is_unfilled = False
     if fusion not in _handed_out:
         return
     handed_out = _handed_out.pop(fusion, None)  # another thread may have been quicker
-    if handed_out is None or handed_out.stack != _identity(holder.original):
+    if handed_out is None or handed_out.stack != _identity(parametrized.original):
         return
     if not _is_capturing(handed_out.copy) and not _is_unchanged(handed_out):
         raise RuntimeError(
@@ -107,19 +107,19 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
     Raises:
         ValueError: it has another shape, or is a tensor subclass that experts cannot have.
     """
-    holder = linear.parametrizations[name]
-    fusion = holder[0]
+    parametrized = linear.parametrizations[name]
+    fusion = parametrized[0]
     if not isinstance(fusion, ExpertFusion):
-        holder.right_inverse(value)
+        parametrized.right_inverse(value)
         return
     is_plain = type(value.data) is Tensor or is_sharded(value)
-    if not is_plain or value.shape != holder.original.shape[1:]:
+    if not is_plain or value.shape != parametrized.original.shape[1:]:
         raise ValueError(
             f"Experts fuse to {_named(linear, name)}, got a {type(value.data).__name__} of shape "
             f"{tuple(value.shape)}. Call fuse(model) before quantizing or replacing it, or wrap "
             'with fuse_on="step".'
         )
-    holder.right_inverse(value)
+    parametrized.right_inverse(value)
     _handed_out.pop(fusion, None)
     fusion.is_unfilled = False
 
@@ -141,15 +141,17 @@ def spoil(stack: Tensor, fusion: ExpertFusion) -> None:
     fusion.is_unfilled = True
 
 
-def _remember(holder: Any, fused: Tensor) -> None:
+def _remember(parametrized: Any, fused: Tensor) -> None:
     is_plain = type(fused) is Tensor or is_sharded(fused)
     if not is_plain or fused.is_meta or torch.func.debug_unwrap(fused) is not fused:
         return
     if _is_capturing(fused):
         return
-    is_in_forward = getattr(holder[0].fusion_weights, "current", None) is not None
+    is_in_forward = getattr(parametrized[0].fusion_weights, "current", None) is not None
     tensor = fused.detach() if is_in_forward else fused
-    _handed_out[holder[0]] = _HandedOut(tensor, local(fused).clone(), _identity(holder.original))
+    _handed_out[parametrized[0]] = _HandedOut(
+        tensor, local(fused).clone(), _identity(parametrized.original)
+    )
 
 
 def _identity(stack: Tensor) -> tuple[int, int]:
@@ -184,6 +186,6 @@ def _require_filled(linear: nn.Module, name: str, stack: Tensor) -> None:
 
 
 def _named(linear: Any, name: str) -> str:
-    holder = linear.parametrizations[name]
-    shape = tuple(holder.original.shape[1:])
-    return f"the {name} of shape {shape} in {holder[0].fusion_weights.group!r}"
+    parametrized = linear.parametrizations[name]
+    shape = tuple(parametrized.original.shape[1:])
+    return f"the {name} of shape {shape} in {parametrized[0].fusion_weights.group!r}"

@@ -13,8 +13,8 @@ The third variant is the memory bank, which follows a router: `memory_bank` unde
 - Its problems: `bank_errors` raises for forwards that it cannot follow, `bank_health` warns of
   collapsed routers and dead experts, `empty_banks` of banks that are still zero.
 
-Under "step" autograd does not compute the gradients of routers and learned weights. `reached` gives
-them zeros instead, which DDP and FSDP2 wait for.
+Under "step" autograd does not compute the gradients of routers and learned weights.
+`zero_gradients` gives them zeros instead, which DDP and FSDP2 wait for.
 
 Several ranks: `rank_agreement` compares how they wrapped the model, once; `ordered_sums` sums over
 them in each forward and backward, and raises where they run different FFNs.

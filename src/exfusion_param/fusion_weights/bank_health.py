@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reached import is_transformed
+from .zero_gradients import is_transformed
 
 COLLAPSED = 0.99
 """A router's weight from which on the other experts count for nothing."""

@@ -12,8 +12,8 @@ from ..finding.projections import projection_of
 from ..tensors import functional
 from ..tensors.shards import local, local_to_differentiate
 from .memory_bank import MemoryBank
-from .reached import is_transformed, reached
 from .votes import mean_of
+from .zero_gradients import is_transformed, with_zero_gradient
 
 
 class BankOnStep(MemoryBank):
@@ -40,14 +40,14 @@ class BankOnStep(MemoryBank):
             return None
         self._step_total = None
         if x.numel() == 0:  # no token, no vote
-            return reached(output, self.router)
+            return with_zero_gradient(output, self.router)
         noted = self._statistics_of(x.movedim(self._feature_dim, -1))
         self.votes.follow_anchor()
-        return reached(output, self.router, lambda: self.votes.note(noted))
+        return with_zero_gradient(output, self.router, lambda: self.votes.note(noted))
 
     def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
         if x.numel() == 0:
-            return reached(output, self.router)
+            return with_zero_gradient(output, self.router)
         probe = self.router if self.router.requires_grad else self.trained()[0]
         part = local_to_differentiate(probe).flatten()[:1]
         return output + self.votes.token(self._statistics_of(x), part).to(output.dtype)

@@ -223,8 +223,8 @@ class FusionWeights(SingleInstance):
 
     def expert_stacks(self) -> Iterator[nn.Parameter]:
         """The expert stacks that fuse with these weights."""
-        for holder, _ in self.fusions:
-            yield holder.original
+        for parametrized, _ in self.fusions:
+            yield parametrized.original
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
         def keep_precision(tensor: Tensor) -> Tensor:

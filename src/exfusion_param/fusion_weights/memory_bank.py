@@ -20,11 +20,11 @@ from .bank_errors import offloaded_in_training, two_threads, unobserved
 from .bank_health import EmptyBankAlarm, can_be_read, shares_of, warn_of_bypass, warn_of_problems
 from .base import Linears
 from .ordered_sums import text_of_difference
-from .reached import refuse_torch_func
 from .routed_forward import Observed
 from .token_pool import TokenPool
 from .vote_ops import current_backward
 from .votes import Votes, mean_of
+from .zero_gradients import refuse_torch_func
 
 
 class MemoryBank(TokenPool):

@@ -18,7 +18,7 @@ from ..tensors.shards import assign, local
 from .bank_on_step import BankOnStep
 from .base import FusionWeights, Linears
 from .memory_bank import MemoryBank
-from .reached import reached
+from .zero_gradients import with_zero_gradient
 
 
 def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
@@ -99,7 +99,7 @@ class LearnedWeights(FusionWeights):
         self, linear: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> Tensor | None:
         """Let autograd reach the vector, with a gradient of zeros until the optimizer's step."""
-        return reached(output, self.weights) if self.training else None
+        return with_zero_gradient(output, self.weights) if self.training else None
 
     def current_weights(self) -> Tensor:
         """The learned vector; a sharded one as it was gathered last."""

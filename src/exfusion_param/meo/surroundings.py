@@ -20,10 +20,10 @@ def is_causal(model: nn.Module, ffn: str) -> bool:
         model: any module.
         ffn: name of the FFN in it.
     """
-    for holder in _holders(model, ffn):
-        if isinstance(holder, nn.TransformerDecoderLayer):
+    for parent in _parents(model, ffn):
+        if isinstance(parent, nn.TransformerDecoderLayer):
             return True
-        said = [module for module in holder.modules() if _speaks(module)]
+        said = [module for module in parent.modules() if _speaks(module)]
         if said:
             return any(_says_causal(module) for module in said)
     return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
@@ -36,13 +36,13 @@ def batch_dim(model: nn.Module, ffn: str) -> int:
         model: any module.
         ffn: name of the FFN in it.
     """
-    for holder in _holders(model, ffn):
-        if isinstance(holder, _TORCH_LAYERS):
-            return 0 if holder.self_attn.batch_first else 1
+    for parent in _parents(model, ffn):
+        if isinstance(parent, _TORCH_LAYERS):
+            return 0 if parent.self_attn.batch_first else 1
     return 0
 
 
-def _holders(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """A module of the model and all that hold it, from the inside."""
     while name:
         yield model.get_submodule(name)

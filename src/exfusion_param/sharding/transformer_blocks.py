@@ -44,5 +44,5 @@ def _ancestors(fqn: str) -> list[str]:
 
 
 def _is_element(model: nn.Module, path: str) -> bool:
-    holder = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(holder, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential)

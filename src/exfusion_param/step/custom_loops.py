@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion_weights.base import FusionWeights, live_groups
-from ..fusion_weights.reached import is_transformed
+from ..fusion_weights.zero_gradients import is_transformed
 from ..tensors.shards import local
 
 PERIOD = 4

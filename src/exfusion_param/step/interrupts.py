@@ -39,11 +39,11 @@ class DeferredInterrupt:
         if threading.current_thread() is not threading.main_thread():
             return
         before = signal.getsignal(signal.SIGINT)
-        holder = getattr(before, "__self__", None)
-        if isinstance(holder, DeferredInterrupt):
+        active = getattr(before, "__self__", None)
+        if isinstance(active, DeferredInterrupt):
             if _steps_on_stack() > 1:  # a step within another's closure
                 return
-            holder.end()  # its step has failed, and its post-hooks were not called
+            active.end()  # its step has failed, and its post-hooks were not called
             before = signal.getsignal(signal.SIGINT)
         if callable(before):
             self._before, self._received = before, False

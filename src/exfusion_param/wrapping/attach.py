@@ -33,8 +33,8 @@ def attach(
         owns_weights = place.is_first and name == "weight"
         fusion = ExpertFusion(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
-        holder = linear.get_submodule(f"parametrizations.{name}")
-        fusion_weights.fusions.append((holder, fusion))
+        parametrized = linear.get_submodule(f"parametrizations.{name}")
+        fusion_weights.fusions.append((parametrized, fusion))
         original(linear, name).grad = None
     share_class(linear, order, fusion_weights.forward_of(place))
 

@@ -31,21 +31,21 @@ def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -
         model: the wrapped model.
         new_pools: those of its fusion weights that do not follow them yet.
     """
-    holder_of: dict[TokenPool, tuple[nn.Module, list[str]]] = {}
+    module_of: dict[TokenPool, tuple[nn.Module, list[str]]] = {}
     for module in model.modules():  # an outer one comes before those inside of it
         if not isinstance(module, PreTrainedModel):
             continue
         arguments = list(inspect.signature(module.forward).parameters)
         if MASK in arguments:
             inside = set(module.modules())
-            holder_of |= {pool: (module, arguments) for pool in new_pools if pool in inside}
-    for pool, (holder, arguments) in holder_of.items():
+            module_of |= {pool: (module, arguments) for pool in new_pools if pool in inside}
+    for pool, (module, arguments) in module_of.items():
         hook = functools.partial(_take_mask, pool, arguments.index(MASK))
-        pool.handles.append(holder.register_forward_pre_hook(hook, with_kwargs=True))
+        pool.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def _take_mask(
-    pool: TokenPool, position: int, holder: nn.Module, args: Any, kwargs: dict[str, Any]
+    pool: TokenPool, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
     mask = args[position] if position < len(args) else kwargs.get(MASK)
     is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2

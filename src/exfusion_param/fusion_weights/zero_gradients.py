@@ -1,4 +1,4 @@
-"""How autograd reaches parameters whose gradients are computed at the optimizer's step."""
+"""Gives parameters zero gradients in the backward; their own come at the optimizer's step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 Note = Callable[[], None]
 
 
-def reached(y: Tensor, parameter: Tensor | None, note: Note | None = None) -> Tensor:
+def with_zero_gradient(y: Tensor, parameter: Tensor | None, note: Note | None = None) -> Tensor:
     """`y`, the same numbers, whose backward gives a parameter a gradient of zeros.
 
     DistributedDataParallel and FSDP2 wait for the gradients of all parameters that they manage.
@@ -32,7 +32,7 @@ def reached(y: Tensor, parameter: Tensor | None, note: Note | None = None) -> Te
         return y
     if torch.compiler.is_compiling() and note is None and parameter is not None:
         return y + 0 * parameter.flatten()[:1].to(y.dtype)
-    result: Tensor = _Reached.apply(y, parameter, note)
+    result: Tensor = _ZeroGradient.apply(y, parameter, note)
     return result
 
 
@@ -69,7 +69,7 @@ def _has_derivative(y: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(y).tangent is not None
 
 
-class _Reached(torch.autograd.Function):
+class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, parameter: Tensor | None, note: Note | None) -> Tensor:
         ctx.parameter, ctx.note = parameter, note
