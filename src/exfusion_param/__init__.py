@@ -17,7 +17,7 @@ from .measures import metrics
 from .optim import no_weight_decay_names, param_groups
 from .sharding.fsdp import expert_placement, fully_shard
 from .state_dict import fused_state_dict, load_dense_state_dict
-from .step.expert_optimizers import ExpertAdamW, ExpertSGD
+from .step.adamw_and_sgd import ExpertAdamW, ExpertSGD
 from .summary import Summary, summarize
 
 __version__ = "0.2.0"

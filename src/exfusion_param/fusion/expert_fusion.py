@@ -52,11 +52,8 @@ class ExpertFusion(nn.Module):
 
     def extra_repr(self) -> str:
         """N and the shape of the fused tensor."""
-        stacks = [
-            parametrized.original
-            for parametrized, own in self.fusion_weights.fusions
-            if own is self
-        ]
+        fusions = self.fusion_weights.fusions
+        stacks = [parametrized.original for parametrized, fusion in fusions if fusion is self]
         shapes = [f"{stack.shape[0]} x {tuple(stack.shape[1:])}" for stack in stacks if stack.ndim]
         return ", ".join(shapes)
 

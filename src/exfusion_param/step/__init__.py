@@ -18,8 +18,8 @@ expert_step.py):
 3. The optimizer steps on everything but the wrapped parameters.
 4. The memory banks move.
 5. Each expert is updated as a parameter of its own (torch_optimizers.py), or all of them in one
-   pass over the stack (ExpertAdamW and ExpertSGD: expert_optimizers.py; what they share:
-   expert_optimizer.py, stack_step.py, state_storage.py).
+   pass over the stack (ExpertAdamW and ExpertSGD: adamw_and_sgd.py; what they share:
+   one_pass.py, stack_step.py, state_storage.py).
 6. `W = sum_i w_i E_i` with the new fusion weights.
 
 A step that fails before experts move leaves everything as it was, and a later Ctrl-C waits for its

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.variants import StaticWeights
 from ..tensors.sliced_sums import fuse_into
-from .expert_optimizer import ExpertOptimizer
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned
+from .one_pass import OnePassOptimizer
 from .refusals import refuse_graph
 from .slots import Slot, slot_of
 from .starts import refuse_tied, warn_of_starts
@@ -67,7 +67,7 @@ class ExpertStep:
         self.is_done = False
         self._versions: list[int] = []
         self._copies: list[Tensor] = []
-        if isinstance(optimizer, ExpertOptimizer):
+        if isinstance(optimizer, OnePassOptimizer):
             optimizer.refuse_unsupported()
         place = {
             id(parameter): index
@@ -93,7 +93,7 @@ class ExpertStep:
         self._held = [slot for slot in every if slot.group_index is not None]
         refuse_tied(every)
         warn_of_starts(optimizer, groups)
-        if isinstance(optimizer, ExpertOptimizer):
+        if isinstance(optimizer, OnePassOptimizer):
             optimizer.make_ready()
         self._stand_ins = self._make_stand_ins()
         self.view = self._make_view()
@@ -109,7 +109,7 @@ class ExpertStep:
             )
 
     def _make_stand_ins(self) -> StandIns | None:
-        if isinstance(self.optimizer, ExpertOptimizer) or steps_one_by_one(self.optimizer):
+        if isinstance(self.optimizer, OnePassOptimizer) or steps_one_by_one(self.optimizer):
             return None
         return StandIns(self.optimizer, self._held)
 
@@ -182,7 +182,7 @@ class ExpertStep:
         gather_learned(self.groups)
         now = {weights: weights.current_weights().clone() for weights in self.groups}
         is_fused: set[Slot] = set()
-        if isinstance(self.optimizer, ExpertOptimizer):
+        if isinstance(self.optimizer, OnePassOptimizer):
             is_fused = self.optimizer.update_experts(self._held, now)
         elif self._stand_ins is not None:
             self._stand_ins.take_states()

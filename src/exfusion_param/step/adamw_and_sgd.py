@@ -17,12 +17,12 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from .expert_optimizer import ExpertOptimizer
+from .one_pass import OnePassOptimizer
 from .slots import Slot
 from .state_storage import StateDtype
 
 
-class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
+class ExpertAdamW(OnePassOptimizer, torch.optim.AdamW):
     """AdamW that holds no N-fold gradient, see `torch.optim.AdamW` (arXiv 1711.05101).
 
     Args:
@@ -108,7 +108,7 @@ class ExpertAdamW(ExpertOptimizer, torch.optim.AdamW):
         )
 
 
-class ExpertSGD(ExpertOptimizer, torch.optim.SGD):
+class ExpertSGD(OnePassOptimizer, torch.optim.SGD):
     """SGD that holds no N-fold gradient, see `torch.optim.SGD`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What optimizers that update expert stacks in one pass share; see expert_optimizers.py."""
+"""What optimizers that update expert stacks in one pass share; see adamw_and_sgd.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _KnownPlan(NamedTuple):
 _plans: weakref.WeakKeyDictionary[Optimizer, dict[int, _KnownPlan]] = weakref.WeakKeyDictionary()
 
 
-class ExpertOptimizer(Optimizer):
+class OnePassOptimizer(Optimizer):
     """What optimizers of experts have in common."""
 
     required: ClassVar[Mapping[str, Any]]
