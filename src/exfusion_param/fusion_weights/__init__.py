@@ -10,8 +10,8 @@ The third variant is the memory bank, which follows a router: `memory_bank` unde
 - Its input: `routed_forward` passes the FFN's input on; `token_pool` and `token_masks` exclude
   padding.
 - Its votes, the micro-batches that count: `votes`, with `anchor` and `vote_ops`.
-- Its problems: `bank_errors` raises for forwards that it cannot follow, `bank_health` warns of
-  collapsed routers and dead experts, `empty_banks` of banks that are still zero.
+- Its problems: `bank_problems` raises for forwards that it cannot follow, and warns of collapsed
+  routers, dead experts, and banks that are still zero.
 
 Under "step" autograd does not compute the gradients of routers and learned weights.
 `zero_gradients` gives them zeros instead, which DDP and FSDP2 wait for.

@@ -16,8 +16,7 @@ from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
-from .bank_errors import offloaded_in_training, two_threads, unobserved
-from .bank_health import EmptyBankAlarm, can_be_read, shares_of, warn_of_bypass, warn_of_problems
+from . import bank_problems
 from .base import Linears
 from .ordered_sums import text_of_difference
 from .routed_forward import Observed
@@ -65,7 +64,7 @@ class MemoryBank(TokenPool):
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
         self.votes = self._new_votes()
-        self.alarm = EmptyBankAlarm()
+        self.alarm = bank_problems.EmptyBankAlarm()
         self.is_bypassed = False
         self._is_filled = False  # as far as is known without reading the bank again
         self._thread: int | None = None  # that runs the forward
@@ -115,7 +114,7 @@ class MemoryBank(TokenPool):
 
     def _warn_if_empty(self) -> None:
         """Reads the bank, which synchronizes a GPU, until it is filled or the warning given."""
-        if self.alarm.is_given or not can_be_read(self.bank):
+        if self.alarm.is_given or not bank_problems.can_be_read(self.bank):
             return
         self._is_filled = not self.is_empty()
         if not self._is_filled:
@@ -140,12 +139,12 @@ class MemoryBank(TokenPool):
     def _require_own_thread(self) -> None:
         """Raise if a forward in another thread has observed its input since this one did."""
         if not torch.compiler.is_compiling() and self._thread not in (None, threading.get_ident()):
-            raise two_threads(self.group)
+            raise bank_problems.two_threads(self.group)
 
     def _moved_by(self, x: Tensor) -> Tensor:
         """Where the FFN's input, shape (..., D), moves the bank, shape (N,)."""
         if self.router.is_meta and not x.is_meta:
-            raise offloaded_in_training(self.group)
+            raise bank_problems.offloaded_in_training(self.group)
         counts = torch.is_grad_enabled() and self._anchor() is not None
         if x.numel() == 0:  # no token, no vote; other ranks may have some
             weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
@@ -164,7 +163,7 @@ class MemoryBank(TokenPool):
             self.current.requires_grad or not torch.is_grad_enabled() or self._anchor() is None
         )
         if not has_graph:
-            raise unobserved(self.group)
+            raise bank_problems.unobserved(self.group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
         self.votes.follow(None)  # torch does not move a DTensor that has weak references
@@ -215,7 +214,7 @@ class MemoryBank(TokenPool):
             return None
         differed, self.votes.sums.has_differed = self.votes.sums.has_differed, None
         order = stepped.new_zeros(1) if differed is None else differed[None].to(stepped)
-        return torch.cat([stepped, shares_of(self.bank), order])
+        return torch.cat([stepped, bank_problems.shares_of(self.bank), order])
 
     def warn_of(self, health: Tensor) -> None:
         """Warn once if the router chooses a single expert, or an expert is never chosen.
@@ -226,14 +225,14 @@ class MemoryBank(TokenPool):
         routed, _, shares, order = health.split([len(self.bank), 1, len(self.bank), 1])
         if order.any():
             raise RuntimeError(text_of_difference())
-        warn_of_problems(self.group, routed, shares, self._warned)
+        bank_problems.warn_of_problems(self.group, routed, shares, self._warned)
 
     def _warn_if_bypassed(self) -> None:
         if self.is_bypassed or self.bank.is_meta or current_backward() is not None:
             return  # within a backward the router's turn comes after the experts'
         if self._only_experts_have_gradients():
             self.is_bypassed = True
-            warn_of_bypass(self.group)
+            bank_problems.warn_of_bypass(self.group)
 
     def _only_experts_have_gradients(self) -> bool:
         """No for the zeros that distributed checkpoints step on, which the router has as well."""

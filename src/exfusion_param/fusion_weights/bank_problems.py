@@ -1,14 +1,19 @@
-"""What can be wrong with a memory bank that trains, and how its user hears of it."""
+"""What can be wrong with a memory bank: errors of its forward, and warnings.
+
+Warnings are of collapsed routers and dead experts, of experts that train without their router, and
+of banks that are still zero.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base import FusionWeights
 from .zero_gradients import is_transformed
 
 COLLAPSED = 0.99
@@ -16,6 +21,33 @@ COLLAPSED = 0.99
 
 DEAD = 0.01
 """A fusion weight, times N, below which an expert counts for nothing."""
+
+
+def two_threads(group: str) -> RuntimeError:
+    """Two threads train one model."""
+    return RuntimeError(
+        f"{group!r} is trained by two threads at the same time, and its memory bank can "
+        "follow only one input. Train in one thread, or in processes with "
+        "DistributedDataParallel. In eval mode threads can share a model."
+    )
+
+
+def offloaded_in_training(group: str) -> RuntimeError:
+    """The router is on the meta device."""
+    return RuntimeError(
+        f"The router of {group!r} is on the meta device in a training forward. "
+        "accelerate's offloading is for inference: call model.eval()."
+    )
+
+
+def unobserved(group: str) -> RuntimeError:
+    """A linear runs without the one whose input is routed."""
+    return RuntimeError(
+        f"A linear of {group!r} ran without the one whose input its shared router "
+        "reads: before it, outside of its checkpoint, in two threads at once, or replaced "
+        "after wrap(). Checkpoint the whole FFN, or give each linear its own router, "
+        "wrap(model, shared_router=False); train in one thread; put the linear back."
+    )
 
 
 def shares_of(bank: Tensor) -> Tensor:
@@ -93,3 +125,28 @@ def can_be_read(bank: Tensor) -> bool:
         return False
     is_capturing = bank.is_cuda and torch.cuda.is_current_stream_capturing()
     return not (is_capturing or torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def share_alarm(groups: Iterable[FusionWeights]) -> None:
+    """Let all banks of one model warn of an eval forward with an empty bank only once."""
+    alarm = EmptyBankAlarm()
+    for bank in _banks(groups):
+        bank.alarm = alarm
+
+
+def warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:
+    """Warn if what is about to be shipped or loaded is multiplied by zero."""
+    banks = [bank for bank in _banks(groups) if bank.is_empty()]
+    for bank in banks:
+        bank.alarm.is_given = True
+    if empty := sorted(bank.group for bank in banks):
+        warnings.warn(
+            f"The memory bank of {len(empty)} FFN groups ({empty[0]!r} first) is still zero, and "
+            'so are their fused weights. Train first, or wrap with bank_init="uniform".',
+            stacklevel=3,
+        )
+
+
+def _banks(groups: Iterable[FusionWeights]) -> list[Any]:
+    """Those that are memory banks, whose module imports this one."""
+    return [group for group in groups if hasattr(group, "bank")]
