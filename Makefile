@@ -4,10 +4,10 @@ PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file 
 ARGS ?=
 TESTS :=
 
-.PHONY: help demo test lint types unit quick nightly docs package bench faults borders recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly docs package bench gpu gpu-dry faults borders recipes evidence clean
 
 help:  ## this list
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -53,6 +53,14 @@ bench: .venv/installed  ## time, memory and precision against dense and peers; a
 	$(BIN)/python benchmarks/scaling.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/low_precision.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/meo.py
+
+GPU := PYTHONPATH=src:tests:examples:benchmarks $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
+
+gpu:  ## tests, time, memory and evidence on a GPU, in nine minutes; needs torch and no environment
+	@$(GPU) $(ARGS)
+
+gpu-dry:  ## the same at toy size, without a GPU
+	@$(GPU) --dry --out runs/gpu-dry $(ARGS)
 
 faults: .venv/installed  ## kills, full disks, damaged and malformed files, a long run; about 30 minutes
 	$(BIN)/python -W ignore tools/faults.py

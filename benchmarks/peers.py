@@ -107,6 +107,22 @@ def mixture_of_experts(dim: int, hidden: int, num_experts: int) -> nn.Module:
     return FirstOutput(MoE(dim, num_experts, hidden_dim=hidden // 2))
 
 
+def top_one(dim: int, hidden: int, num_experts: int) -> nn.Module:
+    """The paper's MoE-N-1: N whole FFNs, one for each token (examples/support/mixture.py).
+
+    It stays eager in a compiled model, as the shapes within it depend on the tokens.
+    """
+    from support.mixture import TopOneMixture
+
+    ffns: list[nn.Module] = [
+        nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        for _ in range(num_experts)
+    ]
+    mixture = TopOneMixture(ffns, dim)
+    mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
+    return mixture
+
+
 def soft_moe(dim: int, hidden: int, num_experts: int) -> nn.Module:
     """soft-moe-pytorch: slots that mix all tokens (arXiv 2308.00951)."""
     from soft_moe_pytorch import SoftMoE
@@ -121,6 +137,7 @@ PEERS: dict[str, Replace] = {
     "st-moe-pytorch": st_moe,
     "mixture-of-experts": mixture_of_experts,
     "soft-moe-pytorch": soft_moe,
+    "MoE-N-1": top_one,
 }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from step_time import Row as StepRow
-from step_time import measure
+from paired_steps import Row as StepRow
+from paired_steps import measure
 from tables import markdown_table, write_csv, write_results
 from training import DEVICE, SOURCE, T5, TARGET, Task, Trainer
 

@@ -10,7 +10,6 @@ import gc
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import matplotlib.pyplot as plt
 import tyro
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tqdm import tqdm
 
+from paired_steps import Row, measure
 from peers import PEERS
 from tables import markdown_table, write_csv, write_results
 from training import DEVICE, KINDS, Task, Trainer
@@ -54,51 +54,11 @@ class Settings:
     folder: Path = Path(__file__).parent / "results"
 
 
-@dataclasses.dataclass
-class Row:
-    """One kind of model.
-
-    Args:
-        kind: of ExFusion, or the peer.
-        num_experts: N.
-        step_by_dense: the ratio, median over rounds.
-        lowest: of the rounds.
-        highest: of the rounds.
-        step_ms: median over rounds.
-        dense_ms: of the dense twin.
-    """
-
-    kind: str
-    num_experts: int
-    step_by_dense: float
-    lowest: float
-    highest: float
-    step_ms: float
-    dense_ms: float
-
-
 def cases(settings: Settings) -> Iterator[tuple[str, int]]:
     """Each kind and N."""
     yield from itertools.product(settings.kinds, settings.num_experts)
     if settings.peers != ("none",):
         yield from itertools.product(settings.peers, settings.peer_experts)
-
-
-def measure(dense: Trainer, kind: str, num_experts: int, rounds: int) -> Row:
-    """A kind and its dense twin in turns, after one round that is not timed."""
-    ours, loss = Trainer(dense.task, kind, num_experts), dense.task.new_loss()
-    pairs = [(dense.step(loss), ours.step(loss)) for _ in range(rounds + 1)][1:]
-    ratios = [own / theirs for theirs, own in pairs]
-    dense_ms, step_ms = (round(1e3 * median(times), 1) for times in zip(*pairs, strict=True))
-    return Row(
-        kind,
-        num_experts,
-        step_by_dense=round(median(ratios), 3),
-        lowest=round(min(ratios), 3),
-        highest=round(max(ratios), 3),
-        step_ms=step_ms,
-        dense_ms=dense_ms,
-    )
 
 
 def plot(rows: list[Row], file: Path) -> None:

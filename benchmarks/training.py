@@ -1,19 +1,18 @@
 """Models that the benchmarks train on random data, dense, with experts, or with a peer's FFNs."""
 
 import dataclasses
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration
 
 import exfusion_param as exf
-from exfusion_param.sharding.transformer_blocks import transformer_blocks
+from gpu_lines.vit import plain_vit
 from peers import PEERS, replace_ffns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,9 +55,11 @@ class Task:
         """The dense model, with the same random weights each time."""
         torch.manual_seed(0)
         if self.model in T5:
+            from transformers import T5Config, T5ForConditionalGeneration
+
             config: Any = T5[self.model] | {"use_cache": False, "decoder_start_token_id": 0}
             return T5ForConditionalGeneration(T5Config(**config))
-        return timm.create_model(self.model)
+        return new_vit(self.model)
 
     def new_loss(self) -> Loss:
         """The loss on a random batch."""
@@ -73,6 +74,22 @@ class Task:
         return lambda model: F.cross_entropy(model(images), labels)
 
 
+def new_vit(name: str) -> nn.Module:
+    """A ViT of timm; without timm one of torch.nn of the same shape."""
+    if name == "toy" or importlib.util.find_spec("timm") is None:
+        return plain_vit(name)
+    import timm
+
+    return timm.create_model(name)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a ViT or a T5."""
+    lists = {"blocks", "encoder.block", "decoder.block"}
+    named = model.named_modules()
+    return [block for name, module in named if name in lists for block in module.children()]
+
+
 class Trainer:
     """A model and its optimizer.
 
@@ -83,14 +100,14 @@ class Trainer:
     """
 
     def __init__(self, task: Task, kind: str = "dense", num_experts: int = 1) -> None:
-        self.task = task
-        self.model = task.new_model()
+        self.task, self.kind, self.num_experts = task, kind, num_experts
+        self.model = task.new_model().to(DEVICE)  # before its experts, which are drawn there
         if kind in PEERS:
             replace_ffns(self.model, PEERS[kind], num_experts)
         elif kind != "dense":
             exf.wrap(self.model, num_experts=num_experts, bank_init="uniform", **KINDS[kind])
         self.model.to(DEVICE).train()
-        for block in transformer_blocks(self.model) if task.compile else ():
+        for block in blocks_of(self.model) if task.compile else ():
             block.compile()
         groups = exf.param_groups(self.model, 0.05)
         has_fast_path = kind.startswith("step") and not kind.endswith("AdamW")

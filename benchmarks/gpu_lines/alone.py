@@ -41,35 +41,37 @@ class Alone:
         return loss.detach()[None]
 
 
-def timed_steps(arm: str, seed: int, shape: Shape, device: str, folder: Path, steps: int) -> float:
+def timed_steps(
+    arm: str, shape: Shape, device: str, folder: Path, steps: int, seed: int
+) -> float:
     """Seconds of a step, after as many that are not timed; runs in a process of its own."""
     images = Images.load(folder, shape, device)
     batches, run = Batches(images, shape, (seed,)), Alone(arm, seed, shape, device)
     started = 0.0
     for step in range(2 * steps):
         if step == steps:
-            started = _now(device)
+            started = now(device)
         run.step(batches.batch(step % batches.steps), shape.lr)
-    return (_now(device) - started) / steps
+    return (now(device) - started) / steps
 
 
 def train(
-    arm: str, seed: int, shape: Shape, device: str, folder: Path, until: float
+    arm: str, shape: Shape, device: str, folder: Path, until: float, seed: int
 ) -> dict[str, Any] | None:
     """A whole run, or None if the time is over; runs in a process of its own."""
     images = Images.load(folder, shape, device)
     batches, run = Batches(images, shape, (seed,)), Alone(arm, seed, shape, device)
-    started, loss = _now(device), torch.zeros(1)
+    started, loss = now(device), torch.zeros(1)
     for step in range(batches.steps):
         if time.time() > until:
             return None
         loss = run.step(batches.batch(step), shape.rate(step, batches.steps))
-    seconds = _now(device) - started
+    seconds = now(device) - started
     shipped = run.method.ship(run.method.model)
     return {"accuracy": accuracy(shipped, images), "loss": loss.item(), "seconds": seconds}
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIZES = {
+    "toy": {"patch": 56, "dim": 16, "depth": 2, "heads": 2},
     "deit_tiny_patch16_224": {"dim": 192, "heads": 3},
     "vit_base_patch16_224": {"dim": 768, "heads": 12},
 }
@@ -100,7 +101,7 @@ class ViT(nn.Module):
 
 
 def plain_vit(name: str) -> ViT:
-    """The ViT that timm has under this name.
+    """The ViT that timm has under this name, or the toy.
 
     Raises:
         SystemExit: it is of another size than those in here.
