@@ -6,9 +6,9 @@
 
 It needs one GPU, torch and this repository; a package that is missing costs what needs it, and the
 script says which. Each line stops when its share of the time is over. Its results are on disk as
-soon as they are measured, and the same command continues: what is in --out is not measured again.
+soon as they are measured, and the same command continues with what is not yet in --out.
 The evidence wants all of Fashion-MNIST (31 MB; Debian's package dataset-fashion-mnist). Elsewhere
-put its four IDX files into runs/fashion-mnist; without them the repository's subset takes its place.
+put its four IDX files into runs/fashion-mnist; without them it trains on the repository's subset.
 """
 
 import argparse
@@ -93,8 +93,6 @@ def report(out: Path, command: str) -> str:
     parts = [f"# On a GPU\n\n{environment()}. Command: `{command}`."]
     for name, rows in stored.items():
         parts += [f"## {name}", *([] if rows else ["Not measured."])]
-        if rows and name == "evidence":
-            parts.append(f"The runs: {evidence.describe()}.")
         parts += [markdown(table) for table in tables_of(name, rows) if table]
     text = "\n\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)

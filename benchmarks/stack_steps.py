@@ -58,5 +58,3 @@ KINDS: dict[str, tuple[int, Make]] = {
     "ExpertAdamW": (28, exf.ExpertAdamW),
     "bfloat16 states": (20, functools.partial(exf.ExpertAdamW, state_dtype=torch.bfloat16)),
 }
-
-

@@ -1,5 +1,6 @@
 """`make gpu` at toy size on a CPU: every line, its results, and seeds that train as one model."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import exfusion_param as exf
 import gpu
+import training
 from exfusion_testing import processes
 from gpu_lines import augment, batches, evidence, stacked_ffns
 from gpu_lines.alone import Alone
@@ -68,6 +71,8 @@ def test_a_line_stops_at_its_share_and_the_table_has_what_is_complete(tmp_path: 
         results.add(f"control, seed {seed}", {"arm": "control", "seed": seed, "accuracy": accuracy})
     results.add("mb, seed 1", {"arm": "mb", "seed": 1, "accuracy": 81.0})
     evidence.run(Line(results, 0.0, "cpu", fashion.EMBEDDED, is_dry=True))
+    with pytest.raises(SystemExit, match="holds other runs. Take another --out"):
+        evidence.run(Line(results, 0.0, "cpu", fashion.EMBEDDED))
     table = evidence.tables(Results(tmp_path / "evidence.json").rows)[0]
     assert [list(row.values())[:4] for row in table] == [
         ["control", 2, "81.00 ± 1.41", None],
@@ -132,7 +137,8 @@ def test_what_follows_a_step_is_what_the_examples_do(arm: str) -> None:
 
 def draws(count: int, **chosen: float) -> torch.Tensor:
     """Numbers that leave an image as it is, but for those that are given."""
-    names = "area ratio right down flip free number level sign applied n2 l2 s2 applied2".split()
+    names = ["area", "ratio", "right", "down", "flip", "free"]
+    names += ["number", "level", "sign", "applied", "number2", "level2", "sign2", "applied2"]
     names += ["erased", "erased_area", "erased_ratio", "erased_right", "erased_down"]
     usual = {"area": 1.0, "flip": 0.2, "applied": 0.9, "applied2": 0.9, "erased": 0.9} | chosen
     return torch.tensor([[usual.get(name, 0.5) for name in names]]).expand(count, -1)
@@ -180,3 +186,25 @@ def test_arms_of_a_seed_see_the_same_batches_and_seeds_see_others(images: batche
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert not torch.equal(one.images[0], one.images[1])
     torch.testing.assert_close(one.targets.sum(-1), torch.ones(2, 32))
+
+
+def test_without_timm_a_plain_vit_of_the_same_shape_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.device("meta"):
+        expected = training.new_vit("vit_base_patch16_224")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        plain = training.new_vit("vit_base_patch16_224")
+    count, linears = (
+        [sum(p.numel() for p in model.parameters()) for model in (expected, plain)],
+        [exf.summarize(model).linears for model in (expected, plain)],
+    )
+    assert count[0] == count[1]
+    assert linears[0] == linears[1]
+    with pytest.raises(SystemExit, match="vit_huge needs timm"):
+        training.new_vit("vit_huge")
+
+
+def test_blocks_are_found_in_dense_models_too() -> None:
+    model = training.new_vit("toy")
+    assert training.blocks_of(model) == list(model.blocks)  # type: ignore[arg-type]

@@ -39,7 +39,8 @@ def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
     assert commands is not None
     lines = make(*arguments)[1].splitlines()
     assert [line.split()[1] for line in lines] == commands[1].split()
-    assert len({len(prefix) for line in lines for prefix in re.findall(r"^make [\w-]+ +", line)}) == 1
+    prefixes = [prefix for line in lines for prefix in re.findall(r"^make [\w-]+ +", line)]
+    assert len(set(map(len, prefixes))) == 1
 
 
 @pytest.mark.processes

@@ -41,9 +41,7 @@ class Alone:
         return loss.detach()[None]
 
 
-def timed_steps(
-    arm: str, shape: Shape, device: str, folder: Path, steps: int, seed: int
-) -> float:
+def timed_steps(arm: str, shape: Shape, device: str, folder: Path, steps: int, seed: int) -> float:
     """Seconds of a step, after as many that are not timed; runs in a process of its own."""
     images = Images.load(folder, shape, device)
     batches, run = Batches(images, shape, (seed,)), Alone(arm, seed, shape, device)
@@ -72,6 +70,7 @@ def train(
 
 
 def now(device: str) -> float:
+    """Seconds, when the GPU has done what it was told."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -91,7 +91,7 @@ def _tones(x: Tensor, level: Tensor, sign: Tensor) -> list[Tensor]:
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     factor = (1 + 0.9 * level * sign).clamp(min=0.1)
     steps = 2 ** (8 - (4 - (4 * level).floor()))  # of 256 grey values
-    grey, bright = (255 * x).floor(), x.mean((2, 3), keepdim=True)
+    grey, bright = (255 * x).round(), x.mean((2, 3), keepdim=True)
     smooth = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     added = torch.where(x < 0.5, (x + 110 / 255 * level).clamp(max=1), x)
     return [
@@ -109,13 +109,14 @@ def _tones(x: Tensor, level: Tensor, sign: Tensor) -> list[Tensor]:
 
 
 def _equalized(x: Tensor) -> Tensor:
-    """Grey values by their rank."""
-    grey = (255 * x).long().flatten(1)
+    """Grey values by their rank, in Pillow's whole numbers."""
+    grey = (255 * x).round().long().flatten(1)
     counts = torch.zeros(len(x), 256, device=x.device)
     counts.scatter_add_(1, grey, torch.ones_like(grey, dtype=counts.dtype))
     below = counts.cumsum(1) - counts
-    largest = below.gather(1, grey.amax(1, keepdim=True)).clamp(min=1)
-    return (below / largest).clamp(max=1).gather(1, grey).view_as(x)
+    step = (below.gather(1, grey.amax(1, keepdim=True)) / 255).floor()
+    ranks = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(max=255) / 255
+    return torch.where(_column(step[:, 0] > 0), ranks.gather(1, grey).view_as(x), x)
 
 
 def _erase(x: Tensor, u: Tensor, noise: Tensor) -> Tensor:

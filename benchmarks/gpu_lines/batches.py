@@ -99,22 +99,20 @@ class Batches:
 
     def _mixed(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix of each batch with itself in the other order."""
-        other, shares, masks = images.flip(1), [], []
-        for seed in self.seeds:
-            drawn = random.Random(f"{seed} {step}")
-            pixels, size = self.shape.size, torch.tensor([1.0])
-            if drawn.random() < 0.5:
-                share = drawn.betavariate(MIXUP, MIXUP)
-                masks.append(torch.full((1, pixels, pixels), share))
-            else:
-                side = size * (1 - drawn.random()) ** 0.5
-                right, down = size * drawn.random(), size * drawn.random()
-                masks.append(1 - rectangle(pixels, right, down, side, side)[0].float())
-                share = masks[-1].mean().item()
-            shares.append(share)
-        mask = torch.stack(masks).to(self.device, non_blocking=True)[:, None]
-        share = torch.tensor(shares).to(self.device, non_blocking=True)[:, None, None]
+        masks = torch.stack([self._mask(seed, step) for seed in self.seeds])
+        mask = masks.to(self.device, non_blocking=True)[:, None]
+        share = mask.mean((2, 3, 4))[..., None]
+        other = images.flip(1)
         return other + mask * (images - other), share * targets + (1 - share) * targets.flip(1)
+
+    def _mask(self, seed: int, step: int) -> Tensor:
+        """(1, size, size): how much of each pixel stays."""
+        drawn, pixels, one = random.Random(f"{seed} {step}"), self.shape.size, torch.ones(1)
+        if drawn.random() < 0.5:
+            return torch.full((1, pixels, pixels), drawn.betavariate(MIXUP, MIXUP))
+        side = one * (1 - drawn.random()) ** 0.5
+        right, down = one * drawn.random(), one * drawn.random()
+        return 1 - rectangle(pixels, right, down, side, side)[0].float()
 
 
 @torch.no_grad()

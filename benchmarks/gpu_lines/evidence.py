@@ -33,30 +33,55 @@ def run(line: Line) -> None:
     images = Images.load(line.data, shape, line.device)
     if line.device == "cuda":
         torch.set_float32_matmul_precision("high")
-    way = _faster_way(line, shape, images)
-    train = _train_stacked if way == "stacked" else _train_processes
-    for arm in ARMS:
-        seeds = tuple(seed for seed in shape.seeds if _key(arm, seed) not in line.results)
-        if not seeds:
-            continue
-        if not line.has_time():
-            say(f"evidence: the time is over before {arm}; the same command continues")
-            return
-        started = time.time()
-        train(line, shape, images, arm, seeds)
-        line.measured(started)
+    _remember_settings(line, shape, images)
+    context = multiprocessing.get_context(START)
+    with ProcessPoolExecutor(len(shape.seeds), context) as pool:  # starts none before its use
+        way = _faster_way(line, shape, images, pool)
+        for arm in ARMS:
+            _train_arm(line, shape, images, arm, None if way == "stacked" else pool)
+
+
+def _remember_settings(line: Line, shape: Shape, images: Images) -> None:
+    """Write down how the runs are made.
+
+    Raises:
+        SystemExit: --out holds runs that were made in another way.
+    """
+    fields = [f"{name} {value}" for name, value in dataclasses.asdict(shape).items()]
+    runs = ", ".join([f"{len(images.train):,} images", f"{len(images.test):,} to test on", *fields])
+    if line.results.rows.setdefault("runs", {"runs": runs})["runs"] != runs:
+        raise SystemExit(f"{line.results.path} holds other runs. Take another --out for: {runs}.")
+    line.results.add("runs", {"runs": runs})
+
+
+def _train_arm(
+    line: Line, shape: Shape, images: Images, arm: str, pool: ProcessPoolExecutor | None
+) -> None:
+    """The seeds of an arm that are missing, stacked or in processes."""
+    seeds = tuple(seed for seed in shape.seeds if _key(arm, seed) not in line.results)
+    if not seeds:
+        return
+    if not line.has_time():
+        say(f"evidence: no time for {arm}; the same command continues")
+        return
+    started = time.time()
+    if pool is None:
+        _train_stacked(line, shape, images, arm, seeds)
+    else:
+        _train_processes(line, shape, pool, arm, seeds)
+    line.measured(started)
 
 
 def _key(arm: str, seed: int) -> str:
     return f"{arm}, seed {seed}"
 
 
-def _faster_way(line: Line, shape: Shape, images: Images) -> str:
+def _faster_way(line: Line, shape: Shape, images: Images, pool: ProcessPoolExecutor) -> str:
     """Measured once: milliseconds of a step of all seeds at once, for each of them."""
     steps = 3 if line.is_dry else 30
     ways: dict[str, Callable[[], float]] = {
         "stacked": partial(_stacked_seconds, line, shape, images, steps),
-        "processes": partial(_processes_seconds, line, shape, steps),
+        "processes": partial(_processes_seconds, line, shape, pool, steps),
     }
     for way, measured in ways.items():
         if f"way: {way}" not in line.results:
@@ -77,15 +102,10 @@ def _stacked_seconds(line: Line, shape: Shape, images: Images, steps: int) -> fl
     return (alone.now(line.device) - started) / steps
 
 
-def _processes_seconds(line: Line, shape: Shape, steps: int) -> float:
+def _processes_seconds(line: Line, shape: Shape, pool: ProcessPoolExecutor, steps: int) -> float:
     """The slowest of as many processes as there are seeds, which all run at once."""
     timed = partial(alone.timed_steps, TIMED, shape, line.device, line.data, steps)
-    with _pool(len(shape.seeds)) as pool:
-        return max(pool.map(timed, shape.seeds))
-
-
-def _pool(size: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(size, multiprocessing.get_context(START))
+    return max(pool.map(timed, shape.seeds))
 
 
 def _train_stacked(
@@ -105,13 +125,12 @@ def _train_stacked(
 
 
 def _train_processes(
-    line: Line, shape: Shape, images: Images, arm: str, seeds: tuple[int, ...]
+    line: Line, shape: Shape, pool: ProcessPoolExecutor, arm: str, seeds: tuple[int, ...]
 ) -> None:
     trained = partial(alone.train, arm, shape, line.device, line.data, line.until)
-    with _pool(len(seeds)) as pool:
-        for seed, row in zip(seeds, pool.map(trained, seeds), strict=True):
-            if row is not None:
-                _remember(line, arm, seed, row)
+    for seed, row in zip(seeds, pool.map(trained, seeds), strict=True):
+        if row is not None:
+            _remember(line, arm, seed, row)
 
 
 def _remember(line: Line, arm: str, seed: int, row: Row) -> None:
@@ -134,7 +153,7 @@ def tables(rows: dict[str, Row]) -> list[list[Row]]:
         row["test accuracy, %"] = _spread(list(values.values()))
         row["minus control"] = _spread(gains, "+", len(gains) ** 0.5) if arm != CONTROL else None
         table.append(row | {"paper, DeiT-T on ImageNet-1k": paper.get(arm)})
-    return [table, [row for row in rows.values() if "way" in row]]
+    return [table, *([row for row in rows.values() if key in row] for key in ("way", "runs"))]
 
 
 def _spread(values: list[float], sign: str = "", divide: float = 1.0) -> str | None:
@@ -143,8 +162,3 @@ def _spread(values: list[float], sign: str = "", divide: float = 1.0) -> str | N
         return None
     deviation = f" ± {statistics.stdev(values) / divide:.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.2f}{deviation}"
-
-
-def describe() -> str:
-    """How the runs are made, for the report."""
-    return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(Shape()).items())

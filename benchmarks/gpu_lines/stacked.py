@@ -6,6 +6,7 @@ In between the same equations run on stacked tensors; a test holds them to the p
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def packed(state: Weights) -> Weights:
 
 def unpacked(state: Weights) -> Weights:
     """The state that was packed."""
-    found = {}
+    found: Weights = {}
     for name, value in state.items():
         many = enumerate(value) if "experts.*" in name else [(0, value)]
         found |= {name.replace("*", str(number)): part for number, part in many}
@@ -74,7 +75,7 @@ class Stacked:
         self.trained = {k: v.requires_grad_() for k, v in self.state.items() if "bank" not in k}
         names = exf.no_weight_decay_names(self.methods[0].model)
         spared = {_EXPERT.sub(r"\1*\3", name) for name in names}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for n, p in self.trained.items() if n in spared], "weight_decay": 0.0},
             {"params": [p for n, p in self.trained.items() if n not in spared]},
         ]

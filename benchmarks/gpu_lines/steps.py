@@ -187,7 +187,7 @@ def _paper() -> dict[tuple[str, int], str]:
             for column in ("GPU hours", "memory")
         )
         found[place] = f"{hours:.2f}, {memory:.2f} (table I)"
-    found["forward mb", 128] = f"{eleventh.rows['N = 128'][0]}, – (table XI, DeiT-T)"
+    found["forward mb", 128] = f"{eleventh.rows['N = 128'][0]} (time only, table XI, DeiT-T)"
     return found
 
 

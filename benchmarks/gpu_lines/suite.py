@@ -29,7 +29,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 def run(line: Line) -> None:
     """Run the tests that have not passed yet, until the time is over."""
     if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
-        say(f"tests: not run, as {' and '.join(missing)} is not installed")
+        say(f"tests: not run; not installed: {', '.join(missing)}")
         return
     log = line.results.path.with_suffix(".jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
