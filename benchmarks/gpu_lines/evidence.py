@@ -49,9 +49,10 @@ def _remember_settings(line: Line, shape: Shape, images: Images) -> None:
     """
     fields = [f"{name} {value}" for name, value in dataclasses.asdict(shape).items()]
     runs = ", ".join([f"{len(images.train):,} images", f"{len(images.test):,} to test on", *fields])
-    if line.results.rows.setdefault("runs", {"runs": runs})["runs"] != runs:
+    if "runs" not in line.results:
+        line.results.add("runs", {"runs": runs})
+    elif line.results.rows["runs"]["runs"] != runs:
         raise SystemExit(f"{line.results.path} holds other runs. Take another --out for: {runs}.")
-    line.results.add("runs", {"runs": runs})
 
 
 def _train_arm(
