@@ -9,13 +9,13 @@ The third variant is the memory bank, which follows a router: `memory_bank` unde
 
 - Its input: `routed_forward` passes the FFN's input on; `token_pool` and `token_masks` exclude
   padding.
-- Its votes, the micro-batches that count: `votes`, with `anchor` and `vote_ops`.
+- Its votes, the micro-batches that count: the folder `votes`.
 - Its problems: `bank_problems` raises for forwards that it cannot follow, and warns of collapsed
   routers, dead experts, and banks that are still zero.
 
 Under "step" autograd does not compute the gradients of routers and learned weights.
 `zero_gradients` gives them zeros instead, which DDP and FSDP2 wait for.
 
-Several ranks: `rank_agreement` compares how they wrapped the model, once; `ordered_sums` sums over
-them in each forward and backward, and raises where they run different FFNs.
+Several ranks: `rank_agreement` compares how they wrapped the model, once; `votes/ordered_sums` sums
+over them in each forward and backward, and raises where they run different FFNs.
 """

@@ -12,7 +12,7 @@ from ..finding.projections import projection_of
 from ..tensors import functional
 from ..tensors.shards import local, local_to_differentiate
 from .memory_bank import MemoryBank
-from .votes import mean_of
+from .votes.votes import mean_of
 from .zero_gradients import is_transformed, with_zero_gradient
 
 

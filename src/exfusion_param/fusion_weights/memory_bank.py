@@ -18,11 +18,11 @@ from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
 from . import bank_problems
 from .base import Linears
-from .ordered_sums import text_of_difference
 from .routed_forward import Observed
 from .token_pool import TokenPool
-from .vote_ops import current_backward
-from .votes import Votes, mean_of
+from .votes.custom_ops import current_backward
+from .votes.ordered_sums import text_of_difference
+from .votes.votes import Votes, mean_of
 from .zero_gradients import refuse_torch_func
 
 
@@ -30,7 +30,7 @@ class MemoryBank(TokenPool):
     """`mb`: the running mean `m` of a router's output on the FFN's input (Eq. 10, 11).
 
     In training `observe` is given the input before the group's linears run, and they fuse with
-    `delta m + (1 - delta) w`. The bank itself moves when the optimizer steps (votes.py). In eval,
+    `delta m + (1 - delta) w`. The bank itself moves when the optimizer steps (votes/). In eval,
     and outside of a forward, the group fuses with the bank as it is.
 
     Args:

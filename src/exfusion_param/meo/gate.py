@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..finding.place import MakeForward, PlaceInGroup
 from ..fusion_weights.base import Linears
 from ..fusion_weights.token_pool import TokenPool
-from ..fusion_weights.vote_ops import current_backward
+from ..fusion_weights.votes.custom_ops import current_backward
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from .config import MEOConfig

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, optim
 
 from ..fusion_weights.base import FusionWeights
-from ..fusion_weights.vote_ops import current_backward
+from ..fusion_weights.votes.custom_ops import current_backward
 
 
 def refuse_closures(optimizer: optim.Optimizer, weights: FusionWeights) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..tensors.shards import is_sharded, local
+from ...tensors.shards import is_sharded, local
 
 
 class Anchor:

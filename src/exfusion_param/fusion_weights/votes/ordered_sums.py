@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..tensors.arrival import apart
-from ..tensors.ranks import ALONE, Ranks
+from ...tensors.arrival import apart
+from ...tensors.ranks import ALONE, Ranks
 
 Direction = Literal["forward", "backward"]
 

@@ -16,7 +16,7 @@ through it:
 - Code that composes gradients by hand (PCGrad, gradients that are stashed and summed) leaves a
   tensor in the anchor's `.grad` that autograd did not write. Then all that was noted since the last
   step counts.
-- `mark` and its backward are custom operators, opaque to torch.compile (vote_ops.py): the graph
+- `mark` and its backward are custom operators, opaque to torch.compile (custom_ops.py): the graph
   calls them, and the Python code in them runs each time, in eager and compiled mode alike.
 """
 
@@ -29,10 +29,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tensors.ranks import Ranks
+from ...tensors.ranks import Ranks
 from .anchor import Anchor
+from .custom_ops import current_backward, name_of, ops
 from .ordered_sums import OrderedSums
-from .vote_ops import current_backward, name_of, ops
 
 
 @dataclasses.dataclass
