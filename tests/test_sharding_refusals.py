@@ -1,6 +1,7 @@
 """What sharding refuses, and that it says so before it changes anything."""
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import DataParallelMeshDims, FullyShardedDataParallel
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
@@ -60,6 +62,29 @@ def a_block_of_another_model(model: nn.Module, rank: int) -> None:
     exf.fully_shard(model, mesh=mesh_of(2), blocks=[wrapped().blocks[0]])
 
 
+def one_block_sharded(model: Any, rank: int) -> None:
+    torch_fully_shard(model.blocks[1], mesh=mesh_of(2))
+    exf.fully_shard(model, mesh=mesh_of(2))
+
+
+def a_container(model: Any, rank: int) -> None:
+    exf.fully_shard(nn.ModuleDict({"student": model}), mesh=mesh_of(2))
+
+
+def a_container_as_block(model: Any, rank: int) -> None:
+    exf.fully_shard(model, mesh=mesh_of(2), blocks=[model.blocks])
+
+
+def a_placement_of_stacks(model: nn.Module, rank: int) -> None:
+    other = wrapped(fuse_on="forward")
+    exf.fully_shard(other, mesh=mesh_of(2), shard_placement_fn=lambda p: Shard(0))
+
+
+def mesh_dimensions_by_name(model: nn.Module, rank: int) -> None:
+    dims = DataParallelMeshDims(shard="shard")
+    exf.fully_shard(wrapped(fuse_on="forward"), mesh=mesh_of(2), dp_mesh_dims=dims)
+
+
 def another_seed(model: nn.Module, rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     other = wrapped(seed=None, generator=generator, fuse_on="forward")
@@ -85,11 +110,16 @@ def fuse_while_sharded(model: nn.Module, rank: int) -> None:
 
 REFUSALS = [
     (a_dense_model, "has no wrapped linear. Call wrap"),
-    (a_sharded_model, "is sharded already .stem.weight is a DTensor"),
+    (a_sharded_model, "is sharded already .all of it"),
     (a_mesh_of_three_dimensions, "mesh must have one dimension .* got 3"),
     (a_mesh_of_others, "Rank 1 is not in the mesh|Rank 0 is in the mesh"),
     (a_mesh_without_names, "needs names for FSDP2"),
     (a_block_of_another_model, "blocks has a Mlp that is not in the model"),
+    (one_block_sharded, "is sharded already .blocks.1"),
+    (a_container, "ModuleDict has no forward"),
+    (a_container_as_block, "ModuleList has no forward"),
+    (a_placement_of_stacks, "gives Shard.dim=0. for 'blocks.0.*an expert stack .* Return None"),
+    (mesh_dimensions_by_name, "dp_mesh_dims needs fuse_on=.step"),
     (another_seed, "Rank 1 wrapped the model differently .* 'blocks.0' differs in its experts"),
     (another_momentum, "Rank 1 wrapped .* differently .* 'blocks.0' differs in its settings"),
     (fewer_blocks, "Rank 1 wrapped the model differently .* 'blocks.[01]' differs in"),
@@ -118,8 +148,15 @@ def state_after_a_refusal(rank: int) -> bool:
     model = wrapped()
     before = copy.deepcopy(model.state_dict())
     types = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="not in the model"):
-        exf.fully_shard(model, mesh=mesh_of(2), blocks=[nn.Linear(1, 1)])
+    dims = itertools.chain([None] * 7, itertools.repeat(Shard(1)))  # the last is found late
+    calls: list[dict[str, Any]] = [
+        {"blocks": [nn.Linear(1, 1)]},
+        {"blocks": [model.blocks[0], model.blocks]},
+        {"shard_placement_fn": lambda parameter: next(dims)},
+    ]
+    for settings in calls:
+        with pytest.raises(ValueError, match=r"not in the model|no forward|does not fit"):
+            exf.fully_shard(model, mesh=mesh_of(4), **settings)
     after = model.state_dict()
     return types == [type(module) for module in model.modules()] and all(
         torch.equal(tensor, after[name]) for name, tensor in before.items()
@@ -127,7 +164,7 @@ def state_after_a_refusal(rank: int) -> bool:
 
 
 def test_a_refusal_leaves_the_model_as_it_was() -> None:
-    assert all(on_threads(2, state_after_a_refusal))
+    assert all(on_threads(4, state_after_a_refusal))
 
 
 def step_error(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> str:

@@ -7,7 +7,14 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    MobileBertConfig,
+    MobileBertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import exfusion_param as exf
 from exfusion_param.sharding.transformer_blocks import transformer_blocks
@@ -38,6 +45,15 @@ def swin() -> nn.Module:
     return timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, patch_size=2, **sizes
     )
+
+
+def levit() -> nn.Module:
+    return timm.create_model("levit_128s")
+
+
+def mobilebert() -> nn.Module:
+    sizes = {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 2}
+    return MobileBertModel(MobileBertConfig(num_hidden_layers=2, **(TINY | sizes)))
 
 
 def encoder() -> nn.Module:
@@ -74,6 +90,9 @@ MODELS = {
         ["0", "1"],
     ),
     "one FFN": (mlp, []),
+    # FFNs within a block that are elements themselves: one block, not one within another
+    "LeViT": (levit, ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1", "stages.2"]),
+    "MobileBERT": (mobilebert, ["encoder.layer.0", "encoder.layer.1"]),
 }
 
 

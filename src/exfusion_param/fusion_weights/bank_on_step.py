@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..finding.place import input_of
 from ..finding.projections import projection_of
 from ..tensors import functional
-from ..tensors.shards import local, local_to_differentiate
+from ..tensors.shards import local, local_to_differentiate, plus
 from .memory_bank import MemoryBank
 from .votes.votes import mean_of
 from .zero_gradients import is_transformed, with_zero_gradient
@@ -50,7 +50,7 @@ class BankOnStep(MemoryBank):
             return with_zero_gradient(output, self.router)
         probe = self.router if self.router.requires_grad else self.trained()[0]
         part = local_to_differentiate(probe).flatten()[:1]
-        return output + self.votes.token(self._statistics_of(x), part).to(output.dtype)
+        return plus(output, self.votes.token(self._statistics_of(x), part).to(output.dtype))
 
     @torch.no_grad()
     def _statistics_of(self, x: Tensor) -> Tensor:

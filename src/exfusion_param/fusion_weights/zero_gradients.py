@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..tensors.shards import plus
+
 Note = Callable[[], None]
 
 
@@ -31,7 +33,7 @@ def with_zero_gradient(y: Tensor, parameter: Tensor | None, note: Note | None = 
     if torch.compiler.is_exporting():
         return y
     if torch.compiler.is_compiling() and note is None and parameter is not None:
-        return y + 0 * parameter.flatten()[:1].to(y.dtype)
+        return plus(y, 0 * parameter.flatten()[:1].to(y.dtype))
     result: Tensor = _ZeroGradient.apply(y, parameter, note)
     return result
 

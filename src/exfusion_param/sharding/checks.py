@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import distributed, nn
 
 from ..fusion_weights.base import FusionWeights
-from ..tensors.shards import is_sharded
+from ..tensors.shards import is_sharded, local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,27 +19,76 @@ def check_shardable(
     groups: Collection[FusionWeights],
     mesh: DeviceMesh,
     blocks: Sequence[nn.Module],
-) -> None:
-    """Raise a ValueError unless the model can be sharded over the mesh, block by block."""
+    settings: Mapping[str, Any],
+) -> list[nn.Module]:
+    """Raise a ValueError unless the model can be sharded over the mesh, block by block.
+
+    Returns:
+        What to shard in turn, each after the blocks within it, and the model last.
+    """
+    kind = type(model).__name__
     if not groups:
         raise ValueError(
-            f"{type(model).__name__} has no wrapped linear. Call wrap(model) before "
-            "fully_shard(model), or torch.distributed.fsdp.fully_shard for a dense model."
+            f"{kind} has no wrapped linear. Call wrap(model) before fully_shard(model), or "
+            "torch.distributed.fsdp.fully_shard for a dense model."
         )
-    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    if sharded or isinstance(model, distributed.fsdp.FSDPModule):
+    _refuse_sharded(model, groups)
+    by_forward = any(not weights.fused for weights in groups)
+    if settings.get("dp_mesh_dims") is None:
+        _check_mesh(mesh)
+    elif by_forward:
         raise ValueError(
-            f"{type(model).__name__} is sharded already{_first_of(sharded)}. Build it again, wrap "
-            "it, and shard it once."
+            'dp_mesh_dims needs fuse_on="step". Under "forward" leave it out, and give the '
+            'dimensions for data as the mesh: mesh["replicate", "shard"].'
         )
-    _check_mesh(mesh)
-    inside = set(model.modules())
+    order = {module: index for index, module in enumerate(model.modules())}
     for block in blocks:
-        if block not in inside:
+        if block not in order:
             raise ValueError(f"blocks has a {type(block).__name__} that is not in the model.")
-    odd = [name for name, parameter in model.named_parameters() if not parameter.is_contiguous()]
-    if odd:
-        raise ValueError(f"FSDP2 takes only contiguous parameters, and {odd[0]} is not.")
+    modules = sorted({*blocks, model}, key=order.__getitem__, reverse=True)
+    for module in modules:
+        if (
+            isinstance(module, nn.ModuleList | nn.ModuleDict)
+            and type(module).forward is nn.Module.forward
+        ):
+            raise ValueError(
+                f"{type(module).__name__} has no forward before which FSDP2 could gather it. Give "
+                "fully_shard the module that calls its parts, or its parts as blocks."
+            )
+    return modules
+
+
+def check_placement(name: str, parameter: nn.Parameter, placement: Any, shards: int) -> None:
+    """Raise a ValueError unless FSDP2 can shard a parameter over this many ranks."""
+    if not parameter.is_contiguous():
+        raise ValueError(f"FSDP2 takes only contiguous parameters, and {name} is not.")
+    if parameter.ndim == 0:
+        raise ValueError(
+            f"FSDP2 takes no parameters without a dimension, such as {name}. Give it one of size 1."
+        )
+    dim = getattr(placement, "dim", 0)
+    if dim >= parameter.ndim or (dim != 0 and local(parameter).shape[dim] % shards):
+        raise ValueError(
+            f"{placement} of shard_placement_fn does not fit {name}, of shape "
+            f"{tuple(local(parameter).shape)}: beyond dimension 0 FSDP2 needs one that {shards} "
+            "ranks divide."
+        )
+
+
+def _refuse_sharded(model: nn.Module, groups: Collection[FusionWeights]) -> None:
+    sharded = [name for name, module in model.named_modules() if _is_by_fsdp(module)]
+    stacks = {stack for weights in groups for stack in weights.expert_stacks() if not weights.fused}
+    spread = [name for name, p in model.named_parameters() if p in stacks and is_sharded(p)]
+    if sharded or spread:
+        first = [*spread, *filter(None, sharded), "all of it"][0]
+        raise ValueError(
+            f"{type(model).__name__} is sharded already ({first}). Build it again, wrap it, and "
+            "shard it once."
+        )
+
+
+def _is_by_fsdp(module: nn.Module) -> bool:
+    return isinstance(module, distributed.fsdp.FSDPModule)
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:
@@ -55,7 +104,3 @@ def _check_mesh(mesh: DeviceMesh) -> None:
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"Rank {distributed.get_rank()} is not in the mesh {mesh}.")
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return f" ({names[0]} is a DTensor)" if names else ""

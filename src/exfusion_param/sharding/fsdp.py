@@ -12,7 +12,7 @@ experts, which are fewer than the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,13 +24,16 @@ from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.rank_agreement import require_agreement
 from ..step.hooks import outdate
 from ..tensors.ranks import ranks_in
-from .checks import check_shardable
+from .checks import check_placement, check_shardable
 from .transformer_blocks import transformer_blocks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
     from torch.distributed.tensor import Shard
+
+PlacementFunction = Callable[[nn.Parameter], Any]
+"""A parameter's placement, or None for dimension 0, as FSDP2 asks for it."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,6 +46,8 @@ def fully_shard(
     reshard_after_forward: bool | int | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
+    shard_placement_fn: PlacementFunction | None = None,
+    **settings: Any,
 ) -> Model:
     """Shard a wrapped model over the ranks of a mesh, in place, with FSDP2.
 
@@ -52,19 +57,23 @@ def fully_shard(
 
     Args:
         model: a wrapped model, built alike on all ranks.
-        mesh: of one dimension, or of two for HSDP: replicas, and shards within each.
+        mesh: of one dimension, or of two for HSDP: replicas, and shards within each. Under tensor
+            parallelism the dimensions for data, `mesh["replicate", "shard"]`.
         blocks: modules to gather one at a time; None takes the model's Transformer blocks.
         reshard_after_forward: as for FSDP2.
         mp_policy: as for FSDP2. Experts and memory banks keep their dtypes.
         offload_policy: as for FSDP2. Experts are on the device of their weight.
+        shard_placement_fn: as for FSDP2. Under "forward" it has to return None for expert stacks,
+            whose dimension is chosen here.
+        **settings: others that torch's function takes.
 
     Returns:
         `model`, the same object.
 
     Raises:
-        ValueError: nothing is wrapped, something is sharded already, the mesh or the blocks do not
-            fit the model, or under "forward" the ranks wrapped differently. The model is then
-            unchanged.
+        ValueError: nothing is wrapped, something is sharded already, the mesh, the blocks or a
+            placement do not fit the model, or under "forward" the ranks wrapped differently. The
+            model is then unchanged.
 
     Examples:
         >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
@@ -79,21 +88,21 @@ def fully_shard(
 
     groups = groups_of(model)
     chosen = transformer_blocks(model) if blocks is None else list(blocks)
-    check_shardable(model, groups, mesh, chosen)
-    ranks = ranks_in(mesh)
+    modules = check_shardable(model, groups, mesh, chosen, settings)
+    placement = _placements(model, mesh, shard_placement_fn)
     by_forward = {weights: name for weights, name in groups.items() if not weights.fused}
     if by_forward:
+        ranks = ranks_in(mesh)
         require_agreement(by_forward, ranks)
     outdate(model.parameters())
     policies = {"mp_policy": mp_policy, "offload_policy": offload_policy}
-    settings: dict[str, Any] = {key: value for key, value in policies.items() if value is not None}
-    modules: list[nn.Module] = [*chosen, model]
-    for module in dict.fromkeys(modules):
+    settings |= {key: value for key, value in policies.items() if value is not None}
+    for module in modules:
         fsdp.fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
-            shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
+            shard_placement_fn=placement,
             **settings,
         )
     for weights in by_forward:
@@ -121,6 +130,29 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
         >>> torch.distributed.destroy_process_group()
     """
     return _placement(parameter, torch.distributed.get_world_size())
+
+
+def _placements(
+    model: nn.Module, mesh: DeviceMesh, by_user: PlacementFunction | None
+) -> PlacementFunction:
+    """Where each parameter of a model is sharded, decided before anything is."""
+    from torch.distributed.tensor import Shard
+
+    chosen: dict[nn.Parameter, Any] = {}
+    for name, parameter in model.named_parameters():
+        chosen[parameter] = own = _placement(parameter, mesh.size(-1))
+        wanted = None if by_user is None else by_user(parameter)
+        if wanted is not None and _is_stack(parameter) and wanted != (own or Shard(0)):
+            raise ValueError(
+                f"shard_placement_fn gives {wanted!r} for {name!r}, an expert stack of shape "
+                f"{tuple(parameter.shape)}, which is sharded by {own or Shard(0)!r}. Return None "
+                "for stacks, which have a dimension more than their weight, or wrap with "
+                'fuse_on="step".'
+            )
+        if wanted is not None:
+            chosen[parameter] = wanted
+        check_placement(name, parameter, chosen[parameter], mesh.size(-1))
+    return chosen.get
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:

@@ -12,7 +12,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
     An element of an `nn.ModuleList`, `nn.ModuleDict` or `nn.Sequential` that holds an FFN is a
     block, or lies within one: T5 keeps attention and FFN in a list within each block. The block is
-    the largest element that holds no more FFNs than the smallest one.
+    the largest element that holds no more FFNs than the smallest one. Where FFNs of a block have
+    elements of their own in it, as in MobileBERT, the block is one.
 
     Args:
         model: a wrapped model.
@@ -28,7 +29,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
         fitting = [path for path, n in zip(elements, counts, strict=True) if n == min(counts)]
         if fitting:
             blocks[fitting[0]] = model.get_submodule(fitting[0])
-    return list(dict.fromkeys(blocks.values()))
+    outermost = (n for n in blocks if not any(n.startswith(f"{other}.") for other in blocks))
+    return list(dict.fromkeys(blocks[name] for name in outermost))
 
 
 def _first_linears(model: nn.Module) -> list[str]:

@@ -20,10 +20,7 @@ from .refusals import refuse_graph
 from .slots import Slot, slot_of
 from .starts import refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
-
-_IS_VIEW = "_exfusion_is_view"
-"""The attribute of an optimizer as its own `step` sees it."""
-
+from .view import copy_back, view_of
 
 # Those of the step before.
 _slots: weakref.WeakKeyDictionary[Optimizer, dict[FusedParameter, Slot]] = (
@@ -42,11 +39,6 @@ def refuse_half_done(groups: Iterable[FusionWeights]) -> None:
         step = ref() if (ref := _steps.get(weights)) is not None else None
         if step is not None:
             step.refuse_half_done()
-
-
-def is_view(optimizer: Optimizer) -> bool:
-    """Whether a step runs already, and this is a call of a base class's `step` within it."""
-    return _IS_VIEW in vars(optimizer)
 
 
 class ExpertStep:
@@ -116,14 +108,11 @@ class ExpertStep:
     def _make_view(self) -> Optimizer:
         """The optimizer as its own `step` is to see it, without the wrapped parameters."""
         seen: dict[int, list[nn.Parameter]] = {id(slot.parameter): [] for slot in self._held}
-        view: Optimizer = object.__new__(type(self.optimizer))
-        view.__dict__.update(vars(self.optimizer), **{_IS_VIEW: True})
         if self._stand_ins is not None:
-            seen, view.state = self._stand_ins.units, self._stand_ins.state
-        view.param_groups = [
-            group | {"params": [p for own in group["params"] for p in seen.get(id(own), (own,))]}
-            for group in self.optimizer.param_groups
-        ]
+            seen = self._stand_ins.units
+        view = view_of(self.optimizer, seen)
+        if self._stand_ins is not None:
+            view.state = self._stand_ins.state
         if self._stand_ins is not None and self._may_be_loaded:
             # Some optimizers restore dtypes in it, which `load_state_dict` has cast.
             view.__setstate__({"state": view.state, "param_groups": view.param_groups})
@@ -174,7 +163,7 @@ class ExpertStep:
         self.return_gradients()
         self._refuse_own_lists()
         self._is_under_way = True
-        _copy_back(self.view, self.optimizer)
+        copy_back(self.view, self.optimizer)
         for weights in self.groups:
             weights.optimizer_stepped(skipped)
         if not self._is_prepared:  # a closure that was never called
@@ -231,11 +220,3 @@ class ExpertStep:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.is_meta or bool(((one == other) | one.isnan()).all())
-
-
-def _copy_back(view: Optimizer, optimizer: Optimizer) -> None:
-    """Let the optimizer have what its step changed of itself and of its groups' settings."""
-    for group, seen in zip(optimizer.param_groups, view.param_groups, strict=True):
-        group.update({name: value for name, value in seen.items() if name != "params"})
-    kept = ("param_groups", "state", _IS_VIEW)
-    optimizer.__dict__.update({k: v for k, v in vars(view).items() if k not in kept})

@@ -38,11 +38,12 @@ from torch.optim.optimizer import (
 
 from ..fusion_weights.base import FusionWeights, live_groups, on_creation
 from ..fusion_weights.rank_agreement import agree
-from .expert_step import ExpertStep, is_view
+from .expert_step import ExpertStep
 from .first_step_checks import check_first_step
 from .health import check_health, finish_checks
 from .interrupts import DeferredInterrupt
 from .refusals import delegates, refuse_closures, refuse_within_backward
+from .view import is_view
 
 # By id, as tensors compare by value. An entry goes with its tensor, so an id is never another's.
 _outdated: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()

@@ -41,6 +41,15 @@ def local_to_differentiate(tensor: Tensor) -> Tensor:
     return sharded.to_local() if is_sharded(tensor) else tensor
 
 
+def plus(tensor: Tensor, number: Tensor) -> Tensor:
+    """A tensor plus a number of this rank, whose gradient is plain whatever the tensor is."""
+    if not is_sharded(tensor):
+        return tensor + number
+    sharded: Any = tensor
+    part = sharded.to_local() + number
+    return _from_local(part, sharded.device_mesh, sharded.placements, sharded.shape)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all ranks; they have to call this together."""
     if is_sharded(tensor):

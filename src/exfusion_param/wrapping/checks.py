@@ -49,7 +49,12 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
         lambda linear: not isinstance(linear.weight, nn.Parameter),
         "without a weight of their own, as FSDP and pruning leave them. Wrap first.",
     )
-    _refuse(linears, _has_shards, "sharded (DTensor). Wrap first, shard after.")
+    _refuse(
+        linears,
+        _has_shards,
+        "sharded (DTensor). Wrap first, shard after; tensor parallelism of wrapped linears needs "
+        'fuse_on="step".',
+    )
     _refuse(
         linears,
         lambda linear: any(type(t.data) is not Tensor for t in dense_tensors(linear).values()),
