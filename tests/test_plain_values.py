@@ -1,4 +1,4 @@
-"""What is no tensor goes through JSON and comes back the same."""
+"""What is not a tensor goes through JSON and comes back the same."""
 
 import contextlib
 import json
