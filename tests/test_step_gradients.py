@@ -9,7 +9,7 @@ from timm.optim import Adahessian
 from torch import Tensor, nn
 
 import exfusion_param as exf
-from exfusion_param.step.slots import Slot
+from exfusion_param.step.writes import Writes
 from exfusion_testing.step_models import (
     EXACT,
     VARIANTS,
@@ -273,9 +273,9 @@ def test_an_interrupt_within_a_step_takes_effect_after_it(
     optimizers = [make(each.parameters(), lr=0.02) for each in (model, twin)]
     train(twin, optimizers[1], range(4))
     train(model, optimizers[0], range(2))
-    give = Slot.take_writes
+    give = Writes.take
     with monkeypatch.context() as patch:
-        patch.setattr(Slot, "take_writes", lambda *args: (interrupt(), give(*args))[1])
+        patch.setattr(Writes, "take", lambda *args: (interrupt(), give(*args))[1])
         loss_of(model, batch(2)).backward()
         with pytest.raises(KeyboardInterrupt):
             optimizers[0].step()

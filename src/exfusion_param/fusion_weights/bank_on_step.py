@@ -76,7 +76,7 @@ class BankOnStep(MemoryBank):
         """The router's gradient from the statistics of the step's tokens."""
         router: nn.Parameter = self.router
         count, features = router.shape
-        gradient, total = sums.split([count, sums.shape[0] - count])
+        gradient, total = sums[:count], sums[count:]
         is_known = self.votes.total is None and self._step_total is not None
         self._step_total = total  # for another optimizer's step on the same gradients
         if not is_known:  # also where only other ranks have votes
@@ -92,5 +92,13 @@ class BankOnStep(MemoryBank):
 
     def _anchor(self) -> nn.Parameter | None:
         """Not the router, to which autograd gives zeros."""
-        parameters = [fused.parameter for fused in self.fused]
-        return next((parameter for parameter in parameters if parameter.requires_grad), None)
+        for fused in self.fused:
+            if (parameter := fused.parameter).requires_grad:
+                return parameter
+        return None
+
+    def current_weights(self) -> Tensor:
+        """The bank, shape (N,), which no forward under "step" moves."""
+        bank = self._buffers["bank"]  # quicker than by nn.Module's getattr
+        assert bank is not None
+        return bank.detach()

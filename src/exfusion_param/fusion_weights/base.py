@@ -128,7 +128,7 @@ class FusionWeights(SingleInstance):
 
     def current_weights(self) -> Tensor:
         """Under `fuse_on="step"`: the whole `w` to fuse with now, shape (N,), without a graph."""
-        return self().detach()
+        return self.forward().detach()  # without a forward's hooks, which are slow
 
     @property
     def ranks(self) -> Ranks:
@@ -143,7 +143,8 @@ class FusionWeights(SingleInstance):
 
     def follow_ddp(self) -> None:
         """Remember whose forward runs now, if it is that of DDP."""
-        self._ddp_ranks = ranks_of_ddp() or self._ddp_ranks
+        if (ranks := ranks_of_ddp()) is not None:
+            self._ddp_ranks = ranks
 
     def _ranks_of_mesh(self) -> Ranks | None:
         """Those of the first sharded parameter that the experts fuse into."""

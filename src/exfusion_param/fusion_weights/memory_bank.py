@@ -183,11 +183,9 @@ class MemoryBank(TokenPool):
         """Decide which micro-batches the step applies."""
         self.votes.before_step()
 
-    @torch.no_grad()
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
         self.end_forward()
-        self.votes.follow_anchor()
         total = self.votes.take()
         if not self.votes.has_counted and (total is None or total[-1] == 0):
             self._warn_if_bypassed()
@@ -222,8 +220,9 @@ class MemoryBank(TokenPool):
         Raises:
             RuntimeError: ranks on GPUs ran different FFNs at the same time.
         """
-        routed, _, shares, order = health.split([len(self.bank), 1, len(self.bank), 1])
-        if order.any():
+        count = (health.shape[0] - 2) // 2
+        routed, shares, order = health[:count], health[count + 1 : -1], health[-1]
+        if order:
             raise RuntimeError(text_of_difference())
         bank_problems.warn_of_problems(self.group, routed, shares, self._warned)
 

@@ -27,12 +27,14 @@ def agree(groups: Iterable[FusionWeights]) -> None:
     Under `fuse_on="step"` all ranks draw experts as the first of them does.
 
     Raises:
-        RuntimeError: some ranks do not come to the step.
+        RuntimeError: some ranks do not come to the step, or hold parts of flat parameters.
         ValueError: on every rank, if they differ in more than their draws.
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
     for weights in groups:
         if weights not in _agreed:
+            for fused in weights.fused:
+                fused.refuse_flat()
             by_ranks[weights.ranks].append(weights)
     for ranks, new in by_ranks.items():
         if ranks is not ALONE:

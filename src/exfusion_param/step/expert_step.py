@@ -139,13 +139,13 @@ class ExpertStep:
         """Take writes from outside, and give fusion weights and experts their gradients."""
         self._is_prepared = True
         for slot in self._held:
-            if (gradient := slot.parameter.grad) is not None:
-                refuse_graph(self.optimizer, gradient)
+            if (gradient := slot.parameter.grad) is not None and gradient.requires_grad:
+                refuse_graph(self.optimizer)
         for weights, slots in self._slots.items():
             weights.before_step()
             now = weights.current_weights()
             for slot in slots:
-                slot.take_writes(now)
+                slot.fused.writes.take(slot.part, slot.stack, slot.experts, now)
         self._lend_gradients()
         if self._stand_ins is not None:
             self._stand_ins.give_gradients()
@@ -183,10 +183,12 @@ class ExpertStep:
                     continue  # as it was, which an optimizer in backward relies on
                 if slot not in is_fused:
                     fuse_into(slot.part, slot.experts, now[weights])
-                slot.note_fused(now[weights])
-                if (gradient := slot.gradient) is not None:
+                slot.fused.writes.record(slot.part, slot.stack, slot.experts, now[weights])
+                if slot.group_index is None:
+                    continue
+                if (gradient := slot.parameter.grad) is not None:
                     slot.fused.note_applied(gradient)
-                elif slot.group_index is not None:
+                else:
                     slot.allow_loading()
 
     def _refuse_own_lists(self) -> None:

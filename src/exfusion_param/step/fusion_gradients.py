@@ -52,13 +52,15 @@ def fusion_gradients(
 
 def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> bool:
     """Compute the parts of the weights that are due; whether there are any."""
-    is_any = False
+    is_any, has_gradient = False, False
     for slot in slots:
         gradient: Any = slot.parameter.grad
         if gradient is None:
             slot.fused.products = None
             continue
-        version = local(gradient)._version
+        has_gradient = True
+        part = local(gradient)
+        version = part._version
         is_new = getattr(gradient, _SEEN, None) != version
         if is_new or slot.group_index is not None:
             # Before a bank moves, whichever optimizer steps first.
@@ -68,11 +70,11 @@ def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> boo
         setattr(gradient, _SEEN, version)
         is_any = True
         if not isinstance(slot.fused.weights, StaticWeights):
-            products = products_with(slot.experts, local(gradient))
+            products = products_with(slot.experts, part)
             if ranks is not ALONE:
                 products = products / replicas_of(slot.parameter, ranks)
             slot.fused.products = products
-    if all(slot.parameter.grad is None for slot in slots):
+    if not has_gradient:
         slots[0].fused.weights.step_gradients = {}
     return is_any
 

@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._compile import _disable_dynamo
@@ -92,8 +93,6 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if weights.fused:
             refuse_closures(optimizer, weights)
             refuse_within_backward(optimizer, weights)
-            for fused in weights.fused:
-                fused.refuse_flat()
         else:
             weights.before_step()
     check_first_step(optimizer, groups)
@@ -115,7 +114,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     skipped = _skipped(optimizer)
     for weights in groups:
         if not weights.fused:
-            weights.optimizer_stepped(skipped)
+            with torch.no_grad():
+                weights.optimizer_stepped(skipped)
         _warn_if_left_out(optimizer, weights, held)
     check_health(groups)
 
@@ -202,8 +202,9 @@ def _held(optimizer: Optimizer) -> set[int]:
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
     for weights in live_groups():
-        own = [*weights.own_tensors(), *weights.trained()]
-        if not held.isdisjoint([id(tensor) for tensor in own]):
+        # As a rule the first is held, which is quicker than to look for all of them.
+        is_held = bool(weights.fused) and id(weights.fused[0].parameter) in held
+        if is_held or not held.isdisjoint(map(id, [*weights.own_tensors(), *weights.trained()])):
             yield weights
 
 

@@ -135,7 +135,7 @@ class OnePassOptimizer(Optimizer):
         Returns:
             The slots in which a parameter was fused.
         """
-        due = {slot: local(grad) for slot in slots if (grad := slot.gradient) is not None}
+        due = {slot: local(g) for slot in slots if (g := slot.parameter.grad) is not None}
         for index, group in enumerate(self.param_groups):
             own = [slot for slot in due if slot.group_index == index]
             steps = [

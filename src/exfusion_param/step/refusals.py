@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import Tensor, optim
 
@@ -46,13 +47,12 @@ def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -
         )
 
 
-def refuse_graph(optimizer: optim.Optimizer, gradient: Tensor) -> None:
+def refuse_graph(optimizer: optim.Optimizer) -> NoReturn:
     """Raise for a gradient that has a graph."""
-    if gradient.requires_grad:
-        raise RuntimeError(
-            f"{type(optimizer).__name__} got gradients with a graph (create_graph=True), which "
-            'those of experts under fuse_on="step" cannot have. Wrap with fuse_on="forward".'
-        )
+    raise RuntimeError(
+        f"{type(optimizer).__name__} got gradients with a graph (create_graph=True), which "
+        'those of experts under fuse_on="step" cannot have. Wrap with fuse_on="forward".'
+    )
 
 
 def refuse_dense_state(optimizer: optim.Optimizer, weights: FusionWeights) -> None:

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from ..tensors.shards import local
 from .dense_states import share_among_experts
 from .fused_parameter import EXPERTS, FusedParameter
-from .writes import Identity
 
 _LOADED_BY = ("step", "mu_product", "eta", "mu")  # the latter by NAdam and ASGD
 
@@ -42,34 +41,6 @@ class Slot:
     stack: Tensor
     experts: Tensor
     group_index: int | None
-
-    def is_current(self, parameter: nn.Parameter, group_index: int | None) -> bool:
-        """Whether the slot serves again: nothing was moved or loaded since."""
-        return (
-            parameter is self.parameter
-            and group_index == self.group_index
-            and self.state.get(EXPERTS) is self.stack
-            and type(parameter) is nn.Parameter
-            and parameter.data_ptr() == self.part.data_ptr()
-            and parameter.dtype == self.part.dtype
-        )
-
-    def identity(self) -> Identity:
-        """Which experts these are; a load in place changes the version."""
-        return id(self.stack), self.experts._version
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """`G` of the parameter, if this step moves its experts; a DTensor if the parameter is."""
-        return self.parameter.grad if self.group_index is not None else None
-
-    def take_writes(self, now: Tensor) -> None:
-        """Add to the experts what was written to the parameter since the last step."""
-        self.fused.writes.take(self.part, self.experts, self.identity(), now)
-
-    def note_fused(self, now: Tensor) -> None:
-        """The parameter has just been fused with these fusion weights, shape (N,)."""
-        self.fused.writes.record(self.part, self.identity(), now)
 
     def allow_loading(self) -> None:
         """Give the experts of a parameter without a gradient what torch's optimizers load by.
@@ -98,7 +69,16 @@ def slot_of(
     """
     owner = optimizer if group_index is not None else fused.optimizer
     state = fused.own_state() if owner is None else owner.state[parameter]
-    if before is not None and before.state is state and before.is_current(parameter, group_index):
+    if (  # nothing was moved or loaded since
+        before is not None
+        and before.state is state
+        and before.parameter is parameter
+        and before.group_index == group_index
+        and state.get(EXPERTS) is before.stack
+        and type(parameter) is nn.Parameter
+        and parameter.data_ptr() == before.part.data_ptr()
+        and parameter.dtype == before.part.dtype
+    ):
         return before
     if EXPERTS not in state:
         experts = fused.own_state().get(EXPERTS)

@@ -115,7 +115,9 @@ class StackPlan:
         fusions = {
             index: RunningFusion(step.fused, step.new_weights)
             for index, step in enumerate(steps)
-            if not self._is_fused_at_once(index, step)
+            if index not in self._uncut  # which are fused at once
+            or step.fused.dtype != step.new_weights.dtype
+            or not step.fused.is_contiguous()
         }
         scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for cuts in self._batches:
@@ -162,13 +164,6 @@ class StackPlan:
                 step = steps[cut.index]
                 total = step.fused.view(-1)
                 torch.addmv(total, cut.flat, step.new_weights, beta=0, out=total)
-
-    def _is_fused_at_once(self, index: int, step: StackStep) -> bool:
-        return (
-            index in self._uncut
-            and step.fused.dtype == step.new_weights.dtype
-            and step.fused.is_contiguous()
-        )
 
     def _cut(self) -> Iterator[list[_Cut]]:
         """Cuts of stacks, as many at a time as one batch takes, and at least one."""

@@ -65,7 +65,7 @@ def update_one_by_one(
     step: Any = type(optimizer).step
     is_whole = type(optimizer) in _ELEMENTWISE
     for slot in slots:
-        if (gradient := slot.gradient) is None or slot.group_index is None:
+        if (gradient := slot.parameter.grad) is None or slot.group_index is None:
             continue
         state = slot.state
         experts = [state[EXPERTS]] if is_whole else unstacked(state[EXPERTS])
@@ -110,7 +110,7 @@ class StandIns:
     def give_gradients(self) -> None:
         """Give each expert its gradient."""
         for slot in self._slots:
-            if (gradient := slot.gradient) is not None:
+            if (gradient := slot.parameter.grad) is not None:
                 own = _gradients(slot.fused, gradient, is_whole=False)
                 for unit, grad in zip(self.units[id(slot.parameter)], own, strict=True):
                     unit.grad = grad.to(unit.dtype)

@@ -16,9 +16,6 @@ from ..fusion_weights.base import FusionWeights
 from ..tensors.shards import local
 from ..tensors.sliced_sums import fuse_into
 
-Identity = tuple[int, int]
-"""Which experts these are: the id of a stack, and its version."""
-
 
 class Writes:
     """Compares this rank's part of a parameter with its value at the end of the last step.
@@ -38,24 +35,25 @@ class Writes:
         """Whether an optimizer has stepped on the experts in this process."""
         return self._recorded is not None
 
-    def take(self, part: Tensor, experts: Tensor, identity: Identity, now: Tensor) -> None:
+    def take(self, part: Tensor, stack: Tensor, experts: Tensor, now: Tensor) -> None:
         """Add to the experts what was written to the parameter since the last step.
 
         Args:
             part: of the parameter, shape (*S).
+            stack: the experts, shape (N, *S); a DTensor if the parameter is one.
             experts: this rank's part of them, shape (N, *S).
-            identity: theirs.
             now: the group's fusion weights, shape (N,).
         """
-        if self._recorded is None or not self._is_fused_from(identity, now):
+        recorded = self._recorded
+        if recorded is None or not self._is_fused_from(stack, experts, now):
             self.fused_with = now.clone()
             shift(experts, difference(part, experts, now), now)
             return
-        recorded = self._recorded.to(part.device, part.dtype)
-        if not _is_known_equal(part, recorded):
+        recorded = recorded.to(part.device, part.dtype)
+        if not (part.is_cpu and torch.equal(part, recorded)):  # a GPU would have to be waited for
             shift(experts, part.to(now.dtype) - recorded, now)
 
-    def record(self, part: Tensor, identity: Identity, now: Tensor) -> None:
+    def record(self, part: Tensor, stack: Tensor, experts: Tensor, now: Tensor) -> None:
         """Remember what the parameter was fused from, and what it is at the end of a step."""
         value = self._recorded
         if value is None or value.shape != part.shape or value.device != part.device:
@@ -63,11 +61,11 @@ class Writes:
         value.copy_(part)
         self.fused_with = now
         versions = None if now.device.type == "cpu" else self._versions()
-        self._fused_from = (*identity, versions)
+        self._fused_from = (id(stack), experts._version, versions)
 
-    def _is_fused_from(self, identity: Identity, now: Tensor) -> bool:
-        """Whether experts and fusion weights are those of the last step."""
-        if self._fused_from is None or self._fused_from[:2] != identity:
+    def _is_fused_from(self, stack: Tensor, experts: Tensor, now: Tensor) -> bool:
+        """Whether experts and fusion weights are those of the last step; a load differs."""
+        if self._fused_from is None or self._fused_from[:2] != (id(stack), experts._version):
             return False
         if now.device.type == "cpu":
             return self.fused_with is not None and torch.equal(self.fused_with, now)
