@@ -17,10 +17,11 @@ import torch
 import tyro
 
 import exfusion_param as exf
-from exfusion_param import cli
+from exfusion_param import cli, study
+from exfusion_param.study.figure import plot
 from support.ablation_tables import Table, tables
-from support.comparison import plot, tabulate
-from support.study import Study
+from support.recipe_runs import Recipe
+from support.table import write_table
 
 SMALL = (
     "--image-size 28 --no-augment --drop-path 0 --workers 0 --batch-size 128 --lr 32e-3 "
@@ -59,17 +60,27 @@ class Settings:
     smoke: bool = False
 
 
-def run(name: str, table: Table, study: Study, settings: Settings) -> str:
+def run(name: str, table: Table, recipe: Recipe, settings: Settings) -> str:
     """Run the rows of a table; the table."""
-    results = study.compare(table.rows, settings.seeds)
-    text = tabulate(
-        settings.out / f"{name}.md", results, table.control, "test accuracy, %", table.paper
+    found = study.compare(
+        recipe,
+        table.rows,
+        control=table.control,
+        out=recipe.out.parent,
+        seeds=settings.seeds,
+        at_once=1 if table.is_timed else settings.at_once,
+        metric="test accuracy, %",
     )
-    plot(settings.out / f"{name}.svg", results, table.control, table.title, "test accuracy, %")
+    rows = found.table()
+    if table.paper:
+        rows = [row | {"paper": table.paper.get(row["arm"], "")} for row in rows]
+    text = write_table(settings.out / f"{name}.md", rows)
+    values = {arm: found.values(arm) for arm in found.results}
+    plot(settings.out / f"{name}.svg", values, table.control, found.metric, table.title)
     default = next((row for row, arguments in table.rows.items() if not arguments), None)
-    if default is not None:
-        cli.main(["plot", str(results[default][0].folder)])  # fusion weights over time, figure 5
-    return f"Table {name}. {table.title}\n\n{text}"
+    if default is not None:  # fusion weights over time, figure 5
+        cli.main(["plot", str(recipe.folder(found.results[default][0].run))])
+    return f"Table {name}. {table.title}\n\n{text}\n{found.sentence()}\n"
 
 
 def router_parameters() -> str:
@@ -91,10 +102,10 @@ def main(settings: Settings) -> None:
     common = f"{SCALES[settings.scale]}{data} {settings.extra}"
     ours = tables(DEPTHS[settings.scale])
     for name in settings.tables:
-        at_once = 1 if ours[name].is_timed else settings.at_once
-        folder = settings.out / ("timed" if ours[name].is_timed else "runs")
-        study = Study("imagenet.py", common, folder, "accuracy", at_once, settings.launcher)
-        print(run(name, ours[name], study, settings), flush=True)
+        folder = settings.out / "timed" if ours[name].is_timed else settings.out
+        work = folder / "work"
+        recipe = Recipe("imagenet.py", common, work, "accuracy", launcher=settings.launcher)
+        print(run(name, ours[name], recipe, settings), flush=True)
         if name == "IX":
             print(router_parameters())
 

@@ -16,10 +16,12 @@ from typing import Literal
 
 import tyro
 
+from exfusion_param import study
+from exfusion_param.study.comparison import markdown
+from exfusion_param.study.figure import plot
 from support import corpus
-from support.arms import ARMS, CANDIDATES, CONTROL, TASKS, Measure, Task
-from support.comparison import plot, plot_curves, tabulate
-from support.study import Result, Spread, Study
+from support.arms import ARMS, CANDIDATES, CONTROL, TASKS
+from support.recipe_runs import Recipe, plot_curves
 from support.table import write_table
 
 PIECES = 2048  # of the tokenizer
@@ -52,7 +54,7 @@ class Settings:
     arms: tuple[str, ...] = (*ARMS, *CANDIDATES)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (1000, 1001)
-    rates: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
     length: float | None = None
     extra: str = ""
     out: Path = Path("runs/evidence")
@@ -72,46 +74,29 @@ def shared_tokenizer(data: Path | None, out: Path) -> Path:
     return path
 
 
-def choose_rates(
-    task: Task, study: Study, arms: dict[str, str], seeds: tuple[int, ...], path: Path
-) -> dict[str, str]:
-    """The best learning rate of each arm, of as many runs each; a table of all is written."""
-    if len(task.rates) == 1:
-        return dict.fromkeys(arms, task.rates[0])
-    found: dict[str, dict[str, Spread]] = {arm: {} for arm in arms}
-    for rate in task.rates:
-        tried = {arm: f"{given} --lr {rate} {task.tuning}" for arm, given in arms.items()}
-        for arm, results in study.compare(tried, seeds).items():
-            found[arm][rate] = Spread.of([result.value for result in results])
-    rows = [{"arm": arm} | {rate: str(of) for rate, of in found[arm].items()} for arm in arms]
-    write_table(path, rows)
-    sign = task.measure.sign
-    return {arm: max(of, key=lambda rate: sign * of[rate].mean) for arm, of in found.items()}
-
-
-def longer_control(task: Task, control: str, results: dict[str, list[Result]], arm: str) -> str:
-    """Arguments of a control that trains for as long as a slower arm takes."""
-    ours, theirs = (
-        Spread.of([result.step_ms for result in results[name]]).mean for name in (arm, CONTROL)
-    )
-    longer = task.lasting(task.length[1] * max(1.0, ours / theirs))
-    return f"{control} {longer.argument}"
-
-
-def report(measure: Measure, results: dict[str, list[Result]], title: str, path: Path) -> None:
+def report(found: study.Comparison, recipe: Recipe, title: str, path: Path) -> None:
     """Write tables and plots; their names begin as the path does."""
 
     def named(end: str) -> Path:
         return path.with_name(path.name + end)
 
-    print(tabulate(named(".md"), results, CONTROL, measure.title, {}))
-    plot(named(".svg"), results, CONTROL, title, measure.title)
-    if all(len(result.rows) > 1 for found in results.values() for result in found):
-        plot_curves(named("_curves.svg"), results, measure.name, title)
+    print(found)
+    named(".md").write_text(markdown(found.table()))
+    if found.tuning:
+        rows = [
+            {"arm": arm} | {f"{lr:g}": str(tried) for lr, tried in of.items()}
+            for arm, of in found.tuning.items()
+        ]
+        write_table(named("_rates.md"), rows)
+    values = {arm: found.values(arm) for arm in found.results}
+    plot(named(".svg"), values, CONTROL, found.metric, title)
+    runs = [result.run for results in found.results.values() for result in results]
+    if all(len(recipe.results(run)["rows"]) > 1 for run in runs):
+        plot_curves(named("_curves.svg"), found, recipe, title)
     apart = [
-        {"arm": arm, "spread of displacements": str(Spread.of(spreads))}
-        for arm, found in results.items()
-        if (spreads := [result.spread for result in found if result.spread is not None])
+        {"arm": arm, "spread of displacements": str(study.Spread.of(spreads))}
+        for arm, results in found.results.items()
+        if (spreads := [result.more["spread"] for result in results if "spread" in result.more])
     ]
     if apart:
         print(write_table(named("_spread.md"), apart))
@@ -122,27 +107,38 @@ def main(settings: Settings) -> None:
     task, every = TASKS[settings.task, settings.scale], ARMS | CANDIDATES
     if settings.smoke:
         task = task._replace(common="--smoke", tuning="", rates=task.rates[:1])
-        one = {"arms": ("control", "mb"), "seeds": (0,), "tuning_seeds": (0,)}
+        one = {"arms": ("control", "mb"), "seeds": (0,)}
         settings = dataclasses.replace(settings, **one)  # type: ignore[arg-type]
     if settings.length is not None:
         task = task.lasting(settings.length)
-    task = task._replace(rates=settings.rates or task.rates)
-    out, seeds = settings.out / settings.task / settings.scale, settings.seeds
+    out = settings.out / settings.task / settings.scale
     data = f"--data {settings.data}" if settings.data else ""
     common = f"{task.common} {data} {settings.extra}"
     if settings.task == "text" and not settings.smoke:
         common += f" --tokenizer {shared_tokenizer(settings.data, out)}"
-    runs, launcher = out / "runs", settings.launcher
-    study = Study(task.recipe, common, runs, task.measure.name, settings.at_once, launcher)
-    arms = {arm: every[arm] for arm in (CONTROL, *settings.arms)}  # each once
-    best = choose_rates(task, study, arms, settings.tuning_seeds, out / f"{settings.name}_rates.md")
-    length = task.argument if not settings.smoke else ""
-    tuned = {arm: f"{given} --lr {best[arm]}" for arm, given in arms.items()}
-    results = study.compare({arm: f"{given} {length}" for arm, given in tuned.items()}, seeds)
-    if "mb" in results and not settings.smoke:
-        longer = longer_control(task, tuned[CONTROL], results, "mb")
-        results |= study.compare({"control, as long as mb takes": longer}, seeds)
-    report(task.measure, results, f"{settings.task}, equal steps", out / settings.name)
+    recipe = Recipe(
+        task.recipe,
+        common,
+        out / "work",
+        task.measure.name,
+        tuning=task.tuning,
+        length=None if settings.smoke else task.length,
+        launcher=settings.launcher,
+    )
+    found = study.compare(
+        recipe,
+        {arm: every[arm] for arm in (CONTROL, *settings.arms)},  # each once
+        control=CONTROL,
+        out=out,
+        seeds=settings.seeds,
+        rates=settings.rates or task.rates,
+        tuning_seeds=settings.tuning_seeds,
+        better="more" if task.measure.sign > 0 else "less",
+        equal_time="mb" if "mb" in settings.arms and not settings.smoke else None,
+        at_once=settings.at_once,
+        metric=task.measure.title,
+    )
+    report(found, recipe, f"{settings.task}, equal steps", out / settings.name)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import ablations
 import evidence
 import exfusion_param as exf
 import imagenet
+import specialists
 import t5_pretrain
+from exfusion_param import study
 from exfusion_param.checkpoint import StopRequest
 from exfusion_testing import processes
 from support import corpus, ranks
-from support.arms import Measure
-from support.comparison import differences, tabulate
-from support.study import Job, Result, Spread, Study
+from support.recipe_runs import Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.examples, pytest.mark.processes]
@@ -173,62 +173,42 @@ arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if arguments["--lr"] == "bad":
     sys.exit("no such rate")
 out, seed = pathlib.Path(arguments["--out"]), int(arguments["--seed"])
-row = {"score": float(arguments["--lr"]) + seed}
-common = {"seconds": 1.0, "step_ms": 1.0, "spread": None}
+row = {"step": 100, "score": float(arguments["--lr"]) + seed}
+common = {"seconds": 1.0, "step_ms": 2.0, "spread": None}
 (out / "results.json").write_text(json.dumps({"rows": [row], **common}))
 """
 
 
-def test_a_study_runs_what_is_missing_and_says_what_failed(tmp_path: Path) -> None:
+def test_a_recipe_is_a_trial_and_says_what_failed(tmp_path: Path) -> None:
     (tmp_path / "fake.py").write_text(FAKE)
-    study = Study(str(tmp_path / "fake.py"), "", tmp_path / "runs", "score", at_once=2)
-    jobs = [Job(f"--lr {lr}", seed) for lr in (1, 2) for seed in (0, 1)]
-    found = study.run([*jobs, jobs[0]])
-    assert [found[job].value for job in jobs] == [1, 2, 2, 3]
-    with pytest.raises(SystemExit, match=r"--lr bad .* ended with 1; see .*log\.txt"):
-        study.run([*jobs, Job("--lr bad", 0), Job("--lr 3", 0)])
-    assert (tmp_path / "runs" / "lr-3" / "seed-0" / "results.json").exists()
-    assert "no such rate" in (tmp_path / "runs" / "lr-bad" / "seed-0" / "log.txt").read_text()
+    script, arms = str(tmp_path / "fake.py"), {"control": "--lr 1", "ours": "--lr 2"}
+    recipe = Recipe(script, "", tmp_path / "work", "score", length=("--steps", 100_001))
+    found = study.compare(recipe, arms, control="control", out=tmp_path, seeds=(0, 1))
+    assert found.values("ours") == [2.0, 3.0]
+    assert found.results["ours"][0].seconds == 0.2  # 100 steps of 2 ms
+    assert found.results["ours"][0].more == {}
+    arms["bad"] = "--lr bad"
+    with pytest.raises(RuntimeError, match=r"--lr bad .* ended with 1; see .*log\.txt"):
+        study.compare(recipe, arms, control="control", out=tmp_path, seeds=(0, 1))
+    log = recipe.folder(study.Run("--lr bad", 0)) / "log.txt"
+    assert "no such rate" in log.read_text()
 
 
-def test_each_arm_gets_the_learning_rate_that_is_best_over_the_tuning_seeds(
-    tmp_path: Path,
+def test_a_recipe_gets_the_arguments_of_its_run() -> None:
+    recipe = Recipe("r.py", "--common", Path("w"), "score", "--held-out", ("--steps", 100_001))
+    longer = study.Run("--arm 'a b'", 3, lr=1e-3, length=1.5)
+    own = ["--seed", "3", "--out", f"w/{longer.name}"]
+    words = ["--common", "--arm", "a b", "--lr", "0.001"]
+    assert recipe.arguments(longer) == [*words, "--steps", "150001", *own]
+    tuned = longer._replace(tuning=True)
+    assert recipe.arguments(tuned) == [*words, "--held-out", *own[:-1], f"w/{tuned.name}"]
+
+
+def test_specialists_are_shipped_for_each_domain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "fake.py").write_text(FAKE)
-    study = Study(str(tmp_path / "fake.py"), "", tmp_path / "runs", "score")
-    for sign, best in ((1, "2"), (-1, "1")):
-        task = evidence.TASKS["images", "small"]._replace(
-            rates=("1", "2"), measure=Measure("score", sign, "score"), tuning=""
-        )
-        arms = {"ours": "--arm ours", "control": "--arm control"}
-        path = tmp_path / "rates.md"
-        assert evidence.choose_rates(task, study, arms, (0, 1), path) == dict.fromkeys(arms, best)
-    assert "| ours | 1.500 ± 0.707 | 2.500 ± 0.707 |" in path.read_text()
-    ended = sorted(tmp_path.rglob("results.json"), key=lambda path: path.stat().st_mtime_ns)
-    order = [path.parent.parent.name for path in ended]  # seed by seed
-    assert order == [f"arm-{arm}-lr-{lr}" for lr in (1, 2) for arm in ("ours", "control") * 2]
-    given = task._replace(rates=("bad",))  # needs no runs to choose
-    assert evidence.choose_rates(given, study, arms, (0, 1), path) == dict.fromkeys(arms, "bad")
-
-
-def test_the_longer_control_takes_as_long_as_a_slower_arm() -> None:
-    ours, theirs = [Result(1.0, [], 1.0, ms, None, Path()) for ms in (3.0, 2.0)]
-    found = {"mb": [ours], "control": [theirs]}
-    task = evidence.TASKS["text", "small"]._replace(length=("--steps", 100_001))
-    assert evidence.longer_control(task, "--lr 1", found, "mb") == "--lr 1 --steps 150001"
-    found = {"mb": [theirs], "control": [ours]}  # no faster arm shortens it
-    assert evidence.longer_control(task, "", found, "mb") == " --steps 100001"
-
-
-def results(*values: float) -> list[Result]:
-    return [Result(v, [], 1.0, 2.0, None, Path()) for v in values]
-
-
-def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
-    arms = {"control": results(1.0, 5.0, 9.0), "ours": results(2.0, 6.1, 9.9)}
-    difference = differences(arms, "ours", "control")
-    assert difference.mean == pytest.approx(1.0)
-    assert difference.error == pytest.approx(0.1 / 3**0.5)
-    text = tabulate(tmp_path / "t.md", arms, "control", "score", {"ours": "1.2"})
-    assert "| ours | 6.000 ± 3.951 | +1.000 ± 0.058 | 1.00 | 1.2 |" in text
-    assert str(Spread.of([2.0])) == "2.000"
+    specialists.main(tyro.cli(specialists.Settings, args=["--smoke", "--out", str(tmp_path)]))
+    printed = capsys.readouterr().out
+    assert "one dense model" in printed
+    assert (tmp_path / "corruptions" / "results.md").read_text() in printed
+    assert "| arm | as they are | inverted | turned | scrambled |" in printed

@@ -65,13 +65,8 @@ class Task(NamedTuple):
     measure: Measure
     common: str
     tuning: str
-    rates: tuple[str, ...]
+    rates: tuple[float, ...]
     length: tuple[str, float]
-
-    @property
-    def argument(self) -> str:
-        """The recipe's, that says how long a run is."""
-        return " ".join(map(str, self.length))
 
     def lasting(self, length: float) -> Self:
         """The same for another length, whole where this one's is."""
@@ -86,7 +81,7 @@ TASKS = {
         "--image-size 28 --no-augment --drop-path 0 --workers 0 --batch-size 128 "
         "--warmup-epochs 0.1 --model-kwargs patch_size 7 embed_dim 64 depth 4 num_heads 4",
         "--held-out --epochs 0.5",
-        ("16e-3", "32e-3", "64e-3"),
+        (16e-3, 32e-3, 64e-3),
         ("--epochs", 1.0),
     ),
     ("images", "gpu"): Task(
@@ -95,7 +90,7 @@ TASKS = {
         "--image-size 28 --workers 4 --batch-size 512 --warmup-epochs 2 --amp "
         "--model-kwargs patch_size 4",
         "--held-out --epochs 10",
-        ("1e-3", "2e-3", "4e-3"),
+        (1e-3, 2e-3, 4e-3),
         ("--epochs", 60.0),
     ),
     ("text", "small"): Task(
@@ -105,7 +100,7 @@ TASKS = {
         "--evaluate-every 100 --save-every 400 --model-kwargs d_model 64 d_ff 128 num_layers 2 "
         "num_heads 4 d_kv 16",
         "--fold 1 --steps 150",
-        ("8e-3", "16e-3", "32e-3"),
+        (8e-3, 16e-3, 32e-3),
         ("--steps", 400),
     ),
     ("text", "gpu"): Task(
@@ -114,7 +109,7 @@ TASKS = {
         "--model small --inputs 128 --batch-size 128 --optimizer adamw --dropout 0.1 --amp "
         "--evaluate-every 200",
         "--fold 1 --steps 1000",
-        ("5e-4", "1e-3", "2e-3"),
+        (5e-4, 1e-3, 2e-3),
         ("--steps", 4000),
     ),
 }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .processes import finish
-from .rates import Better, choose_rates
+from .rates import Better, Grid, choose_rates
 from .runs import Result, Run, Trial, error_of
 from .statistics import CONFIDENCE, Spread, paired, smallest_told
 
@@ -25,6 +25,7 @@ class Comparison:
         metric: what is measured.
         better: whether more of the metric is better, or less.
         lr: the learning rate of each arm, where there is a grid.
+        tuning: what was tried to choose it, by arm and rate.
         notes: what the figures do not show.
 
     Example:
@@ -41,6 +42,7 @@ class Comparison:
     metric: str
     better: Better
     lr: Mapping[str, float | None]
+    tuning: Grid
     notes: Sequence[str] = ()
 
     def values(self, arm: str) -> list[float]:
@@ -150,7 +152,7 @@ def compare(
     """
     _check(arms, control, seeds, tuning_seeds, rates)
     folder = Path(out) / "runs"
-    lr, notes = choose_rates(trial, arms, rates, tuning_seeds, better, folder, at_once)
+    lr, tuning, notes = choose_rates(trial, arms, rates, tuning_seeds, better, folder, at_once)
     planned = {arm: [Run(name, seed, lr[arm]) for seed in seeds] for arm, name in arms.items()}
     results = _all(trial, planned, folder, at_once)
     judged = {arm: control for arm in arms if arm != control}
@@ -161,7 +163,7 @@ def compare(
         results |= _all(trial, {longer: more}, folder, at_once)
         lr[longer] = lr[control]
         judged[longer] = equal_time
-    return Comparison(results, control, judged, metric, better, lr, notes)
+    return Comparison(results, control, judged, metric, better, lr, tuning, notes)
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:

@@ -12,6 +12,8 @@ from .runs import Run, Trial
 from .statistics import Spread
 
 Better = Literal["more", "less"]
+Grid = Mapping[str, Mapping[float, Spread]]
+"""By arm and learning rate the metric over the tuning seeds."""
 
 
 def choose_rates(
@@ -22,14 +24,14 @@ def choose_rates(
     better: Better,
     folder: Path,
     at_once: int,
-) -> tuple[dict[str, float | None], list[str]]:
-    """The rate of each arm that is best over the tuning seeds, and what to know about the choice.
+) -> tuple[dict[str, float | None], Grid, list[str]]:
+    """The rate of each arm that is best over the tuning seeds, all that were tried, and notes.
 
     Raises:
         RuntimeError: every rate of an arm failed or gave nan.
     """
     if len(rates) < 2:
-        return dict.fromkeys(arms, rates[0] if rates else None), []
+        return dict.fromkeys(arms, rates[0] if rates else None), {}, []
     grid = {
         (arm, lr): [Run(name, seed, lr, tuning=True) for seed in seeds]
         for lr in sorted(rates)
@@ -38,18 +40,18 @@ def choose_rates(
     found, failures = finish(
         trial, [r for runs in zip(*grid.values(), strict=True) for r in runs], folder, at_once
     )
-    scores = {
-        key: Spread.of([found[run].metric for run in runs]).mean
-        for key, runs in grid.items()
-        if not failures.keys() & set(runs)
-    }
+    scores: dict[str, dict[float, Spread]] = {arm: {} for arm in arms}
+    for (arm, lr), runs in grid.items():
+        if not failures.keys() & set(runs):
+            scores[arm][lr] = Spread.of([found[run].metric for run in runs])
     sign = 1 if better == "more" else -1
     chosen: dict[str, float | None] = {}
     notes = [
         f"{run} failed, so that its rate was not chosen: {why}" for run, why in failures.items()
     ]
     for arm in arms:
-        mine = {lr: sign * s for (a, lr), s in scores.items() if a == arm and not math.isnan(s)}
+        means = {lr: sign * of.mean for lr, of in scores[arm].items()}
+        mine = {lr: mean for lr, mean in means.items() if not math.isnan(mean)}
         if not mine:
             raise RuntimeError(
                 f"No rate trained {arm}: each failed or gave nan.\n" + "\n".join(notes)
@@ -59,4 +61,4 @@ def choose_rates(
         notes.append(
             f"Took an end of the grid, so a wider one may suit better: {', '.join(at_end)}."
         )
-    return chosen, notes
+    return chosen, scores, notes

@@ -59,11 +59,13 @@ class Result(NamedTuple):
     """What a run has measured.
 
     Args:
+        run: what was run.
         metric: what is compared.
         seconds: of the training.
         more: any other numbers.
     """
 
+    run: Run
     metric: float
     seconds: float
     more: dict[str, float]
@@ -84,7 +86,7 @@ def read(run: Run, folder: Path) -> Result:
     more = {
         key: value for key, value in found.items() if key not in (*run._fields, *Result._fields)
     }
-    return Result(found["metric"], found["seconds"], more)
+    return Result(run, found["metric"], found["seconds"], more)
 
 
 def error_of(run: Run, folder: Path) -> Path:
