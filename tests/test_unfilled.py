@@ -122,11 +122,26 @@ def test_assigning_weights_fills_the_experts() -> None:
 
 @pytest.mark.parametrize("variant", ["dw", "mb"])
 def test_fusion_weights_start_as_wrap_makes_them_on_a_device(variant: str) -> None:
-    empty, full = emptied(variant), real(variant)
-    names = [name for name in full.state_dict() if "fusion_weights" in name]
+    with pytest.warns(UserWarning, match=r"expert stacks that nothing has filled"):
+        empty, full = emptied(variant).state_dict(), real(variant).state_dict()
+    names = [name for name in full if "fusion_weights" in name]
     assert names
     for name in names:
-        assert torch.equal(empty.state_dict()[name], full.state_dict()[name]), name
+        assert torch.equal(empty[name], full[name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_that_had_memory_is_emptied_alike(variant: str) -> None:
+    model, full = real(variant), real(variant).state_dict()
+    model.to_empty(device="cpu")
+    without_fused(model)
+    with pytest.raises(RuntimeError, match=UNFILLED):
+        model(x())
+    own = [name for name in full if "fusion_weights" in name]
+    kept = model.state_dict(keep_vars=True)
+    assert all(torch.equal(kept[name], full[name]) for name in own)
+    reset(model)
+    assert model(x()).isfinite().all()
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])

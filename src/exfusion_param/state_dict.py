@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .fusion.linear_class import dense_order
 from .fusion.lookup import (
@@ -18,6 +17,7 @@ from .fusion.lookup import (
     fusion_weights_of,
     groups_of,
     original,
+    parametrized_names,
     wrapped_linears,
 )
 from .fusion_weights.bank_problems import warn_of_empty_banks
@@ -62,6 +62,8 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     groups = groups_of(model)
     for weights in groups:
         weights.require_fusable()
+        for fused in weights.fused:
+            fused.require_own()
     refuse_half_done(groups)
     warn_of_empty_banks(groups)
     return OrderedDict(
@@ -148,8 +150,8 @@ def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     """The dense model's keys in its order, each with its tensor or where to fuse it."""
     for weights in groups_of(model):
         weights.end_forward()  # a training forward that was cut short may have left its own
-    state = model.state_dict()
-    linear_at = _linears_by_prefix(model)
+    kept = model.state_dict(keep_vars=True)
+    linear_at = _linears_by_prefix(kept, model)
     dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()
     groups = [weights for weights in groups_of(model) if weights.fused]
     by_step = {
@@ -158,19 +160,19 @@ def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
         for fused in weights.fused
     }
     taken_off = {id(tensor) for weights in groups for tensor in weights.own_tensors()}
-    kept = model.state_dict(keep_vars=True)
-    for key, tensor in state.items():
-        if id(kept[key]) in taken_off:
+    state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kept.items()}
+    for key, value in kept.items():
+        if id(value) in taken_off:
             continue
-        if id(kept[key]) in by_step:
-            dense[key] = by_step[id(kept[key])]
+        if id(value) in by_step:
+            dense[key] = by_step[id(value)]
             continue
         prefix, is_ours, _ = key.partition("parametrizations.")
         if not is_ours:
             prefix = key[: key.rfind(".") + 1]
         linear = linear_at.get(prefix)
         if linear is None or not (is_ours or key[len(prefix) :] in dense_order(linear)):
-            dense[key] = tensor
+            dense[key] = state[key]
             continue
         for name in dense_order(linear):
             is_fused = name in fused_names(linear)
@@ -178,7 +180,7 @@ def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     return dense
 
 
-def _linears_by_prefix(model: nn.Module) -> dict[str, nn.Module]:
+def _linears_by_prefix(kept: Mapping[str, Any], model: nn.Module) -> dict[str, nn.Module]:
     """The wrapped linears by what their keys in the state dict begin with.
 
     Not by the names of modules: `checkpoint_wrapper` of torch, for one, leaves its own out of keys.
@@ -186,12 +188,11 @@ def _linears_by_prefix(model: nn.Module) -> dict[str, nn.Module]:
     stacks = {
         id(original(linear, name)): (linear, f"parametrizations.{name}.original")
         for linear in wrapped_linears(model).values()
-        for name in fused_names(linear)
-        if is_parametrized(linear, name)
+        for name in parametrized_names(linear)
     }
     return {
         key.removesuffix(stacks[id(value)][1]): stacks[id(value)][0]
-        for key, value in model.state_dict(keep_vars=True).items()
+        for key, value in kept.items()
         if id(value) in stacks
     }
 
@@ -232,7 +233,7 @@ def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None
 
 def _shape(value: Any) -> torch.Size | None:
     if isinstance(value, _Fused):
-        if not is_parametrized(value.linear, value.name):
+        if value.name not in parametrized_names(value.linear):
             return value.linear.get_parameter(value.name).shape
         return original(value.linear, value.name).shape[1:]
     return getattr(value, "shape", None)

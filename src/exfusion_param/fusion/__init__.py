@@ -11,7 +11,8 @@ linear, as `parametrizations.weight[0].fusion_weights`; the other parametrizatio
 Cost: one pass over the stack at each use of the weight, another in backward. The forward and
 backward of the linear are those of the dense one.
 
-`expert_fusion` is the parametrization, `linear_class` makes the class that the linear gets, and
-`outside_access` detects writes to the fused weight that would be lost, and experts that were never
-filled. `lookup` finds what is wrapped in a model, under both settings of `fuse_on`.
+`expert_fusion` is the parametrization, and `linear_class` makes the class that the linear gets.
+`outside_access` raises for writes to the fused weight that would be lost, which `handed_out` finds,
+and for experts that were never filled; `refused_edits` for edits of the linear itself. `lookup`
+finds what is wrapped in a model, under both settings of `fuse_on`.
 """

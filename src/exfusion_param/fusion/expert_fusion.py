@@ -42,7 +42,8 @@ class ExpertFusion(nn.Module):
         """The stack, shape (N, *S), for a dense tensor, shape (*S).
 
         On registration, the stack passed to the constructor. Later, when the user assigns to
-        `linear.weight`, a stack that fuses to the assigned tensor (once a zero bank is full).
+        `linear.weight`, a stack that fuses to the assigned tensor: now, or once a bank that is
+        still zero is full.
         """
         if self._first_experts is not None:
             experts, self._first_experts = self._first_experts, None

@@ -11,6 +11,7 @@ each parametrized tensor. We replace it by one that differs in these ways:
 - `reset_parameters` draws every expert again. The inherited one would write to a temporary weight.
 - Its properties and its `forward` notice writes that would be lost (outside_access.py).
 - `_apply` marks stacks that get memory without contents.
+- `state_dict` and `deepcopy` raise after a lost write, and `state_dict` warns of such stacks.
 All of it goes away with the class when the parametrizations are removed.
 
 Note [Properties that outlive a parametrization]
@@ -22,6 +23,7 @@ AttributeError, and Python falls back to `nn.Module.__getattr__`, which finds th
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +33,11 @@ from torch import Tensor, nn
 
 from ..finding.place import MakeForward
 from ..finding.projections import projection_of
+from ..fusion_weights.base import leaves_memory_unset
 from ..tensors.shards import is_sharded
 from . import outside_access
 from .expert_fusion import ExpertFusion
+from .refused_edits import OwnParameters, qconfig_property, refuse_deletion
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -65,8 +69,12 @@ def share_class(
         forward = dense.forward if make_forward is None else make_forward(dense, projection)
         members["forward"] = outside_access.watched(forward)
         members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
+        members["_save_to_state_dict"] = _saving(dense)
+        members["qconfig"] = qconfig_property()
+        members["__deepcopy__"] = _copying(members.get("__deepcopy__") or dense.__deepcopy__)
         shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
     linear.__class__ = shared  # as torch has done for `own`
+    linear._parameters = OwnParameters(linear._parameters)
 
 
 def dense_order(linear: nn.Module) -> tuple[str, ...]:
@@ -104,7 +112,10 @@ def _property(name: str) -> property:
     def set_originals(self: Any, value: Tensor) -> None:
         outside_access.assign(self, name, value)
 
-    return property(get, set_originals)
+    def refuse_deletion_of_fused(self: Any) -> None:
+        refuse_deletion(name)
+
+    return property(get, set_originals, refuse_deletion_of_fused)
 
 
 def _moving(dense: Any) -> Callable[..., Any]:
@@ -114,17 +125,19 @@ def _moving(dense: Any) -> Callable[..., Any]:
         # `fn` does not tell which tensor it gets, so stacks are known by their shapes.
         stacks = {each.original.shape for each in self.parametrizations.values()}
 
+        @functools.wraps(fn)  # fusion weights below ask what `fn` is
         def apply(tensor: Tensor) -> Tensor:
             if tensor.ndim < 4 or tensor.shape not in stacks or is_sharded(tensor):
                 return fn(tensor)
             # A stack of a convolution, moved as the dense weight is: to channels_last, for one.
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
-        on_meta = [each for each in self.parametrizations.values() if _is_on_meta(each)]
+        holders = [h for h in self.parametrizations.values() if isinstance(h[0], ExpertFusion)]
+        emptied = [h for h in holders if h.original.is_meta or leaves_memory_unset(fn)]
         dense._apply(self, apply, recurse)
-        for each in on_meta:
-            if not _is_on_meta(each):
-                outside_access.spoil(each.original, each[0])
+        for holder in emptied:
+            if not holder.original.is_meta:
+                outside_access.spoil(holder.original, holder[0])
         return self
 
     return _apply
@@ -143,8 +156,26 @@ def _registering(dense: Any) -> Callable[..., None]:
     return register_parameter
 
 
-def _is_on_meta(parametrized: Any) -> bool:
-    return isinstance(parametrized[0], ExpertFusion) and parametrized.original.is_meta
+def _saving(dense: Any) -> Callable[..., None]:
+    """The `_save_to_state_dict` for a dense class: no state dict without a write that was meant."""
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        outside_access.require_no_writes(self)
+        if not keep_vars:  # which is not for saving
+            outside_access.warn_if_unfilled(self)
+        dense._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    return _save_to_state_dict
+
+
+def _copying(deepcopy: Callable[..., Any]) -> Callable[..., Any]:
+    """The `__deepcopy__` around torch's, which copies no write that was lost."""
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        outside_access.require_no_writes(self)
+        return deepcopy(self, memo)
+
+    return __deepcopy__
 
 
 def _reset_experts(self: Any) -> None:

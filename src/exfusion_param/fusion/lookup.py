@@ -12,7 +12,7 @@ from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.fused import Fused
 from ..tensors import shards
 from .expert_fusion import ExpertFusion
-from .outside_access import require_sound
+from .outside_access import computed, require_sound
 
 
 def original(linear: nn.Module, name: str) -> nn.Parameter:
@@ -22,14 +22,13 @@ def original(linear: nn.Module, name: str) -> nn.Parameter:
 
 def fused_tensor(linear: nn.Module, name: str) -> Tensor:
     """A copy of the fused tensor as the experts have it now; a DTensor if they are."""
-    if not parametrize.is_parametrized(linear, name):
+    if name not in parametrized_names(linear):
         return linear.get_parameter(name).detach().clone()
     require_sound(linear, name)
     stack = original(linear, name)
     if shards.is_sharded(stack):
         return fusion_of(linear, name).dense(stack)
-    fused: Tensor = linear.get_submodule(f"parametrizations.{name}")()
-    return fused
+    return computed(linear, name)
 
 
 def fusion_of(linear: nn.Module, name: str) -> ExpertFusion:

@@ -3,13 +3,13 @@
 Note [Lost writes]
 `linear.weight` is a new tensor at each access, so an in-place write to it, or to its `.data`, does
 not reach the experts. On a dense model it would count, and others rely on that: initialization
-code, adapters that merge, quantization, offloading. So what is handed out is remembered with a copy
-until the next access. If it was written to in between, that access raises.
+code, adapters that merge, quantization, offloading. So what is handed out is remembered
+(handed_out.py), and the next access, `state_dict`, copy or optimizer step raises after a write.
 
-Reads within the linear's own forward are not remembered, so training does not pay for this. A
-penalty on `linear.weight` in the loss pays for a copy; where the optimizer has moved the stack
-since, nothing is compared. Nothing is remembered within torch.compile, function transforms and CUDA
-graphs: `require_sound` at an optimizer's first step sees what was written before.
+Reads within the linear's own forward are not remembered, and it looks only at what was read since
+the last check, so training does not pay for this. A penalty on `linear.weight` in the loss pays for
+a copy and a comparison at each step. Nothing is remembered within torch.compile, function
+transforms and CUDA graphs, so a write in compiled code is not seen.
 
 Note [Unfilled stacks]
 `to_empty` gives a stack that was on the meta device memory with arbitrary contents. The linear's
@@ -19,27 +19,18 @@ class fills it with NaN (linear_class.py), and the first access raises if any is
 from __future__ import annotations
 
 import threading
-import weakref
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..fusion_weights.bank_problems import warn_of_empty_bank_once
 from ..tensors.shards import is_sharded, local
 from .expert_fusion import ExpertFusion
-
-
-class _HandedOut(NamedTuple):
-    """A fused tensor that someone outside of the linear holds.
-
-    It is the very tensor, as an assignment to its `.data` shows in no other, unless it holds on to
-    the graph of a running forward.
-    """
-
-    tensor: Tensor
-    copy: Tensor
-    stack: tuple[int, int]
+from .handed_out import forget, found_write, is_any_handed_out, is_capturing, remember
+from .refused_edits import refuse_functional_call
 
 
 class _Running(threading.local):
@@ -47,8 +38,6 @@ class _Running(threading.local):
 
 
 _running = _Running()
-# Not attributes of the modules, for a deepcopy not to take them along.
-_handed_out: weakref.WeakKeyDictionary[nn.Module, _HandedOut] = weakref.WeakKeyDictionary()
 
 
 def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,15 +60,45 @@ def read(linear: Any, name: str) -> Tensor:
     parametrized = linear.parametrizations[name]
     if _is_recorded() or not isinstance(parametrized[0], ExpertFusion):
         return parametrized()
-    require_sound(linear, name)
-    fused: Tensor = parametrized()
-    if _running.linear is not linear:
-        _remember(parametrized, fused)
+    is_own = _running.linear is linear
+    require_sound(linear, name, is_own_forward=is_own)
+    fused = computed(linear, name)
+    if not is_own:
+        weights = parametrized[0].fusion_weights
+        is_in_forward = getattr(weights, "current", None) is not None
+        is_empty = not is_in_forward and weights.is_empty()
+        remember(parametrized[0], fused, is_in_forward=is_in_forward, is_empty=is_empty)
     return fused
 
 
-def require_sound(linear: Any, name: str) -> None:
-    """Raise a RuntimeError if a write to a fused tensor was lost, or its stack was never filled."""
+def computed(linear: Any, name: str) -> Tensor:
+    """The fused tensor, through what was registered on top of it, as `spectral_norm`.
+
+    Raises:
+        RuntimeError: that cannot be on top of experts, as `weight_norm`.
+    """
+    parametrized = linear.parametrizations[name]
+    if len(parametrized) == 1:
+        return parametrized()
+    try:
+        return parametrized()
+    except TypeError as error:
+        raise RuntimeError(
+            f"{type(parametrized[-1]).__name__} was registered on {_named(linear, name)} after wrap(), "
+            "and does not compute from one tensor, as the experts fuse to. Call fuse(model) first, "
+            f"and register it then ({error})."
+        ) from error
+
+
+def require_sound(linear: Any, name: str, *, is_own_forward: bool = False) -> None:
+    """Raise a RuntimeError if a write to a fused tensor was lost, or its stack was never filled.
+
+    Args:
+        linear: the wrapped linear.
+        name: of the tensor.
+        is_own_forward: whether the linear itself reads it; only what was read since the last check
+            is compared then.
+    """
     if _is_recorded():
         return
     parametrized = linear.parametrizations[name]
@@ -87,12 +106,20 @@ def require_sound(linear: Any, name: str) -> None:
     if fusion.is_unfilled:
         _require_filled(linear, name, parametrized.original)
         fusion.is_unfilled = False
-    if fusion not in _handed_out:
-        return
-    handed_out = _handed_out.pop(fusion, None)  # another thread may have been quicker
-    if handed_out is None or handed_out.stack != _identity(parametrized.original):
-        return
-    if not _is_capturing(handed_out.copy) and not _is_unchanged(handed_out):
+    if not is_capturing(parametrized.original):
+        _require_no_write(linear, name, is_own_forward)
+
+
+def require_no_writes(linear: Any) -> None:
+    """Raise a RuntimeError if a write to one of a linear's fused tensors was lost."""
+    if is_any_handed_out() and not _is_recorded():
+        for name, parametrized in linear.parametrizations.items():
+            if isinstance(parametrized[0], ExpertFusion) and not is_capturing(parametrized.original):
+                _require_no_write(linear, name, False)
+
+
+def _require_no_write(linear: Any, name: str, only_fresh: bool) -> None:
+    if found_write(linear.parametrizations[name][0], only_fresh=only_fresh):
         raise RuntimeError(
             f"An in-place write to {_named(linear, name)} is lost: under "
             'fuse_on="forward" it is computed from the experts at each access. Assign a tensor, '
@@ -106,7 +133,9 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
 
     Raises:
         ValueError: it has another shape, or is a tensor subclass that experts cannot have.
+        RuntimeError: `functional_call` assigns it.
     """
+    refuse_functional_call(name)
     parametrized = linear.parametrizations[name]
     fusion = parametrized[0]
     if not isinstance(fusion, ExpertFusion):
@@ -120,8 +149,9 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
             'with fuse_on="step".'
         )
     parametrized.right_inverse(value)
-    _handed_out.pop(fusion, None)
+    forget(fusion)
     fusion.is_unfilled = False
+    warn_of_empty_bank_once(fusion.fusion_weights)
 
 
 def require_own_parameter(linear: Any, name: str, parameter: object) -> None:
@@ -149,29 +179,16 @@ def spoil(stack: Tensor, fusion: ExpertFusion) -> None:
     fusion.is_unfilled = True
 
 
-def _remember(parametrized: Any, fused: Tensor) -> None:
-    is_plain = type(fused) is Tensor or is_sharded(fused)
-    if not is_plain or fused.is_meta or torch.func.debug_unwrap(fused) is not fused:
-        return
-    if _is_capturing(fused):
-        return
-    is_in_forward = getattr(parametrized[0].fusion_weights, "current", None) is not None
-    tensor = fused.detach() if is_in_forward else fused
-    _handed_out[parametrized[0]] = _HandedOut(
-        tensor, local(fused).clone(), _identity(parametrized.original)
-    )
-
-
-def _identity(stack: Tensor) -> tuple[int, int]:
-    """Which stack this is, and after which optimizer step or load."""
-    return id(stack), -1 if stack.is_inference() else local(stack)._version
-
-
-def _is_unchanged(handed_out: _HandedOut) -> bool:
-    now, before = local(handed_out.tensor), handed_out.copy
-    if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
-        return False
-    return torch.equal(now, before) or torch.equal(now.nan_to_num(), before.nan_to_num())
+def warn_if_unfilled(linear: Any) -> None:
+    """Warn if what is saved of a linear is what `to_empty` left."""
+    for parametrized in linear.parametrizations.values():
+        if getattr(parametrized[0], "is_unfilled", False) and not _is_filled(parametrized.original):
+            warnings.warn(
+                "state_dict() of expert stacks that nothing has filled since to_empty(): they are "
+                "NaN. Load into this state dict, and do not save it.",
+                stacklevel=2,
+            )
+            return
 
 
 def _is_recorded() -> bool:
@@ -179,18 +196,17 @@ def _is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is recorded, within which nothing can be compared."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _require_filled(linear: nn.Module, name: str, stack: Tensor) -> None:
-    if not stack.is_meta and local(stack).isnan().any():
+    if not _is_filled(stack):
         raise RuntimeError(
             f"The experts of {_named(linear, name)} hold what to_empty() left in memory. Call "
             "model.load_state_dict(state_dict), load_dense_state_dict(model, state_dict), or "
             "reset_parameters() of each module that has it."
         )
+
+
+def _is_filled(stack: Tensor) -> bool:
+    return stack.is_meta or not local(stack).isnan().any()
 
 
 def _named(linear: Any, name: str) -> str:

@@ -26,7 +26,7 @@ class BankOnStep(MemoryBank):
     _step_total: Tensor | None = None  # of the last step
 
     def follow_forward(
-        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any = None
     ) -> Tensor | None:
         """Note the router's output for a micro-batch, with its gradient."""
         if not self.training or not isinstance(output, Tensor) or not output.requires_grad:

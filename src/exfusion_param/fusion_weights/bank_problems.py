@@ -147,6 +147,12 @@ def warn_of_empty_banks(groups: Iterable[FusionWeights]) -> None:
         )
 
 
+def warn_of_empty_bank_once(weights: FusionWeights) -> None:
+    """Warn if a weight that was just assigned is multiplied by zero; once for a model."""
+    if any(not bank.alarm.is_given for bank in _banks([weights])):
+        warn_of_empty_banks([weights])
+
+
 def _banks(groups: Iterable[FusionWeights]) -> list[Any]:
     """Those that are memory banks, whose module imports this one."""
     return [group for group in groups if hasattr(group, "bank")]

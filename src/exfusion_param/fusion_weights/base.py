@@ -43,6 +43,11 @@ def on_creation(prepare: Callable[[], None]) -> None:
     _on_creation.append(prepare)
 
 
+def leaves_memory_unset(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether what `nn.Module._apply` is given is that of `to_empty`; torch has no other sign."""
+    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+
+
 class FusionWeights(SingleInstance):
     """What all variants share. Calling the module gives the `w` to fuse with now.
 
@@ -180,9 +185,12 @@ class FusionWeights(SingleInstance):
         return {}
 
     def follow_forward(
-        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any = None
     ) -> Tensor | None:
-        """Under `fuse_on="step"`: a hook on the first linear's forward."""
+        """Under `fuse_on="step"`: a hook on the first linear's forward.
+
+        Eager quantization copies hooks and calls them without kwargs, so without an `output` here.
+        """
         return None
 
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
@@ -233,9 +241,9 @@ class FusionWeights(SingleInstance):
             is_low = moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device) if is_low else moved
 
-        was_meta = any(tensor.is_meta for tensor in self.own_tensors())
+        has_lost = any(tensor.is_meta or leaves_memory_unset(fn) for tensor in self.own_tensors())
         super()._apply(keep_precision, recurse)
-        if was_meta and not any(tensor.is_meta for tensor in self.own_tensors()):
+        if has_lost and not any(tensor.is_meta for tensor in self.own_tensors()):
             # Fill what has just got memory, as nothing else knows how.
             device = self.own_tensors()[0].device
             self.reset_parameters(named_generator(self.seed, f"{self.group}.router", device))

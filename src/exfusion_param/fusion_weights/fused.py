@@ -25,6 +25,9 @@ class Fused(Protocol):
     def refuse_flat(self) -> None:
         """Raise for the flat parameters of FSDP1."""
 
+    def require_own(self) -> None:
+        """Raise if the parameter is not the linear's own any more."""
+
     def experts(self) -> Tensor:
         """The experts, shape (N, *S), as they are or as they would be drawn."""
 

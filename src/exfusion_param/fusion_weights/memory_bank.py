@@ -125,11 +125,11 @@ class MemoryBank(TokenPool):
         return Observed(place)
 
     def start(self) -> Tensor:
-        """The bank scaled to sum one, or 1/N while it is empty, shape (N,)."""
+        """The bank, whatever it sums to, or 1/N while it is empty, shape (N,)."""
         bank = self.bank
         if bank.is_meta or self.is_empty():
             return uniform_weights(len(bank), bank.device, bank.dtype)
-        return bank / bank.sum()
+        return bank
 
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""

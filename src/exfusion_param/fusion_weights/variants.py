@@ -96,7 +96,7 @@ class LearnedWeights(FusionWeights):
         return local(self.weights)
 
     def follow_forward(
-        self, linear: nn.Module, args: Any, kwargs: Any, output: Any
+        self, linear: nn.Module, args: Any, kwargs: Any, output: Any = None
     ) -> Tensor | None:
         """Let autograd reach the vector, with a gradient of zeros until the optimizer's step."""
         return with_zero_gradient(output, self.weights) if self.training else None

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..fusion.handed_out import is_any_handed_out
 from ..fusion.lookup import parametrized_names
-from ..fusion.outside_access import require_sound
+from ..fusion.outside_access import require_no_writes, require_sound
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.variants import LearnedWeights
 from .refusals import refuse_dense_state
@@ -37,8 +38,14 @@ def check_first_step(optimizer: Optimizer, groups: Iterable[FusionWeights]) -> N
         RuntimeError: its state is the dense model's, it flattens stacks, or the experts are not
             what the user has written to the linears.
     """
+    groups = [weights for weights in groups if not weights.fused]
+    if is_any_handed_out():
+        for weights in groups:
+            for linear in weights.linears:
+                if parametrized_names(linear):
+                    require_no_writes(linear)
     seen = _seen.setdefault(optimizer, weakref.WeakSet())
-    new = [weights for weights in groups if not weights.fused and weights not in seen]
+    new = [weights for weights in groups if weights not in seen]
     if not new:
         return
     for weights in new:

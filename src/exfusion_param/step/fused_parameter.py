@@ -119,6 +119,17 @@ class FusedParameter:
                 'wrap with fuse_on="forward".'
             )
 
+    def require_own(self) -> None:
+        """Raise if the tensor was taken from the linear's parameters, by weight_norm for one."""
+        if self.name not in self.linear._parameters:
+            raise RuntimeError(
+                f"{self.start.name!r} is not a parameter of its linear any more: weight_norm, "
+                "spectral_norm, pruning or the like, applied after wrap(), computes it from other "
+                "tensors, which have no experts. Undo that, as by "
+                f"parametrize.remove_parametrizations(linear, {self.name!r}), and apply it after "
+                "fuse(model); or leave the linear out, wrap(model, filter_fn=...)."
+            )
+
     def refuse_other_experts(self, experts: Tensor) -> None:
         """Raise unless there are as many as the model is wrapped with."""
         if experts.shape[0] != (count := self.weights.config.num_experts):

@@ -80,6 +80,7 @@ def slot_of(
         and parameter.dtype == before.part.dtype
     ):
         return before
+    fused.require_own()
     if EXPERTS not in state:
         experts = fused.own_state().get(EXPERTS)
         if experts is None:

@@ -49,6 +49,7 @@ def detach(linear: nn.Module) -> None:
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
         weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
         linear.get_parameter(name).grad = None  # it has the stack's shape
+    linear._parameters = dict(linear._parameters)  # see refused_edits.py
     own = dict(linear.named_parameters(recurse=False))
     for name in filter(own.__contains__, order):  # removal puts them behind what was not fused
         parameter = own[name]

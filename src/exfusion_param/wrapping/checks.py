@@ -96,6 +96,8 @@ def check_fusable(
         raise ValueError(f"{type(model).__name__} has no wrapped linear, so nothing to fuse.")
     for weights in groups:
         weights.require_fusable()
+        for fused in weights.fused:
+            fused.require_own()
     _refuse(
         linears,
         _is_offloaded,
@@ -159,7 +161,7 @@ def _refuse_non_finite(linears: Mapping[str, nn.Module]) -> None:
 
 def _source(linear: nn.Module, name: str) -> Tensor:
     """What a tensor is fused from; under `fuse_on="step"` it is fused already."""
-    if is_parametrized(linear, name):
+    if name in parametrized_names(linear):
         return original(linear, name)
     return linear.get_parameter(name)
 

@@ -21,8 +21,12 @@ def guard_loading(
         weights: the fusion weights of the group; their handles remove the guard.
         linears: the wrapped linears of the group by their names in `model`.
     """
-    guard = _LoadGuard([f"{fqn}.".lstrip(".") for fqn in linears], weights.config.num_experts)
+    count = weights.config.num_experts
+    guard = _LoadGuard([f"{fqn}.".lstrip(".") for fqn in linears], count)
     weights.handles.append(model.register_load_state_dict_pre_hook(guard))
+    for linear in linears.values():  # for `load_state_dict` of a module within the model
+        hook = linear.register_load_state_dict_pre_hook(_LoadGuard([""], count))
+        weights.handles.append(hook)
 
 
 class _LoadGuard:

@@ -1,0 +1,120 @@
+"""Fused tensors that code outside of their linear has read, and whether it wrote to them.
+
+What is handed out is remembered with a copy of its numbers, for as long as anybody but this module
+holds it or a view of it. A write shows in its version counter, which `.data` has of its own, or in
+its numbers. Zeros, which a memory bank that is still empty fuses to, are handed out as -0.0, for
+`.data.zero_()` to leave a trace.
+
+`torch._C._storage_Use_Count` is private; torch has no public way to see whether views are left.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors.shards import is_sharded, local
+
+# Not attributes of the modules, for a deepcopy not to take them along.
+_fresh: weakref.WeakKeyDictionary[nn.Module, list[_HandedOut]] = weakref.WeakKeyDictionary()
+"""By the tensor's parametrization, what was read since the last check."""
+_held: weakref.WeakKeyDictionary[nn.Module, list[_HandedOut]] = weakref.WeakKeyDictionary()
+"""What was checked, and may still be written to."""
+
+
+class _HandedOut:
+    """A fused tensor that someone outside of the linear has read.
+
+    Args:
+        tensor: what was handed out.
+        keep: whether to keep it alive until the first check, as an assignment to its `.data` shows
+            in no other tensor. Within a forward it would hold on to the graph.
+    """
+
+    def __init__(self, tensor: Tensor, keep: bool) -> None:
+        self._kept = tensor if keep else None
+        self._tensor = weakref.ref(tensor)
+        self._alias = local(tensor.detach())
+        self._copy = self._alias.clone()
+        self._version = _version(self._alias)
+
+    def was_written(self) -> bool:
+        """Whether its numbers are others, or have been written again."""
+        tensor = self._tensor()
+        if tensor is not None and local(tensor).data_ptr() != self._alias.data_ptr():
+            return True
+        if _version(self._alias) != self._version:
+            return True
+        now, before = self._alias, self._copy
+        if not torch.equal(now.signbit(), before.signbit()):
+            return True
+        return not (torch.equal(now, before) or torch.equal(now.nan_to_num(), before.nan_to_num()))
+
+    def is_held(self) -> bool:
+        """Whether anyone else can still write to it."""
+        self._kept = None
+        if self._tensor() is not None:
+            return True
+        storage: Any = self._alias.untyped_storage()
+        return torch._C._storage_Use_Count(storage._cdata) > 2  # that of `storage`, and the alias's
+
+
+def remember(fusion: nn.Module, fused: Tensor, *, is_in_forward: bool, is_empty: bool) -> None:
+    """Remember a fused tensor that is about to be handed out.
+
+    Args:
+        fusion: its parametrization.
+        fused: the tensor.
+        is_in_forward: whether a forward of the FFN group runs.
+        is_empty: whether its fusion weights are all zero.
+    """
+    is_plain = type(fused) is Tensor or is_sharded(fused)
+    if not is_plain or fused.is_meta or torch.func.debug_unwrap(fused) is not fused:
+        return
+    if is_capturing(fused):
+        return
+    if is_empty:
+        local(fused.detach()).copysign_(fused.new_full((), -1.0))
+    _fresh.setdefault(fusion, []).append(_HandedOut(fused, keep=not is_in_forward))
+
+
+def found_write(fusion: nn.Module, *, only_fresh: bool = False) -> bool:
+    """Whether what was handed out was written to; tells of each write once.
+
+    Args:
+        fusion: the parametrization.
+        only_fresh: leave out what was found unchanged before.
+    """
+    found = False
+    for known in (_fresh,) if only_fresh else (_fresh, _held):
+        if fusion not in known:
+            continue
+        for handed_out in known.pop(fusion, ()):  # another thread may have been quicker
+            if handed_out.was_written():
+                found = True
+            elif handed_out.is_held():
+                _held.setdefault(fusion, []).append(handed_out)
+    return found
+
+
+def is_any_handed_out() -> bool:
+    """Whether there may be a write to find, in any model."""
+    return bool(_fresh or _held)
+
+
+def forget(fusion: nn.Module) -> None:
+    """What was handed out so far counts no more."""
+    _fresh.pop(fusion, None)
+    _held.pop(fusion, None)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is recorded, within which nothing can be compared."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
