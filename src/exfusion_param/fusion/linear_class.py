@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..finding.place import MakeForward
 from ..finding.projections import projection_of
-from ..fusion_weights.base import leaves_memory_unset
+from ..tensors.precision import leaves_memory_unset
 from ..tensors.shards import is_sharded
 from . import outside_access
 from .expert_fusion import ExpertFusion

@@ -84,9 +84,9 @@ def computed(linear: Any, name: str) -> Tensor:
         return parametrized()
     except TypeError as error:
         raise RuntimeError(
-            f"{type(parametrized[-1]).__name__} was registered on {_named(linear, name)} after wrap(), "
-            "and does not compute from one tensor, as the experts fuse to. Call fuse(model) first, "
-            f"and register it then ({error})."
+            f"{type(parametrized[-1]).__name__} was registered on {_named(linear, name)} after "
+            "wrap(), and does not compute from one tensor, as the experts fuse to. Call "
+            f"fuse(model) first, and register it then ({error})."
         ) from error
 
 
@@ -113,8 +113,8 @@ def require_sound(linear: Any, name: str, *, is_own_forward: bool = False) -> No
 def require_no_writes(linear: Any) -> None:
     """Raise a RuntimeError if a write to one of a linear's fused tensors was lost."""
     if is_any_handed_out() and not _is_recorded():
-        for name, parametrized in linear.parametrizations.items():
-            if isinstance(parametrized[0], ExpertFusion) and not is_capturing(parametrized.original):
+        for name, fusions in linear.parametrizations.items():
+            if isinstance(fusions[0], ExpertFusion) and not is_capturing(fusions.original):
                 _require_no_write(linear, name, False)
 
 

@@ -20,7 +20,7 @@ from ..expert_config import ExpertConfig
 from ..finding.place import MakeForward, PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import named_generator
-from ..tensors.precision import raise_precision
+from ..tensors.precision import leaves_memory_unset, raise_precision
 from ..tensors.ranks import Ranks, all_ranks, ranks_of_ddp, require_known
 from ..tensors.shards import ranks_of, whole
 from .fused import Fused
@@ -41,11 +41,6 @@ def live_groups() -> list[FusionWeights]:
 def on_creation(prepare: Callable[[], None]) -> None:
     """Have `prepare` called whenever fusion weights are created: by `wrap`, a copy or a pickle."""
     _on_creation.append(prepare)
-
-
-def leaves_memory_unset(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Whether what `nn.Module._apply` is given is that of `to_empty`; torch has no other sign."""
-    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 
 class FusionWeights(SingleInstance):

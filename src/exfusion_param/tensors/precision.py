@@ -1,12 +1,13 @@
-"""The dtypes that sums over experts are taken in, whatever autocast computes in."""
+"""The dtypes that sums over experts are taken in, and what moving or casting a module leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +26,11 @@ def raise_precision(module: nn.Module) -> None:
                 tensors[name] = (
                     nn.Parameter(raised, tensor.requires_grad) if is_parameter else raised
                 )
+
+
+def leaves_memory_unset(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Whether what `nn.Module._apply` is given is that of `to_empty`; torch has no other sign."""
+    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
