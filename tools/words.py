@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WORDS = {
     r"\banew\b": "again",
-    r"(?<!, )\balone(?=[;,]? [a-z]|[.;,](\s|$|\"\"))": "only, or by itself",
+    r"(?<=\w )alone(?=[;,]? [a-z]|[.;,](\s|$|\"\"))": "only, or by itself",
     r"(?<![Tt]here )\bis no\b (?!longer)": "is not a",
     r"\b(say|says|said) of\b": "describes, or reports",
     r"\b(each|all|none|some) of which\b|, of which\b": "a second sentence",

@@ -101,7 +101,7 @@ def _tones(x: Tensor, level: Tensor, sign: Tensor) -> list[Tensor]:
         (grey / steps).floor() * steps / 255,  # posterize
         torch.where(x < 1 - level, x, 1 - x),  # solarize
         added,
-        x,  # colour, of which there is none
+        x,  # colour: there is none
         (bright + factor * (x - bright)).clamp(0, 1),  # contrast
         (factor * x).clamp(0, 1),  # brightness
         (smooth + factor * (x - smooth)).clamp(0, 1),  # sharpness

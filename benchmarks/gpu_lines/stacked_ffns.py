@@ -75,7 +75,7 @@ def _experts(p: Weights) -> list[Tensor]:
 
 
 def mixture(x: Tensor, p: Weights, order: Tensor) -> tuple[Tensor, Tensor]:
-    """MoE-N-1; every expert computes for every token, of which those not chosen count as zero."""
+    """MoE-N-1; every expert computes for every token; those not chosen count as zero."""
     stacks = _experts(p)
     with torch.autocast(x.device.type, enabled=False):
         router = p["mlp.router.weight"]

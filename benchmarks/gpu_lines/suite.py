@@ -19,7 +19,7 @@ PROCESSES = 6
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Called by pytest, of which this module is a plugin, as each part of a test ends."""
+    """Called by pytest, whose plugin this module is, as each part of a test ends."""
     if report.when == "call" or not report.passed:
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
         with Path(os.environ[LOG]).open("a") as file:

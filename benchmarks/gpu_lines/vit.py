@@ -40,7 +40,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and FFN, each of which stochastic depth may drop."""
+    """Attention and FFN; stochastic depth may drop either."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()

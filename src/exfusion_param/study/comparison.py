@@ -140,7 +140,7 @@ def compare(
 
     Raises:
         RuntimeError: some runs failed; the others have ended, and stay.
-        TypeError: what a run returns is no number, or cannot be started in another process.
+        TypeError: what a run returns is not a number, or cannot be started in another process.
         ValueError: there are no seeds, `at_once` is below 1, or no arm has the control's name.
 
     Example:

@@ -75,7 +75,7 @@ def run(
 
     Raises:
         RuntimeError: some runs failed; the others are kept, and the same call starts only these.
-        TypeError: `train` has no parameter for a rate, or what it returns is no number.
+        TypeError: `train` has no parameter for a rate, or what it returns is not a number.
         ValueError: `out` holds a study with another config, or an argument is out of its range.
 
     Example:
