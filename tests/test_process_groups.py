@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import exfusion_param as exf
 from exfusion_param.tensors import arrival
 from exfusion_param.tensors.ranks import ALONE
-from exfusion_param.tensors.shards import whole
+from exfusion_param.tensors.shards import full_tensor
 from exfusion_testing.ranks import on_ranks, on_threads
 from exfusion_testing.step_models import (
     VARIANTS,
@@ -45,7 +45,7 @@ def train(model: nn.Module, inner: Any, data: int, part: int = 0, parts: int = 1
         loss_of(model, batch(10 * data + step, size=8).chunk(parts)[part]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: whole(value).detach().clone() for name, value in inner.state_dict().items()}
+    return {name: full_tensor(value).detach().clone() for name, value in inner.state_dict().items()}
 
 
 ENGINES = {

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import describe
-from exfusion_param.tensors.shards import is_sharded, whole
+from exfusion_param.tensors.shards import full_tensor, is_sharded
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks, on_threads
 from exfusion_testing.sharded import EXACT, assert_same, mesh_of, my_part, whole_state
@@ -145,7 +145,7 @@ def fused_state(rank: int, wrapped: nn.Module, shape: tuple[int, ...]) -> Any:
     assert all(is_sharded(tensor) for tensor in fused.values())
     assert_same([whole_state(model)], before)
     largest = max(tensor.to_local().numel() for tensor in fused.values())  # type: ignore[attr-defined]
-    return {name: whole(tensor) for name, tensor in fused.items()}, largest
+    return {name: full_tensor(tensor) for name, tensor in fused.items()}, largest
 
 
 @pytest.mark.parametrize("mode", MODES)

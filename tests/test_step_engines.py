@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
-from exfusion_param.tensors.shards import whole
+from exfusion_param.tensors.shards import full_tensor
 from exfusion_testing.ranks import on_ranks
 
 pytestmark = pytest.mark.processes
@@ -147,7 +147,7 @@ def on_each_engine(rank: int) -> dict[str, Any]:
                 size = 8 // parts
                 start = size * (rank * parts // RANKS)
                 train(model, make(model.parameters()), slice(start, start + size))
-                state = {key.removeprefix("module."): whole(value).detach().clone()
+                state = {key.removeprefix("module."): full_tensor(value).detach().clone()
                          for key, value in model.state_dict().items()}  # fmt: skip
                 results[f"{name}/{variant}/{kind}"] = state
     return results

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from exfusion_param.tensors.shards import whole
+from exfusion_param.tensors.shards import full_tensor
 from exfusion_testing.ranks import on_ranks
 from exfusion_testing.step_models import VARIANTS, Net, adamw, assert_same, batch, loss_of, wrap
 
@@ -143,7 +143,7 @@ def with_an_empty_rank(rank: int) -> dict[str, Tensor]:
         (model(part).square().sum() / 8).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: whole(value).detach().clone() for name, value in model.state_dict().items()}
+    return {name: full_tensor(value).detach().clone() for name, value in model.state_dict().items()}
 
 
 def test_a_bank_moves_alike_where_a_rank_has_no_sample() -> None:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import exfusion_param as exf
-from exfusion_param.tensors.shards import local, whole
+from exfusion_param.tensors.shards import full_tensor, local
 from exfusion_testing.models import loss_of
 from exfusion_testing.ranks import on_ranks, on_threads
 from exfusion_testing.sharded import (
@@ -32,7 +32,7 @@ def by_stock_fsdp2(rank: int, dense: nn.Module, config: Any, placement: Any) -> 
     for module in (*model.blocks, model):
         torch_fully_shard(module, mesh=mesh_of(2), shard_placement_fn=placement)
     train(model, my_part(rank, BATCHES, 2), 2)
-    fused = {name: whole(tensor) for name, tensor in exf.fused_state_dict(model).items()}
+    fused = {name: full_tensor(tensor) for name, tensor in exf.fused_state_dict(model).items()}
     return whole_state(model), fused, exf.metrics(model)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import exfusion_param as exf
-from exfusion_param.tensors.shards import local, whole
+from exfusion_param.tensors.shards import full_tensor, local
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.parallel_models import (
     FFN,
@@ -97,7 +97,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name.replace("_checkpoint_wrapped_module.", ""): whole(tensor).detach().clone()
+    return {name.replace("_checkpoint_wrapped_module.", ""): full_tensor(tensor).detach().clone()
             for name, tensor in model.state_dict().items()}  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from exfusion_param.fusion.lookup import groups_of, original
-from exfusion_param.tensors.shards import whole
+from exfusion_param.tensors.shards import full_tensor
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def displacement_spread(model: nn.Module, start: nn.Module) -> float | None:
     """
     apart = together = 0.0
     for before, after in zip(_stacks(start), _stacks(model), strict=True):
-        old, new = (whole(stack).cpu().double() for stack in (before, after))
+        old, new = (full_tensor(stack).cpu().double() for stack in (before, after))
         distance, first = new - new.mean(dim=0), old - old.mean(dim=0)
         left = (distance * first).sum() / first.square().sum().clamp(min=1e-30)
         apart += (distance - left * first).square().sum().item() / len(new)

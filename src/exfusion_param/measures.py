@@ -12,7 +12,7 @@ from .fusion_weights.base import FusionWeights
 from .fusion_weights.memory_bank import MemoryBank
 from .tensors.precision import accumulation_dtype
 from .tensors.ranks import ALONE, sum_together
-from .tensors.shards import holders_of, local, whole, with_all_experts
+from .tensors.shards import full_tensor, holders_of, local, with_all_experts
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
     values: dict[str, Tensor] = {}
     distances = iter(_distances(groups))
     for weights, name in groups.items():
-        fusing = whole(weights.reported()).float()
+        fusing = full_tensor(weights.reported()).float()
         values |= {f"fusion_weights/{name}/{i}": weight for i, weight in enumerate(fusing)}
         values[f"entropy/{name}"] = entropy = _entropy(fusing)
         values[f"effective_experts/{name}"] = entropy.exp()

@@ -23,7 +23,7 @@ from .fusion.lookup import (
 from .fusion_weights.bank_problems import warn_of_empty_banks
 from .step.expert_step import refuse_half_done
 from .tensors.expert_starts import upcycled_experts
-from .tensors.shards import assign, spread, whole
+from .tensors.shards import assign, full_tensor, spread
 
 
 class IncompatibleKeys(NamedTuple):
@@ -223,10 +223,10 @@ def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None
     weights = fusion_weights_of(fused.linear)
     if weights.fused:  # experts follow what is written
         parameter = fused.linear.get_parameter(fused.name)
-        assign(parameter, whole(tensor).to(parameter.device, parameter.dtype))
+        assign(parameter, full_tensor(tensor).to(parameter.device, parameter.dtype))
         return
     stack, fusion = original(fused.linear, fused.name), fusion_of(fused.linear, fused.name)
-    tensor = whole(tensor).to(stack.device, stack.dtype)
+    tensor = full_tensor(tensor).to(stack.device, stack.dtype)
     noise = weights.config.upcycle_noise
     fusion.start_from(stack, upcycled_experts(tensor, weights.start(), noise, generator))
 

@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 
 import exfusion_param as exf
 from exfusion_param.checkpoint import Checkpoints
-from exfusion_param.tensors.shards import whole
+from exfusion_param.tensors.shards import full_tensor
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.sharded import mesh_of
 
@@ -68,7 +68,9 @@ class Run:
 
     def state(self) -> dict[str, Tensor]:
         """The whole model, on every rank."""
-        return {name: whole(tensor).clone() for name, tensor in self.model.state_dict().items()}
+        return {
+            name: full_tensor(tensor).clone() for name, tensor in self.model.state_dict().items()
+        }
 
 
 def assert_equal(states: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:

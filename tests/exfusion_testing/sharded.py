@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import exfusion_param as exf
-from exfusion_param.tensors.shards import whole
+from exfusion_param.tensors.shards import full_tensor
 from exfusion_testing.models import FFNs, inputs, loss_of
 
 VARIANTS = ["sw", "dw", "mb"]
@@ -45,7 +45,7 @@ def train(model: nn.Module, batches: Iterable[Tensor], micro_batches: int = 1) -
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, gathered on each rank."""
-    return {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
+    return {name: full_tensor(tensor).clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_same(

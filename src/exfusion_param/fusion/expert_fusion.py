@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..fusion_weights.base import FusionWeights
 from ..tensors import functional
 from ..tensors.expert_starts import upcycled_experts
-from ..tensors.shards import assign, is_sharded, local, whole, with_all_experts
+from ..tensors.shards import assign, full_tensor, is_sharded, local, with_all_experts
 
 
 class ExpertFusion(nn.Module):
@@ -82,7 +82,7 @@ def _fuse(stack: Tensor, weights: Tensor) -> Tensor:
     tensor = sys.modules["torch.distributed.tensor"]
     sharded: Any = with_all_experts(stack)
     fused: Tensor = tensor.DTensor.from_local(
-        functional.fuse(local(sharded), whole(weights)),
+        functional.fuse(local(sharded), full_tensor(weights)),
         sharded.device_mesh,
         [
             tensor.Shard(place.dim - 1) if place.is_shard() else place

@@ -22,7 +22,7 @@ from ..tensors import functional
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import leaves_memory_unset, raise_precision
 from ..tensors.ranks import Ranks, all_ranks, ranks_of_ddp, require_known
-from ..tensors.shards import ranks_of, whole
+from ..tensors.shards import full_tensor, ranks_of
 from .fused import Fused
 from .single_instance import SingleInstance
 
@@ -111,7 +111,7 @@ class FusionWeights(SingleInstance):
 
     def reported(self) -> Tensor:
         """What `metrics` reports of the fusion weights, shape (N,)."""
-        return whole(self())
+        return full_tensor(self())
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
         """What makes the `forward` of a linear of the group; None leaves it as it is."""
@@ -119,7 +119,7 @@ class FusionWeights(SingleInstance):
 
     def start(self) -> Tensor:
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""
-        return whole(self())
+        return full_tensor(self())
 
     def own_tensors(self) -> list[Tensor]:
         """Parameters and buffers; quicker than by nn.Module's generators."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..fusion_weights.base import FusionWeights
 from ..tensors.expert_starts import ExpertStart
-from ..tensors.shards import as_stack, local, part_of, whole
+from ..tensors.shards import as_stack, full_tensor, local, part_of
 from ..tensors.sliced_sums import fuse_into
 from .writes import Writes, difference, shift
 
@@ -164,7 +164,7 @@ class FusedParameter:
     def drawn(self, *, is_start: bool = False) -> Tensor:
         """New experts, shape (N, *S), which fuse to the parameter, spread as it is."""
         parameter = self.parameter
-        base = whole(parameter.detach()) if self.base is None else self.base
+        base = full_tensor(parameter.detach()) if self.base is None else self.base
         draws = self.start.draw(base)
         part = part_of(draws, parameter).to(local(parameter).device, parameter.dtype)
         del draws

@@ -105,5 +105,5 @@ def gather_learned(groups: Iterable[FusionWeights]) -> None:
                 by_ranks[ranks].append(weights)
     for ranks, alike in by_ranks.items():
         parts = [padded(weights.weights) / replicas_of(weights.weights, ranks) for weights in alike]
-        for weights, whole in zip(alike, sum_together(ranks, parts), strict=True):
-            weights.gathered = whole
+        for weights, gathered in zip(alike, sum_together(ranks, parts), strict=True):
+            weights.gathered = gathered

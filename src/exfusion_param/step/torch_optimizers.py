@@ -137,8 +137,8 @@ def _gradients(fused: FusedParameter, gradient: Tensor, is_whole: bool) -> list[
         part.device, torch.promote_types(part.dtype, torch.float32)
     )
     stack = weights.view(-1, *[1] * part.ndim) * part
-    whole = as_stack(stack.to(part.dtype), gradient)
-    return [whole] if is_whole else unstacked(whole)
+    joined = as_stack(stack.to(part.dtype), gradient)
+    return [joined] if is_whole else unstacked(joined)
 
 
 def _states(

@@ -50,7 +50,7 @@ def plus(tensor: Tensor, number: Tensor) -> Tensor:
     return _from_local(part, sharded.device_mesh, sharded.placements, sharded.shape)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all ranks; they have to call this together."""
     if is_sharded(tensor):
         sharded: Any = tensor.detach()
@@ -191,22 +191,22 @@ def as_stack(part: Tensor, like: Tensor) -> Tensor:
     return _from_local(part, sharded.device_mesh, placements, shape)
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
+def part_of(full: Tensor, like: Tensor) -> Tensor:
     """What this rank holds of a whole stack, shape (N, *S), that is spread as `like`, shape (*S).
 
     Every rank has the whole. A dimension that two dimensions of the mesh share is cut as tensor
     parallelism and FSDP2 cut it: by the inner one first where the placement is strided.
     """
     if not is_sharded(like):
-        return whole
+        return full
     sharded: Any = like
     places = [(dim, place) for dim, place in enumerate(sharded.placements) if hasattr(place, "dim")]
     mesh = sharded.device_mesh
     for mesh_dim, place in sorted(places, key=lambda pair: hasattr(pair[1], "split_factor")):
-        pieces = whole.chunk(mesh.size(mesh_dim), dim=place.dim + 1)
+        pieces = full.chunk(mesh.size(mesh_dim), dim=place.dim + 1)
         rank = mesh.get_local_rank(mesh_dim)
-        whole = pieces[rank] if rank < len(pieces) else whole.narrow(place.dim + 1, 0, 0)
-    return whole.clone(memory_format=torch.contiguous_format)
+        full = pieces[rank] if rank < len(pieces) else full.narrow(place.dim + 1, 0, 0)
+    return full.clone(memory_format=torch.contiguous_format)
 
 
 def padded(tensor: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class RunFolder:
         """Remove what processes that died have left."""
         for path in self._entries():
             if path.name.endswith(REPLACED):
-                whole = path.with_name(path.name.removesuffix(REPLACED))
-                shutil.rmtree(path) if whole.exists() else os.replace(path, whole)
+                original = path.with_name(path.name.removesuffix(REPLACED))
+                shutil.rmtree(path) if original.exists() else os.replace(path, original)
             elif path.name.endswith(PARTIAL):
                 path.unlink() if path.is_file() else shutil.rmtree(path)
 

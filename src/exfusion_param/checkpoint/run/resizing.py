@@ -21,12 +21,12 @@ from ...fusion_weights.memory_bank import MemoryBank
 from ...fusion_weights.variants import LearnedWeights
 from ...tensors.expert_starts import uniform_weights
 from ...tensors.shards import (
+    full_tensor,
     is_sharded,
     like,
     local,
     room_for_experts,
     spread,
-    whole,
     with_all_experts,
     with_memory_of,
 )
@@ -76,7 +76,7 @@ class ResizedModule(Module):
         saved = (
             uniform_weights(old, torch.device("cpu"), torch.float64)
             if own is None
-            else whole(tensors[names[id(own)]]).cpu()
+            else full_tensor(tensors[names[id(own)]]).cpu()
         )
         how = _resize_of(group, saved, count)
         resized = {} if own is None else {names[id(own)]: like(own, _part_of(own, how.weights))}
