@@ -129,9 +129,9 @@ def load_dense_state_dict(
     for value, tensor in starts.items():
         _start_from(value, tensor, generator)
     plain = {
-        key: spread(given[key], own) if isinstance(own, Tensor) else given[key]
-        for key, own in dense.items()
-        if key in given and not isinstance(own, _Fused)
+        key: spread(given[key], tensor) if isinstance(tensor, Tensor) else given[key]
+        for key, tensor in dense.items()
+        if key in given and not isinstance(tensor, _Fused)
     }
     model.load_state_dict(plain, strict=False)
     for weights in touched:

@@ -175,9 +175,9 @@ def _refuse_mixtures(model: nn.Module) -> None:
 
 def _refuse_shared(model: nn.Module, groups: Iterable[FFNGroup]) -> None:
     """Raise if two FFNs have some of their linears in common; they may have all."""
-    own = {linear: (fqn, group) for group in groups for fqn, linear in group.linears.items()}
+    place_of = {linear: (fqn, group) for group in groups for fqn, linear in group.linears.items()}
     for fqn, module in model.named_modules(remove_duplicate=False):
-        name, group = own.get(module, (fqn, None))
+        name, group = place_of.get(module, (fqn, None))
         if name == fqn or group is None:
             continue
         parent = model.get_submodule(fqn.rpartition(".")[0])

@@ -53,16 +53,16 @@ def share_class(
         make_forward: makes the class's `forward`; None leaves the dense one's. Linears share a
             class if theirs are equal.
     """
-    own, projection = type(linear), projection_of(linear)
+    made, projection = type(linear), projection_of(linear)
     dense: Any
-    (dense,) = own.__bases__  # torch has just made `own`, a subclass of the linear's dense class
+    (dense,) = made.__bases__  # torch has just made it, a subclass of the linear's dense class
     assert projection is not None
-    fused = tuple(name for name, member in vars(own).items() if isinstance(member, property))
+    fused = tuple(name for name, member in vars(made).items() if isinstance(member, property))
     kind = (dense, fused, dense_order, make_forward, projection)
     shared = _shared.get(kind)
     if shared is None:
         # torch's members stay (among them those that deepcopy and pickle ask for), ours override.
-        members = dict(vars(own)) | {name: _property(name) for name in fused}
+        members = dict(vars(made)) | {name: _property(name) for name in fused}
         members |= {"_dense_order": dense_order, "_fused": fused}
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
@@ -72,8 +72,8 @@ def share_class(
         members["_save_to_state_dict"] = _saving(dense)
         members["qconfig"] = qconfig_property()
         members["__deepcopy__"] = _copying(members.get("__deepcopy__") or dense.__deepcopy__)
-        shared = _shared[kind] = _metaclass(dense)(own.__name__, own.__bases__, members)
-    linear.__class__ = shared  # as torch has done for `own`
+        shared = _shared[kind] = _metaclass(dense)(made.__name__, made.__bases__, members)
+    linear.__class__ = shared  # as torch has done for `made`
     linear._parameters = OwnParameters(linear._parameters)
 
 
@@ -132,12 +132,12 @@ def _moving(dense: Any) -> Callable[..., Any]:
             # A stack of a convolution, moved as the dense weight is: to channels_last, for one.
             return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
-        holders = [h for h in self.parametrizations.values() if isinstance(h[0], ExpertFusion)]
-        emptied = [h for h in holders if h.original.is_meta or leaves_memory_unset(fn)]
+        fused = [h for h in self.parametrizations.values() if isinstance(h[0], ExpertFusion)]
+        emptied = [h for h in fused if h.original.is_meta or leaves_memory_unset(fn)]
         dense._apply(self, apply, recurse)
-        for holder in emptied:
-            if not holder.original.is_meta:
-                outside_access.spoil(holder.original, holder[0])
+        for each in emptied:
+            if not each.original.is_meta:
+                outside_access.spoil(each.original, each[0])
         return self
 
     return _apply

@@ -54,8 +54,8 @@ def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None
         ValueError: on every rank, with what differs.
     """
     number = distributed.get_rank() if ranks is not ALONE else 0
-    own = {name: _fingerprint(weights) for weights, name in groups.items()}
-    (first_number, first), *others = ranks.gather((number, own))
+    described = {name: _fingerprint(weights) for weights, name in groups.items()}
+    (first_number, first), *others = ranks.gather((number, described))
     for number, other in others:
         for name in dict.fromkeys([*first, *other]):
             if what := _difference(first.get(name, {}), other.get(name, {})):
@@ -85,14 +85,14 @@ def _fingerprint(weights: FusionWeights) -> dict[str, Any]:
     """What ranks can compare without sending tensors."""
     stacks = [stack for stack in weights.expert_stacks() if _is_whole(stack)]
     dense = [fused.parameter for fused in weights.fused if not is_sharded(fused.parameter)]
-    own = [parameter for parameter in weights.parameters() if _is_whole(parameter)]
+    parameters = [parameter for parameter in weights.parameters() if _is_whole(parameter)]
     settings = dataclasses.asdict(weights.config)
     return {
         "its settings": settings | ({"seed": None} if weights.fused else {}),
         "its shapes": [tuple(tensor.shape) for tensor in [*stacks, *dense]],
         "its experts": [_checksum(stack) for stack in stacks],
         "its weights": [_checksum(tensor[None]) for tensor in dense],
-        "its fusion weights": [_checksum(parameter) for parameter in own],
+        "its fusion weights": [_checksum(parameter) for parameter in parameters],
         _SEEDS: [fused.start.seed for fused in weights.fused],
     }
 

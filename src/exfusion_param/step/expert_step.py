@@ -207,16 +207,16 @@ class ExpertStep:
     def _lend_gradients(self) -> None:
         """Add the step's gradients to what autograd gave routers and learned fusion weights."""
         for parameter, gradient in fusion_gradients(self._slots, self._place).items():
-            own = parameter.grad
-            lent = gradient if own is None else own + gradient
-            self._lent.append((parameter, lent, own))
+            before = parameter.grad
+            lent = gradient if before is None else before + gradient
+            self._lent.append((parameter, lent, before))
             parameter.grad = lent
 
     def return_gradients(self) -> None:
         """Leave to routers and learned fusion weights what autograd gave them."""
-        for parameter, lent, own in self._lent:
+        for parameter, lent, before in self._lent:
             if parameter.grad is lent:  # it may have been reset after a step that failed
-                parameter.grad = own
+                parameter.grad = before
         self._lent.clear()
 
 

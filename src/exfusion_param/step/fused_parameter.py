@@ -60,8 +60,8 @@ class FusedParameter:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: not the experts, which belong to an optimizer."""
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return own | {"products": None, "writes": None}
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return kept | {"products": None, "writes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

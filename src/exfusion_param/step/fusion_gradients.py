@@ -34,10 +34,10 @@ def fusion_gradients(
         held: ids of the parameters that the optimizer holds.
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
-    for weights, own in slots.items():
+    for weights, of_group in slots.items():
         needs_all = not set(map(id, weights.own_tensors())).isdisjoint(held)
         ranks = ALONE if isinstance(weights, StaticWeights) else weights.ranks
-        if _take_gradients(own, needs_all, ranks) and not isinstance(weights, StaticWeights):
+        if _take_gradients(of_group, needs_all, ranks) and not isinstance(weights, StaticWeights):
             by_ranks[ranks].append(weights)
     for ranks, alike in by_ranks.items():
         parts = [weights.statistics(_products(weights, slots[weights])) for weights in alike]

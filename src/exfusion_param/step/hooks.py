@@ -210,8 +210,8 @@ def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
 
 def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights, held: set[int]) -> None:
     """Warn once if the experts train and the group's router or learned weights do not."""
-    own = [p for p in weights._parameters.values() if p is not None and p.requires_grad]
-    if not own or not held.isdisjoint([id(parameter) for parameter in own]):
+    trained = [p for p in weights._parameters.values() if p is not None and p.requires_grad]
+    if not trained or not held.isdisjoint([id(parameter) for parameter in trained]):
         _steps_without.pop(weights, None)
         return
     steps = _steps_without.setdefault(weights, weakref.WeakKeyDictionary())

@@ -91,9 +91,9 @@ class OnePassOptimizer(Optimizer):
         """
         for group in state_dict["param_groups"]:
             self._refuse_unsupported(group)
-        own = [{name: group.get(name) for name in OWN_SETTINGS} for group in self.param_groups]
+        before = [{name: group.get(name) for name in OWN_SETTINGS} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, settings in zip(self.param_groups, own, strict=True):
+        for group, settings in zip(self.param_groups, before, strict=True):
             group.update(settings)
         self._take_uncast(state_dict)
 
@@ -137,7 +137,7 @@ class OnePassOptimizer(Optimizer):
         """
         due = {slot: local(g) for slot in slots if (g := slot.parameter.grad) is not None}
         for index, group in enumerate(self.param_groups):
-            own = [slot for slot in due if slot.group_index == index]
+            of_group = [slot for slot in due if slot.group_index == index]
             steps = [
                 StackStep(
                     due[slot],
@@ -145,10 +145,10 @@ class OnePassOptimizer(Optimizer):
                     slot.part,
                     now[slot.fused.weights],
                 )
-                for slot in own
+                for slot in of_group
             ]
             update = functools.partial(self._update, group)
-            self._plan(index, own).step(steps, update, _generators(group))
+            self._plan(index, of_group).step(steps, update, _generators(group))
         return set(due)
 
     def _plan(self, index: int, slots: Sequence[Slot]) -> StackPlan:

@@ -28,10 +28,10 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
     """
     inner = [value for value in vars(optimizer).values() if isinstance(value, optim.Optimizer)]
     is_parted = type(optimizer).__name__ == "ZeroRedundancyOptimizer"
-    if is_parted and (own := next((w for w in groups if w.own_tensors()), None)):
+    if is_parted and (trained := next((w for w in groups if w.own_tensors()), None)):
         raise RuntimeError(
             f"{type(optimizer).__name__} gives each rank a part of the optimizer, and the fusion "
-            f'weights of {own.group!r} need all of it. Use FSDP2, variant="sw", or '
+            f'weights of {trained.group!r} need all of it. Use FSDP2, variant="sw", or '
             'fuse_on="forward".'
         )
     return bool(inner)

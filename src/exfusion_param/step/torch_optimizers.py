@@ -70,8 +70,8 @@ def update_one_by_one(
         state = slot.state
         experts = [state[EXPERTS]] if is_whole else unstacked(state[EXPERTS])
         units = [nn.Parameter(expert) for expert in experts]
-        for unit, own in zip(units, _gradients(slot.fused, gradient, is_whole), strict=True):
-            unit.grad = own.to(unit.dtype)  # the model may have been converted since
+        for unit, grad in zip(units, _gradients(slot.fused, gradient, is_whole), strict=True):
+            unit.grad = grad.to(unit.dtype)  # the model may have been converted since
         view: Any = object.__new__(type(optimizer))
         view.__dict__.update(optimizer.__dict__)
         view.param_groups = [settings[slot.group_index] | {"params": units}]
@@ -111,17 +111,17 @@ class StandIns:
         """Give each expert its gradient."""
         for slot in self._slots:
             if (gradient := slot.parameter.grad) is not None:
-                own = _gradients(slot.fused, gradient, is_whole=False)
-                for unit, grad in zip(self.units[id(slot.parameter)], own, strict=True):
+                gradients = _gradients(slot.fused, gradient, is_whole=False)
+                for unit, grad in zip(self.units[id(slot.parameter)], gradients, strict=True):
                     unit.grad = grad.to(unit.dtype)
 
     def take_states(self) -> None:
         """Keep what the optimizer remembers of each expert."""
         averages = callable(getattr(self._optimizer, "train", None))
         for slot in self._slots:
-            owns = [self.state[unit] for unit in self.units[id(slot.parameter)]]
-            if any(owns):
-                _store(slot.state, owns, is_whole=False)
+            states = [self.state[unit] for unit in self.units[id(slot.parameter)]]
+            if any(states):
+                _store(slot.state, states, is_whole=False)
             if averages:  # schedule-free, whose `eval()` moves a parameter by its state
                 _fuse_states(slot.fused, slot.state)
         units = {unit for units in self.units.values() for unit in units}
@@ -145,9 +145,9 @@ def _states(
     state: dict[str, Any], units: Sequence[nn.Parameter], is_whole: bool
 ) -> list[dict[str, Any]]:
     """The states of experts as an optimizer knows them, in the memory of the stored ones."""
-    owns: list[dict[str, Any]] = [{} for _ in units]
+    states: list[dict[str, Any]] = [{} for _ in units]
     if not have_stepped(state):
-        return owns
+        return states
     for key, value in state.items():
         if key == EXPERTS or f"{EXPERTS}.{key}" in state:  # of the parameter itself
             continue
@@ -156,17 +156,17 @@ def _states(
             values = [value.clone() if isinstance(value, Tensor) else value for _ in units]
         else:
             values = unstacked(value) if isinstance(value, Tensor) else value
-        for own, single in zip(owns, values, strict=True):
+        for each, single in zip(states, values, strict=True):
             if single is not None:
-                own[name] = single
-    return owns
+                each[name] = single
+    return states
 
 
-def _store(state: dict[str, Any], owns: Sequence[dict[str, Any]], is_whole: bool) -> None:
+def _store(state: dict[str, Any], states: Sequence[dict[str, Any]], is_whole: bool) -> None:
     """Keep the states of experts in that of the parameter that they fuse into."""
-    for name in dict.fromkeys(name for own in owns for name in own):
+    for name in dict.fromkeys(name for each in states for name in each):
         # Of some experts only where an optimizer keeps one state for several, or parts them.
-        values = [own.get(name) for own in owns]
+        values = [each.get(name) for each in states]
         if name == _SHARED:
             state[name] = values[0]
         elif name in state and values[0] is state[name]:  # of the parameter, such as a flag

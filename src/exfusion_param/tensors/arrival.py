@@ -48,19 +48,19 @@ def apart(ranks: Ranks) -> Ranks:
 
 
 def _own_group(group: Any) -> Any:
-    own = _own_groups.get(group)
-    if own is None:
+    separate = _own_groups.get(group)
+    if separate is None:
         members = distributed.get_process_group_ranks(group)
-        own = distributed.new_group(members, use_local_synchronization=True)
-        _own_groups[group] = own
-    return own
+        separate = distributed.new_group(members, use_local_synchronization=True)
+        _own_groups[group] = separate
+    return separate
 
 
 def _meet(members: list[int], where: str, number: int) -> None:
     store: Any = distributed.distributed_c10d._get_default_store()
     place = f"exfusion_param/{where}/{number}/{','.join(map(str, members))}"
-    own = distributed.get_rank()
-    store.set(f"{place}/{own}", "here")
+    here = distributed.get_rank()
+    store.set(f"{place}/{here}", "here")
     if store.add(f"{place}/count", 1) == len(members):
         store.set(f"{place}/all", "here")
     try:
@@ -70,7 +70,7 @@ def _meet(members: list[int], where: str, number: int) -> None:
         raise RuntimeError(
             f"Fusion weights are reduced over the ranks {_listed(members)}, and of these "
             f"{_listed(missing)} did not come to their first {where} within "
-            f"{PATIENCE[where]:.0f} s of rank {own}. If they do not train this model, give it the "
+            f"{PATIENCE[where]:.0f} s of rank {here}. If they do not train this model, give it the "
             "group of those that do: wrap(..., process_group=group)."
         ) from error
 

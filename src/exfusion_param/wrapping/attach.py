@@ -50,9 +50,9 @@ def detach(linear: nn.Module) -> None:
         weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
         linear.get_parameter(name).grad = None  # it has the stack's shape
     linear._parameters = dict(linear._parameters)  # see refused_edits.py
-    own = dict(linear.named_parameters(recurse=False))
-    for name in filter(own.__contains__, order):  # removal puts them behind what was not fused
-        parameter = own[name]
+    held = dict(linear.named_parameters(recurse=False))
+    for name in filter(held.__contains__, order):  # removal puts them behind what was not fused
+        parameter = held[name]
         delattr(linear, name)
         linear.register_parameter(name, parameter)
 
@@ -62,5 +62,5 @@ def dense_tensors(linear: nn.Module) -> dict[str, nn.Parameter]:
 
     A subclass may have further parameters; Eq. 7 holds for these two.
     """
-    own = dict(linear.named_parameters(recurse=False))
-    return {name: own[name] for name in ("weight", "bias") if name in own}
+    held = dict(linear.named_parameters(recurse=False))
+    return {name: held[name] for name in ("weight", "bias") if name in held}

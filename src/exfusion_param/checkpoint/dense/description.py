@@ -64,9 +64,9 @@ def _linears_of_groups(model: nn.Module) -> dict[FusionWeights, dict[str, list[s
 
 def _names_of(model: nn.Module, weights: FusionWeights) -> list[str]:
     """The names in the state dict of a group's fusion weights, which a dense model lacks."""
-    own = set(map(id, weights.own_tensors()))
+    ids = set(map(id, weights.own_tensors()))
     kept = model.state_dict(keep_vars=True)
-    return [clean_name(name) for name, value in kept.items() if id(value) in own]
+    return [clean_name(name) for name, value in kept.items() if id(value) in ids]
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:

@@ -34,14 +34,14 @@ class RankValues:
         """Write the rank's files."""
         from safetensors.torch import save
 
-        own = {
+        copies = {
             name: tensor.detach().cpu().clone().contiguous()
             for name, tensor in self.tensors.items()
         }
         plain, tensors = _files(folder, rank)
         plain.parent.mkdir(exist_ok=True)
         write_file(plain, json.dumps(self.plain).encode())
-        write_file(tensors, save(own))
+        write_file(tensors, save(copies))
 
 
 def read_rank(folder: Path, rank: int) -> dict[str, Any]:

@@ -121,14 +121,14 @@ def _file_numbers(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
 def _with_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Safetensors takes contiguous tensors that share no storage."""
     seen: set[int] = set()
-    own = {}
+    copies = {}
     for name, tensor in tensors.items():
         part = local(tensor)
         storage = part.untyped_storage().data_ptr()
         is_view = part.untyped_storage().nbytes() != part.nbytes or storage in seen
         seen.add(storage)
-        own[name] = tensor.detach() if part.is_contiguous() and not is_view else _copy(tensor)
-    return own
+        copies[name] = tensor.detach() if part.is_contiguous() and not is_view else _copy(tensor)
+    return copies
 
 
 def _copy(tensor: Tensor) -> Tensor:

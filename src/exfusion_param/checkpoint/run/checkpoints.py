@@ -219,6 +219,6 @@ class Checkpoints:
         is_same = saved == self._processes.count
         by_rank = [read_rank(folder, i) for i in ([rank] if is_same else range(saved))]
         for part in parts:
-            own = [values[part.name] for values in by_rank]
-            values = own[0] if is_same else part.merged(own, rank)
+            of_part = [values[part.name] for values in by_rank]
+            values = of_part[0] if is_same else part.merged(of_part, rank)
             yield Plan(part, part.allocate(stored_tensors(folder / part.name), values), values)

@@ -29,12 +29,14 @@ def common(name: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def refuse_other_names(part: str, own: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> None:
+def refuse_other_names(
+    part: str, ours: Mapping[str, Any], stored: Mapping[str, TensorSpec]
+) -> None:
     """Raise if a part has other tensors than were saved."""
-    missing = [name for name in own if name not in stored]
-    unknown = [name for name in stored if name not in own]
+    missing = [name for name in ours if name not in stored]
+    unknown = [name for name in stored if name not in ours]
     kinds = ["step", "forward"]
-    saved, here = (any(".parametrizations." in name for name in names) for names in (stored, own))
+    saved, here = (any(".parametrizations." in name for name in names) for names in (stored, ours))
     if saved != here:
         raise CheckpointError(
             f'{part} was saved under fuse_on="{kinds[saved]}", or dense, and is wrapped with '

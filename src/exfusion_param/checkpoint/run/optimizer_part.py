@@ -117,11 +117,11 @@ class OptimizerPart(Part):
         for held in self._held(now):
             if held.name in by_parameter or held.name in values["rest"]:
                 rest = values["rest"].get(held.name, {}).items()
-                own = {key: _whole(value, held.parameter) for key, value in rest}
-                state[held.key] = own | by_parameter[held.name]
+                entries = {key: _whole(value, held.parameter) for key, value in rest}
+                state[held.key] = entries | by_parameter[held.name]
         groups = [
-            {**group, "params": own["params"]}
-            for group, own in zip(values["groups"], now["param_groups"], strict=True)
+            {**group, "params": current["params"]}
+            for group, current in zip(values["groups"], now["param_groups"], strict=True)
         ]
         return {**values["more"], "state": state, "param_groups": groups}
 

@@ -102,13 +102,13 @@ class Module(Part):
         """Tensors like the model's own."""
         if set(values) != set(self.values()):
             raise CheckpointError(f"{self.name}: the checkpoint has other values: {list(values)}.")
-        own = self.tensors()
-        refuse_other_names(self.name, own, stored)
-        if any(tensor.is_meta for tensor in own.values()):
+        tensors = self.tensors()
+        refuse_other_names(self.name, tensors, stored)
+        if any(tensor.is_meta for tensor in tensors.values()):
             raise CheckpointError(
                 f"{self.name} is on the meta device. Give it memory first: to_empty(device=...)."
             )
-        return {name: self.room(name, tensor, stored[name]) for name, tensor in own.items()}
+        return {name: self.room(name, tensor, stored[name]) for name, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Load the state dict."""

@@ -72,14 +72,16 @@ class ResizedModule(Module):
             return {}
         if not isinstance(weights.config, ExFusionConfig):
             raise CheckpointError(f"The experts of {group!r} are merged by gates, not resized.")
-        own = _own_weights(weights)
+        vector = _own_weights(weights)
         saved = (
             uniform_weights(old, torch.device("cpu"), torch.float64)
-            if own is None
-            else full_tensor(tensors[names[id(own)]]).cpu()
+            if vector is None
+            else full_tensor(tensors[names[id(vector)]]).cpu()
         )
         how = _resize_of(group, saved, count)
-        resized = {} if own is None else {names[id(own)]: like(own, _part_of(own, how.weights))}
+        resized = {}
+        if vector is not None:
+            resized[names[id(vector)]] = like(vector, _part_of(vector, how.weights))
         if isinstance(weights, MemoryBank):
             router = tensors[names[id(weights.router)]]
             resized[names[id(weights.router)]] = resized_stack(how.shares, router, weights.router)

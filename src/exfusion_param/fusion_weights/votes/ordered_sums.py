@@ -60,10 +60,10 @@ class OrderedSums:
             return tensor
         ranks = apart(ranks)
         tag = 2 * (zlib.crc32(self._name.encode()) % _TAGS) + (direction == "backward")
-        own = tensor.new_full((2,), tag, dtype=torch.float64)
-        own[1:].square_()
-        sums = ranks.sum(torch.cat([tensor.double(), own]))
-        differs = (sums[-2:] != ranks.count * own).any()
+        tags = tensor.new_full((2,), tag, dtype=torch.float64)
+        tags[1:].square_()
+        sums = ranks.sum(torch.cat([tensor.double(), tags]))
+        differs = (sums[-2:] != ranks.count * tags).any()
         if differs.is_cuda:
             self.has_differed = (
                 differs if self.has_differed is None else self.has_differed | differs
