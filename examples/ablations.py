@@ -70,6 +70,7 @@ def run(name: str, table: Table, recipe: Recipe, settings: Settings) -> str:
         seeds=settings.seeds,
         at_once=1 if table.is_timed else settings.at_once,
         metric="test accuracy, %",
+        settings={"arguments": recipe.common},
     )
     rows = found.table()
     if table.paper:

@@ -119,7 +119,7 @@ def main(settings: Settings) -> None:
     recipe = Recipe(
         task.recipe,
         common,
-        out / "work",
+        out / f"{task.length[1]:g}" / "work",
         task.measure.name,
         tuning=task.tuning,
         length=None if settings.smoke else task.length,
@@ -129,7 +129,7 @@ def main(settings: Settings) -> None:
         recipe,
         {arm: every[arm] for arm in (CONTROL, *settings.arms)},  # each once
         control=CONTROL,
-        out=out,
+        out=out / f"{task.length[1]:g}",
         seeds=settings.seeds,
         rates=settings.rates or task.rates,
         tuning_seeds=settings.tuning_seeds,
@@ -137,6 +137,7 @@ def main(settings: Settings) -> None:
         equal_time="mb" if "mb" in settings.arms and not settings.smoke else None,
         at_once=settings.at_once,
         metric=task.measure.title,
+        settings={"arguments": common, "smoke": settings.smoke},
     )
     report(found, recipe, f"{settings.task}, equal steps", out / settings.name)
 

@@ -67,6 +67,7 @@ def main(settings: Settings) -> None:
         better="more" if kind.better == "more" else "less",
         at_once=settings.at_once,
         metric=kind.metric,
+        settings={"batch_size": settings.batch_size, "experts": settings.experts},
     )
     domains = list(found.results[TASKS][0].more)
     rows = [

@@ -279,10 +279,11 @@ def test_train_gets_what_it_has_parameters_for(tmp_path: Path) -> None:
 
 def test_another_config_needs_another_folder_and_changed_code_warns(tmp_path: Path) -> None:
     first = study.run(build, train, out=tmp_path, variants=["dw"], seeds=(0, 1))
-    with pytest.raises(ValueError, match=r"another config \(num_experts differ\)\. Take another"):
+    with pytest.raises(ValueError, match=r"other settings \(num_experts differ\)\. Take another"):
         study.run(build, train, out=tmp_path, config=exf.ExFusionConfig(num_experts=3))
+    trial = models.ModelTrial(build, by_hand, exf.ExFusionConfig(), ())
     with pytest.warns(UserWarning, match="build or by_hand has changed since"):
-        models._remember(tmp_path, models.ModelTrial(build, by_hand, exf.ExFusionConfig(), ()))
+        models._warn_of_changed_code(tmp_path, trial)
     again = study.run(build, train, out=tmp_path, variants=["dw"], seeds=(0, 1))
     assert again.results == first.results
 

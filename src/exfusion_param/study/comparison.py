@@ -7,10 +7,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from .processes import finish
 from .rates import Better, Grid, choose_rates
 from .runs import Result, Run, Trial, error_of
+from .settings import require_same
 from .statistics import CONFIDENCE, Spread, paired, smallest_told
 
 
@@ -122,6 +125,7 @@ def compare(
     equal_time: str | None = None,
     at_once: int = 1,
     metric: str = "metric",
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Comparison:
     """Do every run that `out` has no record of, and put the arms side by side.
 
@@ -137,11 +141,13 @@ def compare(
         equal_time: the arm whose time a longer control gets, by `Run.length`; None for none.
         at_once: how many processes run at once; they share the cores, or have a GPU each.
         metric: what is measured, with its unit, for the table.
+        settings: plain values that the results depend on besides, the same for all of `out`.
 
     Raises:
         RuntimeError: some runs failed; the others have ended, and stay.
         TypeError: what a run returns is not a number, or cannot be started in another process.
-        ValueError: there are no seeds, `at_once` is below 1, or no arm has the control's name.
+        ValueError: there are no seeds, `at_once` is below 1, no arm has the control's name, or
+            `out` holds a study with other settings.
 
     Example:
         >>> trial = lambda run: run.seed + {"control": 1.0, "ours": 1.5}[run.arm]
@@ -151,6 +157,7 @@ def compare(
         With 3 seeds, at 95% confidence: ours is 0.500 ± 0.000 better than control, more than ...
     """
     _check(arms, control, seeds, tuning_seeds, rates)
+    require_same(Path(out), dict(settings))
     folder = Path(out) / "runs"
     lr, tuning, notes = choose_rates(trial, arms, rates, tuning_seeds, better, folder, at_once)
     planned = {arm: [Run(name, seed, lr[arm]) for seed in seeds] for arm, name in arms.items()}

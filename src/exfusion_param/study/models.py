@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from .comparison import Comparison, compare
 from .figure import plot
 from .rates import Better
 from .runs import Numbers, Run, as_numbers
+from .settings import remembered
 
 Build = Callable[[], nn.Module]
 Train = Callable[..., Numbers]
@@ -103,7 +103,7 @@ def run(
         raise ValueError("variants must name at least one, got none.")
     trial = ModelTrial(build, train, config, _accepted(train, rates))
     folder = Path(out)
-    _remember(folder, trial)
+    _warn_of_changed_code(folder, trial)
     found = compare(
         trial,
         {arm: arm for arm in ("dense", "control", *variants)},
@@ -116,6 +116,7 @@ def run(
         equal_time=variants[-1] if "length" in trial.keywords else None,
         at_once=at_once,
         metric=metric,
+        settings={k: v for k, v in config.to_dict().items() if k not in ("variant", "seed")},
     )
     if "length" not in trial.keywords:
         note = (
@@ -178,24 +179,9 @@ def _accepted(train: Train, rates: Sequence[float]) -> tuple[str, ...]:
     return tuple(keywords)
 
 
-def _remember(folder: Path, trial: ModelTrial) -> None:
-    """Write down a new study's settings; those of one that continues have to be the same."""
-    path = folder / "settings.json"
-    config = {k: v for k, v in trial.config.to_dict().items() if k not in ("variant", "seed")}
+def _warn_of_changed_code(folder: Path, trial: ModelTrial) -> None:
     code = {_name(function): _digest(function) for function in (trial.build, trial.train)}
-    settings: dict[str, Any] = {"config": config, "code": code}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(settings, indent=1).encode())
-        return
-    before = json.loads(path.read_text())
-    if before["config"] != config:
-        changed = sorted(key for key in config if before["config"].get(key) != config[key])
-        raise ValueError(
-            f"{folder} holds a study with another config ({', '.join(changed)} differ). "
-            "Take another folder for out."
-        )
-    if before["code"] != code:
+    if remembered(folder / "code.json", code) != code:
         warnings.warn(
             f"{' or '.join(code)} has changed since {folder} was made. Runs that have ended are "
             "not done again: take another folder for out if that matters.",
