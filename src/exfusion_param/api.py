@@ -146,7 +146,7 @@ def _warn_of_experts_that_never_moved(groups: Iterable[FusionWeights]) -> None:
 
 def _is_trained_without_experts(fused: Fused) -> bool:
     # An average of the weights has no gradients, and is shipped without a step of its own.
-    is_trained = fused.parameter.grad is not None or fused.weights.is_in_custom_loop
+    is_trained = fused.parameter.grad is not None or fused.fusion_weights.is_in_custom_loop
     return is_trained and not fused.has_stepped() and not fused.is_untouched()
 
 

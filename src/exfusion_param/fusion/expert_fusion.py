@@ -48,8 +48,8 @@ class ExpertFusion(nn.Module):
         if self._first_experts is not None:
             experts, self._first_experts = self._first_experts, None
             return experts
-        weights = self.fusion_weights
-        return upcycled_experts(tensor, weights.start(), weights.config.upcycle_noise)
+        fusion_weights = self.fusion_weights
+        return upcycled_experts(tensor, fusion_weights.start(), fusion_weights.config.upcycle_noise)
 
     def extra_repr(self) -> str:
         """N and the shape of the fused tensor."""

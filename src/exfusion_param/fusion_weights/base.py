@@ -35,7 +35,7 @@ _on_creation: list[Callable[[], None]] = []
 
 def live_groups() -> list[FusionWeights]:
     """The fusion weights of every FFN group in this process, in the order of wrapping."""
-    return [weights for ref in _live_groups.keyrefs() if (weights := ref()) is not None]
+    return [group for ref in _live_groups.keyrefs() if (group := ref()) is not None]
 
 
 def on_creation(prepare: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from ..tensors.expert_starts import ExpertStart
 class Fused(Protocol):
     """A weight or bias under `fuse_on="step"`, see step/fused_parameter.py."""
 
-    weights: Any  # the FusionWeights of its group
+    fusion_weights: Any  # the FusionWeights of its group
     linear: nn.Module
     name: str
     start: ExpertStart

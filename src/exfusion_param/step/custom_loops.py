@@ -29,11 +29,11 @@ class CustomLoopCheck:
     """A hook on the forward of a group's first linear.
 
     Args:
-        weights: the group's fusion weights.
+        fusion_weights: the group's fusion weights.
     """
 
-    def __init__(self, weights: FusionWeights) -> None:
-        self.weights = weights
+    def __init__(self, fusion_weights: FusionWeights) -> None:
+        self.fusion_weights = fusion_weights
         self._changes = 0
         self._forwards = 0
         self._period = PERIOD
@@ -43,11 +43,11 @@ class CustomLoopCheck:
         """Take a sample in this forward's backward, if one is due."""
         if torch.compiler.is_compiling() or not isinstance(output, Tensor):
             return
-        weights, fused = self.weights, self.weights.fused[0]
-        weights.follow_ddp()
-        if fused.has_stepped() or weights.was_loaded or weights.is_in_custom_loop:
+        group, fused = self.fusion_weights, self.fusion_weights.fused[0]
+        group.follow_ddp()
+        if fused.has_stepped() or group.was_loaded or group.is_in_custom_loop:
             return
-        if not (weights.training and output.requires_grad and fused.parameter.requires_grad):
+        if not (group.training and output.requires_grad and fused.parameter.requires_grad):
             return
         self._forwards += 1
         if self._forwards % self._period == 0 and not is_transformed(output):
@@ -57,9 +57,9 @@ class CustomLoopCheck:
     def _take_sample(self, gradient: Tensor) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        numbers = local(self.weights.fused[0].parameter).flatten()
+        numbers = local(self.fusion_weights.fused[0].parameter).flatten()
         before, self._sample = self._sample, numbers[:: max(1, len(numbers) // SIZE)].clone()
-        if before is None or self.weights.is_in_custom_loop:
+        if before is None or self.fusion_weights.is_in_custom_loop:
             return
         if before.device == self._sample.device and torch.equal(before, self._sample):
             self._changes, self._period = 0, 2 * self._period
@@ -70,11 +70,11 @@ class CustomLoopCheck:
 
     def _warn(self) -> None:
         for other in live_groups():
-            if other.config is self.weights.config:  # of the same wrap()
+            if other.config is self.fusion_weights.config:  # of the same wrap()
                 other.is_in_custom_loop = True
         warnings.warn(
-            f"The weights of {self.weights.group!r} have changed over {self._forwards} backwards "
-            'without a step of a torch.optim.Optimizer on them. Under fuse_on="step" their experts '
-            'need one to move; otherwise wrap with fuse_on="forward".',
+            f"The weights of {self.fusion_weights.group!r} have changed over {self._forwards} "
+            'backwards without a step of a torch.optim.Optimizer on them. Under fuse_on="step" '
+            'their experts need one to move; otherwise wrap with fuse_on="forward".',
             stacklevel=2,
         )

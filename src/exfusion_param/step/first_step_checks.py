@@ -113,8 +113,8 @@ def _warn_of_decay(optimizer: Optimizer, new: Sequence[FusionWeights], stacks: s
         )
 
 
-def _vectors(weights: FusionWeights) -> Iterator[Tensor]:
+def _vectors(group: FusionWeights) -> Iterator[Tensor]:
     """The group's stacked biases, shape (N, out), and learned fusion weights, shape (N,)."""
-    yield from (stack for stack in weights.expert_stacks() if stack.ndim == 2)
-    if isinstance(weights, LearnedWeights):
-        yield weights.weights
+    yield from (stack for stack in group.expert_stacks() if stack.ndim == 2)
+    if isinstance(group, LearnedWeights):
+        yield group.weights

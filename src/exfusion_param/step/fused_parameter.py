@@ -26,7 +26,7 @@ class FusedParameter:
     """A parameter of a dense linear whose value is fused at each step.
 
     Args:
-        weights: the group's fusion weights.
+        fusion_weights: the group's fusion weights.
         linear: the module that holds the parameter.
         name: "weight" or "bias".
         start: how its experts are drawn.
@@ -35,13 +35,13 @@ class FusedParameter:
 
     def __init__(
         self,
-        weights: FusionWeights,
+        fusion_weights: FusionWeights,
         linear: nn.Module,
         name: str,
         start: ExpertStart,
         base: Tensor | None,
     ) -> None:
-        self.weights = weights
+        self.fusion_weights = fusion_weights
         self.linear = linear
         self.name = name
         self.start = start
@@ -55,7 +55,7 @@ class FusedParameter:
         self._owner: weakref.ref[Optimizer] | None = None
         # The experts, for the next optimizer if this one is deleted or its state reset.
         self._own_state: dict[str, Any] = {}
-        self.writes = Writes(self.weights)
+        self.writes = Writes(self.fusion_weights)
         self.products: Tensor | None = None  # `<E_i, G>` of this rank's share, shape (N,)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class FusedParameter:
 
     def refuse_other_experts(self, experts: Tensor) -> None:
         """Raise unless there are as many as the model is wrapped with."""
-        if experts.shape[0] != (count := self.weights.config.num_experts):
+        if experts.shape[0] != (count := self.fusion_weights.config.num_experts):
             raise ValueError(
                 f"The optimizer's state has {len(experts)} experts of {self.start.name!r}, and the "
                 f"model is wrapped with {count}. Wrap it with num_experts={len(experts)}."
@@ -146,7 +146,7 @@ class FusedParameter:
         """Whether the parameter is what `wrap` made of it."""
         if self.base is None:
             return True
-        now = self.weights.current_weights()
+        now = self.fusion_weights.current_weights()
         draws = self.start.draw(self.base)
         fused = torch.empty_like(self.base)
         fuse_into(fused, draws, now)
@@ -168,9 +168,9 @@ class FusedParameter:
         draws = self.start.draw(base)
         part = part_of(draws, parameter).to(local(parameter).device, parameter.dtype)
         del draws
-        now = self.weights.current_weights()
+        now = self.fusion_weights.current_weights()
         change = difference(local(parameter), part, now)
         if is_start and change is not None:
-            self.weights.starts_around_changed = True
+            self.fusion_weights.starts_around_changed = True
         shift(part, change, now)
         return as_stack(part, parameter)

@@ -69,13 +69,13 @@ def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> boo
             continue
         setattr(gradient, _SEEN, version)
         is_any = True
-        if not isinstance(slot.fused.weights, StaticWeights):
+        if not isinstance(slot.fused.fusion_weights, StaticWeights):
             products = products_with(slot.experts, part)
             if ranks is not ALONE:
                 products = products / replicas_of(slot.parameter, ranks)
             slot.fused.products = products
     if not has_gradient:
-        slots[0].fused.weights.step_gradients = {}
+        slots[0].fused.fusion_weights.step_gradients = {}
     return is_any
 
 
@@ -97,13 +97,13 @@ def _as_gradient(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
 def gather_learned(groups: Iterable[FusionWeights]) -> None:
     """Gather the learned fusion weights that FSDP2 has sharded, all in one collective."""
     by_ranks: dict[Ranks, list[LearnedWeights]] = defaultdict(list)
-    for weights in groups:
-        if isinstance(weights, LearnedWeights):
-            ranks = ranks_of(weights.weights)
-            weights.gathered = None
+    for group in groups:
+        if isinstance(group, LearnedWeights):
+            ranks = ranks_of(group.weights)
+            group.gathered = None
             if ranks is not None:
-                by_ranks[ranks].append(weights)
+                by_ranks[ranks].append(group)
     for ranks, alike in by_ranks.items():
-        parts = [padded(weights.weights) / replicas_of(weights.weights, ranks) for weights in alike]
-        for weights, gathered in zip(alike, sum_together(ranks, parts), strict=True):
-            weights.gathered = gathered
+        parts = [padded(group.weights) / replicas_of(group.weights, ranks) for group in alike]
+        for group, gathered in zip(alike, sum_together(ranks, parts), strict=True):
+            group.gathered = gathered

@@ -143,7 +143,7 @@ class OnePassOptimizer(Optimizer):
                     due[slot],
                     slot.fused.weights_of_gradient,
                     slot.part,
-                    now[slot.fused.weights],
+                    now[slot.fused.fusion_weights],
                 )
                 for slot in of_group
             ]

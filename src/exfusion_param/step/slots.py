@@ -88,7 +88,7 @@ def slot_of(
         share_among_experts(state, fused.start.name, len(experts))
         state[EXPERTS] = experts
     elif before is None or before.stack is not state[EXPERTS]:
-        fused.weights.starts_around_changed = False  # the experts were loaded
+        fused.fusion_weights.starts_around_changed = False  # the experts were loaded
     if group_index is not None:
         fused.set_optimizer(optimizer)
     experts = state[EXPERTS]

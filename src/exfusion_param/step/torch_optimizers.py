@@ -202,7 +202,7 @@ def _is_in(value: Any, place: Tensor) -> bool:
 
 def _fuse_states(fused: FusedParameter, state: dict[str, Any]) -> None:
     """Give the parameter itself the fused states of its shape, by which others may move it."""
-    weights = fused.weights.current_weights()
+    weights = fused.fusion_weights.current_weights()
     stacks = {
         key.removeprefix(f"{EXPERTS}."): value
         for key, value in state.items()

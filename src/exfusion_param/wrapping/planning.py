@@ -35,21 +35,21 @@ class GroupPlan:
 
     Args:
         group: the linears.
-        weights: their fusion weights.
+        fusion_weights: theirs.
         starts: for each linear's name, how the experts of each of its tensors are drawn.
         tensors: for each linear's name and tensor the expert stack, shape (N, *S); under
             `fuse_on="step"` the new value, shape (*S), or None where it stays.
     """
 
     group: FFNGroup
-    weights: FusionWeights
+    fusion_weights: FusionWeights
     starts: Mapping[str, Mapping[str, ExpertStart]]
     tensors: Mapping[str, Mapping[str, Tensor | None]]
 
     def carry_out(self, model: nn.Module) -> None:
         """Give the linears what is planned."""
-        if self.weights.config.fuse_on == "step":
-            attach_fused(model, self.group, self.weights, self.starts, self.tensors)
+        if self.fusion_weights.config.fuse_on == "step":
+            attach_fused(model, self.group, self.fusion_weights, self.starts, self.tensors)
             return
         for index, (fqn, linear) in enumerate(self.group.linears.items()):
             place = PlaceInGroup(
@@ -59,7 +59,7 @@ class GroupPlan:
                 is_last=index == len(self.group.linears) - 1,
             )
             stacks = {k: stack for k, stack in self.tensors[fqn].items() if stack is not None}
-            attach(linear, self.weights, stacks, place)
+            attach(linear, self.fusion_weights, stacks, place)
 
 
 def choose_seed(config: ExpertConfig, generator: torch.Generator | None) -> int:

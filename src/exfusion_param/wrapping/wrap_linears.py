@@ -58,11 +58,11 @@ def wrap_linears(
     seed = choose_seed(config, generator)
     plans = plan_groups(groups, config, seed, make_weights)  # allocates everything
     for plan in plans:
-        plan.weights.given_ranks = ranks
+        plan.fusion_weights.given_ranks = ranks
         plan.carry_out(model)
         if config.fuse_on == "forward":
-            guard_loading(model, plan.weights, plan.group.linears)
-    weights = [plan.weights for plan in plans]
+            guard_loading(model, plan.fusion_weights, plan.group.linears)
+    weights = [plan.fusion_weights for plan in plans]
     _follow_masks(model, weights)
     return weights
 

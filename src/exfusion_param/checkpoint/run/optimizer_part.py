@@ -189,7 +189,7 @@ def room_of_state(parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
     if fused is None or len(spec.shape) != parameter.ndim + 1:
         return like(parameter, spec)
     part = local(parameter)
-    shape = (fused.weights.config.num_experts, *part.shape)
+    shape = (fused.fusion_weights.config.num_experts, *part.shape)
     return as_stack(part.new_empty(shape, dtype=spec.dtype), parameter)
 
 

@@ -146,16 +146,16 @@ def _resize_of(group: str, weights: Tensor, count: int) -> Resize:
         ) from error
 
 
-def _own_weights(weights: FusionWeights) -> Tensor | None:
+def _own_weights(group: FusionWeights) -> Tensor | None:
     """The tensor that holds what a group is fused with; None for static weights."""
-    if isinstance(weights, MemoryBank):
-        return weights.bank
-    return weights.weights if isinstance(weights, LearnedWeights) else None
+    if isinstance(group, MemoryBank):
+        return group.bank
+    return group.weights if isinstance(group, LearnedWeights) else None
 
 
-def _tensors_of_experts(weights: FusionWeights) -> Iterator[Tensor]:
-    yield from weights.expert_stacks()
-    yield from weights.own_tensors()
+def _tensors_of_experts(group: FusionWeights) -> Iterator[Tensor]:
+    yield from group.expert_stacks()
+    yield from group.own_tensors()
 
 
 def _part_of(like: Tensor, tensor: Tensor) -> Tensor:
