@@ -19,6 +19,7 @@ from torch.optim.sgd import sgd
 
 from .one_pass import OnePassOptimizer
 from .slots import Slot
+from .stack_step import Batch
 from .state_storage import StateDtype
 
 
@@ -81,21 +82,14 @@ class ExpertAdamW(OnePassOptimizer, torch.optim.AdamW):
         count = slot.state["step"] = count.to(slot.experts.device) if is_fused else count
         return count
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        experts: list[Tensor],
-        gradients: list[Tensor],
-        states: list[list[Tensor]],
-        counts: list[Tensor],
-    ) -> None:
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
         adamw(
-            experts,
-            gradients,
-            states[0],
-            states[1],
+            batch.experts,
+            batch.gradients,
+            batch.states[0],
+            batch.states[1],
             [],
-            counts,
+            batch.counts,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -176,18 +170,11 @@ class ExpertSGD(OnePassOptimizer, torch.optim.SGD):
     def _kinds_of_state(self, group: dict[str, Any]) -> dict[str, bool]:
         return {"momentum_buffer": True} if group["momentum"] else {}
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        experts: list[Tensor],
-        gradients: list[Tensor],
-        states: list[list[Tensor]],
-        counts: list[Tensor],
-    ) -> None:
-        buffers: list[Any] = states[0] if states else [None] * len(experts)
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        buffers: list[Any] = batch.states[0] if batch.states else [None] * len(batch.experts)
         sgd(
-            experts,
-            gradients,
+            batch.experts,
+            batch.gradients,
             buffers,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],

@@ -17,7 +17,7 @@ from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import local
 from .fused_parameter import EXPERTS
 from .slots import Slot
-from .stack_step import Stack, StackPlan, StackStep
+from .stack_step import Batch, Stack, StackPlan, StackStep
 from .state_storage import StateDtype, check_state_dtype, stored
 
 OWN_SETTINGS = ("state_dtype", "expert_dtype", "fused", "foreach")
@@ -190,14 +190,8 @@ class OnePassOptimizer(Optimizer):
         """How many steps the experts have made, shape (), as torch's optimizers hold it."""
         return _ZERO
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        experts: list[Tensor],
-        gradients: list[Tensor],
-        states: list[list[Tensor]],
-        counts: list[Tensor],
-    ) -> None:
+    def _update(self, group: dict[str, Any], batch: Batch) -> None:
+        """Update the experts of a batch."""
         raise NotImplementedError
 
     def _of_grad_scaler(self) -> dict[str, Any]:

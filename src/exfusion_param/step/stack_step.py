@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,9 +81,23 @@ class _Cut:
     flat: Tensor
 
 
-Update = Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]], None]
-"""Updates experts in place, given their gradients, their states (a list of tensors for each kind of
-state) and how many steps came before (incremented in place), all on one device and of one dtype."""
+class Batch(NamedTuple):
+    """Some experts to update in place, all on one device and of one dtype.
+
+    Args:
+        experts: parts of stacks, each of shape (n, *S).
+        gradients: theirs.
+        states: for each kind of state a list like them.
+        counts: how many steps came before, each of shape (), to be incremented in place.
+    """
+
+    experts: list[Tensor]
+    gradients: list[Tensor]
+    states: list[list[Tensor]]
+    counts: list[Tensor]
+
+
+Update = Callable[[Batch], None]
 
 
 class StackPlan:
@@ -138,25 +153,24 @@ class StackPlan:
         generators: Callable[[torch.device], torch.Generator],
         fusions: Mapping[int, RunningFusion],
     ) -> None:
-        experts: list[Tensor] = []
-        gradients: list[Tensor] = []
-        states: list[list[Tensor]] = [[] for _ in cuts[0].states]
-        counts: list[Tensor] = []
+        batch = Batch([], [], [[] for _ in cuts[0].states], [])
         for cut, buffer in zip(cuts, buffers, strict=True):
             stack, step = self.stacks[cut.index], steps[cut.index]
             weights = step.weights[cut.part].to(buffer).view(-1, *[1] * step.gradient.ndim)
             out = buffer.view(cut.experts.shape)
-            gradients.append(torch.mul(weights, step.gradient, out=out))
-            experts.append(cut.experts if cut.is_plain else to_work_on(cut.experts, stack.dtype))
-            for kind, state in zip(states, cut.states, strict=True):
+            batch.gradients.append(torch.mul(weights, step.gradient, out=out))
+            batch.experts.append(
+                cut.experts if cut.is_plain else to_work_on(cut.experts, stack.dtype)
+            )
+            for kind, state in zip(batch.states, cut.states, strict=True):
                 kind.append(state if cut.is_plain else to_work_on(state, stack.dtype))
-            counts.append(stack.count if cut.is_last else stack.count.clone())
-        update(experts, gradients, states, counts)
+            batch.counts.append(stack.count if cut.is_last else stack.count.clone())
+        update(batch)
         for index, cut in enumerate(cuts):
             if not cut.is_plain:
                 generator = generators(cut.experts.device)
-                store(cut.experts, experts[index], generator)
-                for kind, state in zip(states, cut.states, strict=True):
+                store(cut.experts, batch.experts[index], generator)
+                for kind, state in zip(batch.states, cut.states, strict=True):
                     store(state, kind[index], generator)
             if cut.index in fusions:
                 fusions[cut.index].add(cut.experts, cut.part)
