@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ...fusion.lookup import groups_of
+from ...fusion_weights.base import FusionWeights
 from ...fusion_weights.memory_bank import MemoryBank
 from ...tensors.shards import is_sharded
 from ..files.errors import CheckpointError
@@ -64,12 +66,14 @@ class RandomNumbers(Part):
 class Accumulated(Part):
     """Gradients that wait for an optimizer's step, and what memory banks have counted with them.
 
-    A checkpoint between two steps holds none, if gradients were reset after the first.
+    A checkpoint between two steps holds none, if gradients were reset after the first. A model that
+    has another number of experts by now drops them all: a part of a batch is none.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(f"{name}.gradients")
         self._module = module
+        self._drops_sharded = False  # gradients that are stored
 
     def tensors(self) -> dict[str, Tensor]:
         """Sharded gradients."""
@@ -79,27 +83,35 @@ class Accumulated(Part):
     def values(self) -> Any:
         """Plain gradients, and the sums of the banks."""
         plain = {name: grad for name, grad in self._gradients() if not is_sharded(grad)}
+        for _, bank in self._banks():
+            bank.votes.drop_unapplied()  # what the next backward would drop
         counted = {name: bank.votes.total for name, bank in self._banks()}
-        return {"plain": plain, "counted": counted}
+        return {"plain": plain, "counted": counted, "experts": self._experts()}
 
     def merged(self, values: Sequence[Any], rank: int) -> Any:
         """Gradients that all ranks had; sums of the banks, if they differ, spread evenly."""
         plain = common(self.name, [value["plain"] for value in values])
         counted = [value["counted"] for value in values]
+        both = {"plain": plain, "experts": values[0].get("experts", {})}
         if all(same(other, counted[0]) for other in counted):
-            return {"plain": plain, "counted": counted[0]}
+            return both | {"counted": counted[0]}
         means = {name: _mean(value[name] for value in counted) for name in counted[0]}
-        return {"plain": plain, "counted": means}
+        return both | {"counted": means}
 
     def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters."""
         parameters = dict(self._module.named_parameters())
         if unknown := [n for n in (*stored, *values["plain"]) if n not in parameters]:
             raise CheckpointError(f"{self.name}: the model has no parameter {unknown[0]}.")
+        if values.get("experts", self._experts()) != self._experts():
+            self._drops_sharded = bool(stored)
+            return {}
         return {name: self.room(name, parameters[name], spec) for name, spec in stored.items()}
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Set the gradients and the sums."""
+        if values.get("experts", self._experts()) != self._experts():
+            tensors, values = {}, self._none_instead_of(values)
         for name, parameter in self._module.named_parameters():
             gradient = tensors.get(name, values["plain"].get(name))
             # A copy, as kernels round by how memory is aligned, and a file's is aligned otherwise.
@@ -109,12 +121,31 @@ class Accumulated(Part):
             total = values["counted"].get(name)
             bank.votes.resume(None if total is None else total.to(bank.bank.device))
 
+    def _none_instead_of(self, values: Any) -> Any:
+        """Values of a run in which nothing waits; warns if something did."""
+        totals = [total for total in values["counted"].values() if total is not None]
+        if self._drops_sharded or values["plain"] or any(total[-1] > 0 for total in totals):
+            warnings.warn(
+                f"{self.name}: gradients and router outputs that waited for an optimizer's step "
+                "are dropped, as the model has another number of experts than the checkpoint. The "
+                "first step applies only what is accumulated from now on.",
+                stacklevel=2,
+            )
+        return {"plain": {}, "counted": {}}
+
+    def _experts(self) -> dict[str, int]:
+        """The number of experts of each group."""
+        return {name: weights.config.num_experts for weights, name in self._groups().items()}
+
+    def _groups(self) -> dict[FusionWeights, str]:
+        return groups_of(self._module)
+
     def _gradients(self) -> list[tuple[str, Tensor]]:
         named = self._module.named_parameters()
         return [(name, p.grad) for name, p in named if p.grad is not None]
 
     def _banks(self) -> list[tuple[str, MemoryBank]]:
-        groups = groups_of(self._module).items()
+        groups = self._groups().items()
         return [(name, bank) for bank, name in groups if isinstance(bank, MemoryBank)]
 
 
