@@ -126,6 +126,41 @@ def test_gradients_that_are_stashed_and_summed_by_hand_count(fuse_on: Any, to_no
 
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("fuse_on", MODES)
+def test_gradients_that_are_summed_in_place_count(fuse_on: Any, to_none: bool) -> None:
+    model = make(fuse_on=fuse_on)
+    optimizer = adamw(model)
+    for _ in range(2):
+        expected = moved(model, *X)
+        stashed = []
+        for x in X:
+            optimizer.zero_grad(set_to_none=to_none)
+            backward(model, x)
+            stashed.append(stash(model))
+        for parameter, *gradients in zip(model.parameters(), *stashed, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(torch.stack(gradients).sum(0))
+        optimizer.step()
+        assert_bank(model, expected)
+        optimizer.zero_grad(set_to_none=to_none)
+
+
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_clipping_in_place_brings_no_dropped_micro_batch_back(fuse_on: Any) -> None:
+    model = make(fuse_on=fuse_on)
+    optimizer = adamw(model)
+    for _ in range(2):
+        expected = moved(model, X[1])
+        backward(model, X[0])
+        optimizer.zero_grad()
+        backward(model, X[1])
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        assert_bank(model, expected)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fuse_on", MODES)
 def test_a_gradient_that_is_thrown_away_right_before_the_step_does_not_count(
     fuse_on: Any, to_none: bool
 ) -> None:

@@ -105,9 +105,9 @@ def test_an_optimizer_with_state_from_before_fuse_raises_and_never_trains_on_sil
 
 @pytest.mark.parametrize("variant", ["dw", "mb"])
 def test_an_optimizer_without_the_fusion_weights_warns_once(variant: str) -> None:
-    model = FFNs(depth=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before wrap, and without state
-    exf.wrap(model, variant=variant)
+    model = exf.wrap(FFNs(depth=1), variant=variant)
+    others = [p for name, p in model.named_parameters() if "fusion_weights" not in name]
+    optimizer = torch.optim.SGD(others, lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(25):
@@ -116,6 +116,27 @@ def test_an_optimizer_without_the_fusion_weights_warns_once(variant: str) -> Non
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 1
     assert "'blocks.0' are in no optimizer that has stepped" in messages[0]
+
+
+@pytest.mark.parametrize("variant", ["sw", "dw", "mb"])
+def test_an_optimizer_from_before_wrap_is_refused_if_it_lacks_fusion_weights(variant: str) -> None:
+    model = FFNs(depth=1)
+    early = torch.optim.SGD(model.parameters(), lr=0.1)  # without state
+    exf.wrap(model, variant=variant, bank_init="uniform")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss_of(model, inputs().float()).backward()
+    if variant == "sw":
+        early.step()
+        after = model.state_dict()
+        assert not any(torch.equal(after[name], value) for name, value in before.items())
+        return
+    with pytest.raises(
+        RuntimeError, match=r"SGD was made before wrap\(\). Make the optimizer after"
+    ):
+        early.step()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.state_dict()["head.weight"], before["head.weight"])
 
 
 def test_fusion_weights_in_an_optimizer_of_their_own_do_not_warn() -> None:

@@ -91,7 +91,11 @@ def test_what_waits_for_a_step_is_dropped_where_experts_change_in_number(
     def run(count: int) -> tuple[Any, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = exf.wrap(
-            FFNs().double(), variant=variant, num_experts=count, fuse_on=fuse_on, bank_init="uniform"
+            FFNs().double(),
+            variant=variant,
+            num_experts=count,
+            fuse_on=fuse_on,
+            bank_init="uniform",
         )
         return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 

@@ -94,7 +94,7 @@ def fully_shard(
     if by_forward:
         ranks = ranks_in(mesh)
         require_agreement(by_forward, ranks)
-    outdate(model.parameters())
+    outdate(model.parameters(), "fully_shard()")
     policies = {"mp_policy": mp_policy, "offload_policy": offload_policy}
     settings |= {key: value for key, value in policies.items() if value is not None}
     for module in modules:

@@ -47,7 +47,7 @@ from .refusals import delegates, refuse_closures, refuse_within_backward
 from .view import is_view
 
 # By id, as tensors compare by value. An entry goes with its tensor, so an id is never another's.
-_outdated: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+_outdated: dict[str, weakref.WeakValueDictionary[int, Tensor]] = {}  # by the call that made it so
 _warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 _steps_without: weakref.WeakKeyDictionary[
     FusionWeights, weakref.WeakKeyDictionary[Optimizer, int]
@@ -73,9 +73,15 @@ def install() -> None:
 on_creation(install)  # importing the package registers nothing with torch
 
 
-def outdate(parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse optimizers that hold these parameters, which others have taken the place of."""
-    _outdated.update((id(parameter), parameter) for parameter in parameters)
+def outdate(parameters: Iterable[nn.Parameter], call: str) -> None:
+    """Refuse optimizers that hold these parameters, which others have taken the place of.
+
+    Args:
+        parameters: of before.
+        call: what has put others in their place.
+    """
+    known = _outdated.setdefault(call, weakref.WeakValueDictionary())
+    known.update((id(parameter), parameter) for parameter in parameters)
 
 
 @_disable_dynamo
@@ -84,10 +90,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     finish_checks()
     held = _held(optimizer)
-    if not held.isdisjoint(_outdated.keys()):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} was made before fully_shard(). Make the optimizer after."
-        )
+    for call, parameters in _outdated.items():
+        if not held.isdisjoint(parameters.keys()):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was made before {call}. Make the optimizer after it."
+            )
     groups = list(_groups_of(held))
     for weights in groups:
         if weights.fused:

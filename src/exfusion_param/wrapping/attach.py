@@ -12,6 +12,7 @@ from ..fusion.expert_fusion import ExpertFusion
 from ..fusion.linear_class import dense_order, share_class
 from ..fusion.lookup import fused_names, fusion_of, fusion_weights_of, original, parametrized_names
 from ..fusion_weights.base import FusionWeights
+from ..step.hooks import outdate
 
 
 def attach(
@@ -36,7 +37,20 @@ def attach(
         parametrized = linear.get_submodule(f"parametrizations.{name}")
         fusion_weights.fusions.append((parametrized, fusion))
         original(linear, name).grad = None
+        if fusion_weights.own_tensors():
+            _take_place_of(linear, name)
     share_class(linear, order, fusion_weights.forward_of(place))
+
+
+def _take_place_of(linear: nn.Module, name: str) -> None:
+    """Let the stack be another parameter than the dense tensor, which torch has made it of.
+
+    An optimizer that was made before `wrap` would train it, without routers and learned weights.
+    """
+    dense = original(linear, name)
+    stack = nn.Parameter(dense.detach(), dense.requires_grad)
+    linear.get_submodule(f"parametrizations.{name}").register_parameter("original", stack)
+    outdate([dense], "wrap()")
 
 
 def detach(linear: nn.Module) -> None:

@@ -46,6 +46,7 @@ class Anchor:
         self._was_written: Tensor | None = None  # whether the gradient was not zero
         self._is_new = False  # it took over in the middle of an accumulation, without a gradient
         self._written: weakref.ref[Tensor] | None = None  # the gradient that autograd wrote last
+        self._sample: tuple[Tensor, int] | None = None  # some of its numbers then, and its version
 
     def refresh(self) -> bool:
         """Follow the anchor that the group has now; returns as `follow` does."""
@@ -85,6 +86,7 @@ class Anchor:
         gradient = parameter.grad
         self._was_written = None if gradient is None else local(gradient).any()
         self._written = None if gradient is None else weakref.ref(gradient)
+        self._sample = None if gradient is None else (_sample_of(gradient), gradient._version)
         self._is_new = False
 
     def forget_write(self) -> None:
@@ -122,6 +124,28 @@ class Anchor:
         if self._written is None:  # by a parameter that was the anchor before, if anything counted
             return None if is_counted else gradient
         return None if self._written() is gradient else gradient
+
+    def rewritten(self) -> Tensor | None:
+        """Whether what autograd wrote points elsewhere now, a boolean of shape (); None if not.
+
+        Clipping and unscaling write in place as well, and leave the direction.
+        """
+        gradient = None if self._written is None else self._written()
+        if gradient is None or self._sample is None or self.is_sharded or gradient._is_view():
+            return None
+        before, version = self._sample
+        if gradient._version == version:
+            return None
+        now = _sample_of(gradient)
+        product, norms = now @ before, now.norm() * before.norm()
+        return (product < (1 - 1e-3) * norms) & (norms > 0)
+
+
+def _sample_of(gradient: Tensor) -> Tensor:
+    """Up to about a thousand numbers of a gradient, in float32, one dimension."""
+    numbers = gradient.detach().flatten()
+    sample = numbers[:: max(1, len(numbers) // 1024)].float()
+    return sample.clone() if sample.data_ptr() == numbers.data_ptr() else sample
 
 
 def _is_gathered(parameter: Tensor, before: Tensor) -> bool:

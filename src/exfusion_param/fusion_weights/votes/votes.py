@@ -14,8 +14,8 @@ through it:
   parameter of the group (anchor.py). If the anchor's gradient was reset since the last backward,
   what was counted before is dropped: it is None now, or it is zero and was not.
 - Code that composes gradients by hand (PCGrad, gradients that are stashed and summed) leaves a
-  tensor in the anchor's `.grad` that autograd did not write. Then all that was noted since the last
-  step counts.
+  tensor in the anchor's `.grad` that autograd did not write, or writes another direction into the
+  one that it did. Then all that was noted since the last step counts.
 - `mark` and its backward are custom operators, opaque to torch.compile (custom_ops.py): the graph
   calls them, and the Python code in them runs each time, in eager and compiled mode alike.
 """
@@ -178,6 +178,9 @@ class Votes:
             # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
             self.total = torch.where(gradient.any(), self._all_noted, 0)
             self.has_counted = True
+        is_rewritten = self._anchor.rewritten()
+        if is_rewritten is not None and self.total is not None and self._all_noted is not None:
+            self.total = torch.where(is_rewritten, self._all_noted, self.total)
 
     def resume(self, total: Tensor | None) -> None:
         """Go on from a total of another process, whose gradients the parameters have again."""
