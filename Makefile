@@ -72,12 +72,13 @@ FASHION ?= examples/data/fashion-mnist
 TEXT ?= examples/data/shakespeare
 
 LONGER := runs/recipes
-TO_PYRAMID := --backbone $(LONGER)/imagenet --data $(FASHION) --lr 2e-4 --workers 0
+TO_PYRAMID := --backbone $(LONGER)/imagenet --data $(FASHION) --lr 2e-4 --warmup-steps 0 --workers 0
+TO_PIXELS := $(TO_PYRAMID) --batch-size 16 --weight-decay 1e-4
 
 recipes: $(foreach run,imagenet t5 glue segmentation upernet detection retinanet,$(LONGER)/$(run)/results.json)  ## one longer run of each recipe; "-j2" takes about 40 minutes
 
 $(LONGER)/imagenet/results.json: .venv/installed
-	$(BIN)/python examples/imagenet.py --data $(FASHION) --image-size 28 --no-augment --drop-path 0 --workers 0 \
+	$(BIN)/python examples/imagenet.py --data $(FASHION) --image-size 28 --no-augment --drop-path 0 --min-lr 0 --workers 0 \
 		--epochs 2 --warmup-epochs 0.2 --batch-size 128 --lr 16e-3 \
 		--model-kwargs patch_size 4 embed_dim 64 depth 4 num_heads 4 --out $(@D)
 
@@ -87,13 +88,13 @@ $(LONGER)/t5/results.json: .venv/installed
 		--model-kwargs d_model 128 d_ff 256 num_layers 3 num_heads 4 --out $(@D)
 
 $(LONGER)/glue/results.json: .venv/installed
-	$(BIN)/python examples/glue_finetune.py --limit 2000 --epochs 1 --out $(@D)
+	$(BIN)/python examples/glue_finetune.py --method exfusion --limit 2000 --epochs 1 --out $(@D)
 
 $(LONGER)/segmentation/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --size 96 --steps 400 --evaluate-every 200 --out $(@D)
+	$(BIN)/python examples/segmentation.py $(TO_PIXELS) --size 96 --steps 400 --evaluate-every 200 --out $(@D)
 
 $(LONGER)/upernet/results.json: $(LONGER)/imagenet/results.json
-	$(BIN)/python examples/segmentation.py $(TO_PYRAMID) --size 96 --head upernet --steps 100 --evaluate-every 100 --out $(@D)
+	$(BIN)/python examples/segmentation.py $(TO_PIXELS) --size 96 --head upernet --steps 100 --evaluate-every 100 --out $(@D)
 
 $(LONGER)/detection/results.json: $(LONGER)/imagenet/results.json
 	$(BIN)/python examples/detection.py $(TO_PYRAMID) --size 128 --scenes 500 --batch-size 2 --steps 120 --evaluate-every 60 --out $(@D)

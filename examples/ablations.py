@@ -24,7 +24,7 @@ from support.recipe_runs import Recipe
 from support.table import write_table
 
 SMALL = (
-    "--image-size 28 --no-augment --drop-path 0 --workers 0 --batch-size 128 --lr 32e-3 "
+    "--image-size 28 --no-augment --drop-path 0 --min-lr 0 --workers 0 --batch-size 128 --lr 32e-3 "
     "--warmup-epochs 0.5 --model-kwargs patch_size 7 embed_dim 64 depth 4 num_heads 4"
 )
 SCALES = {"small": f"{SMALL} --epochs 3", "paper": "--amp", "smoke": "--smoke"}

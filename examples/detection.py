@@ -26,6 +26,7 @@ from support.downstream import detector
 from support.methods import Method
 from support.pretraining import Batch, Pretraining, moved, start
 from support.pyramid import Pyramid
+from support.schedules import DETECTION, warmed_up, with_defaults
 
 
 @dataclasses.dataclass
@@ -40,10 +41,10 @@ class Settings:
         out: the folder for checkpoints, logs, results.json and the model.
         size: pixels of the images' shorter side.
         scenes: to train on.
-        steps: of the optimizer; after two thirds of them, and eight ninths, the learning rate
-            falls to a tenth.
+        steps: of the optimizer; the learning rate falls to a tenth after 8 and 11 twelfths.
         batch_size: images of a step, on all ranks together.
-        lr: highest learning rate of AdamW.
+        lr: highest learning rate of AdamW; by default the head's.
+        warmup_steps: in which the learning rate grows.
         weight_decay: of AdamW.
         evaluate_every: steps between two measurements.
         workers: processes that load on each rank.
@@ -57,11 +58,12 @@ class Settings:
     out: Path = Path("runs/detection")
     size: int = 800
     scenes: int = 2000
-    steps: int = 90_000
+    steps: int = 87_960
     batch_size: int = 16
-    lr: float = 1e-4
+    lr: float | None = None
     weight_decay: float = 1e-4
-    evaluate_every: int = 7500
+    warmup_steps: int = 500
+    evaluate_every: int = 7330
     workers: int = 4
     seed: int = 0
     smoke: bool = False
@@ -110,20 +112,20 @@ class AveragePrecision:
         return {n: 100 * float(v) for n, v in values.items() if n.endswith("map")}
 
 
-def main(settings: Settings, device: torch.device) -> None:
+def main(given: Settings, device: torch.device) -> None:
     """Train and test."""
-    if settings.smoke:
-        settings = dataclasses.replace(settings, **SMOKE)
+    if given.smoke:
+        given = dataclasses.replace(given, **SMOKE)
+    settings = with_defaults(given, DETECTION[given.head])
     start(settings.out, settings, settings.seed)
     data = labelled_images.for_detection(settings.data, settings.size, settings.scenes)
     images, tests, classes = data
     pyramid = Pyramid.load(settings.backbone)
     model = detector(pyramid, settings.head, classes, settings.size).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.lr, weight_decay=settings.weight_decay
-    )
-    scheduler = MultiStepLR(optimizer, [settings.steps * 2 // 3, settings.steps * 8 // 9])
-    seed, workers = settings.seed, settings.workers
+    seed, workers, decay = settings.seed, settings.workers, settings.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=decay)
+    drops = MultiStepLR(optimizer, [settings.steps * 8 // 12, settings.steps * 11 // 12])
+    scheduler = warmed_up(optimizer, drops, settings.warmup_steps, settings.steps)
     run = Pretraining(
         out=settings.out,
         method=Method(model),
@@ -135,7 +137,6 @@ def main(settings: Settings, device: torch.device) -> None:
         steps=settings.steps,
         evaluate_every=settings.evaluate_every,
         save_every=settings.evaluate_every,
-        clip=1.0,
         more={"scheduler": scheduler},
     )
     if run.train():

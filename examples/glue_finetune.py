@@ -36,11 +36,14 @@ DEFAULTS = exf.ExFusionConfig(expert_init="upcycle", bank_init="uniform", seed=0
 
 @dataclasses.dataclass
 class Settings:
-    """Fine-tune a pretrained Transformer on a task of GLUE, with upcycled experts or dense.
+    """Fine-tune a pretrained Transformer on a task of GLUE, dense or with upcycled experts.
+
+    The paper fine-tunes the dense model that examples/t5_pretrain.py has fused, which is the
+    default; experts in fine-tuning are this package's own.
 
     Args:
         exfusion: the settings of ExFusion; their seed is that of the whole run.
-        method: exfusion or dense. Upcycled experts start as the dense model, so dense is the
+        method: dense or exfusion. Upcycled experts start as the dense model, so dense is the
             control.
         task: of GLUE; reviews is a stand-in for SST-2.
         data: a folder with the task's train and dev files, .tsv or .jsonl; for reviews a file of
@@ -58,7 +61,7 @@ class Settings:
     """
 
     exfusion: Annotated[exf.ExFusionConfig, tyro.conf.OmitArgPrefixes] = DEFAULTS
-    method: Literal["exfusion", "dense"] = "exfusion"
+    method: Literal["dense", "exfusion"] = "dense"
     task: Literal["reviews", "sst2", "mrpc", "qqp", "mnli", "qnli"] = "reviews"
     data: Path | None = None
     model: str | None = None

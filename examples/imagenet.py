@@ -22,9 +22,10 @@ from timm.utils import ModelEmaV3, random_seed
 
 import exfusion_param as exf
 from support import methods, ranks, timm_images
-from support.classification import Accuracy, Mixing, build, check_dense
+from support.classification import OTHERS, SOURCES, Accuracy, Mixing, build, check_dense
 from support.experts_apart import displacement_spread
 from support.pretraining import Pretraining, start
+from support.schedules import with_defaults
 
 DEFAULTS = exf.ExFusionConfig(seed=0)
 AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"}
@@ -32,7 +33,7 @@ AUGMENTATION = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mod
 
 @dataclasses.dataclass
 class Settings:
-    """Train a vision Transformer from scratch. The defaults are the paper's.
+    """Train a vision Transformer from scratch. The defaults are the paper's, then the model's own.
 
     Args:
         exfusion: the settings of ExFusion; their seed is that of the whole run.
@@ -49,7 +50,9 @@ class Settings:
         lr: highest learning rate, for a batch of 1024; it is scaled with the batch.
         weight_decay: of AdamW.
         warmup_epochs: in which the learning rate grows.
-        drop_path: rate of stochastic depth.
+        drop_path: rate of stochastic depth; by default that of the model's own recipe.
+        clip: largest norm of the gradients; by default likewise, where that clips.
+        min_lr: to which the learning rate falls.
         augment: RandAugment, Mixup, CutMix, random erasing and label smoothing.
         fusion_lr: learning rate of routers and learned fusion weights; by default the others'.
         held_out: train on nine tenths of the training images and test on the rest, to choose
@@ -73,7 +76,9 @@ class Settings:
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup_epochs: float = 20
-    drop_path: float = 0.1
+    drop_path: float | None = None
+    clip: float | None = None
+    min_lr: float = 1e-5
     augment: bool = True
     fusion_lr: float | None = None
     held_out: bool = False
@@ -87,11 +92,12 @@ SMOKE: dict[str, Any] = {"image_size": 32, "epochs": 0.02, "batch_size": 64, "wo
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
-def main(settings: Settings, device: torch.device) -> None:
+def main(given: Settings, device: torch.device) -> None:
     """Train, test, and ship the dense model."""
-    if settings.smoke:
-        tiny = TINY if settings.model == Settings.model else {}
-        settings = dataclasses.replace(settings, **SMOKE, model_kwargs=tiny)
+    if given.smoke:
+        given = dataclasses.replace(given, **SMOKE)
+        given.model_kwargs = TINY if given.model == Settings.model else {}
+    settings = with_defaults(given, OTHERS | SOURCES.get(given.model, {}))
     seed = start(settings.out, settings, settings.exfusion.seed)
     augmentation = AUGMENTATION if settings.augment else None
     images, tests, classes = timm_images.load(
@@ -108,18 +114,14 @@ def main(settings: Settings, device: torch.device) -> None:
     method = prepare()
     model = method.model.to(device)
     random_seed(seed, ranks.place()[0])  # what each rank draws for itself
-
     scale = settings.batch_size / 1024
     fusion_lr = None if settings.fusion_lr is None else settings.fusion_lr * scale
     groups = exf.param_groups(model, settings.weight_decay, fusion_lr=fusion_lr)
     optimizer = exf.ExpertAdamW(groups, lr=settings.lr * scale)
     steps = max(1, round(settings.epochs * len(training)))
+    warmup = {"warmup_t": round(settings.warmup_epochs * len(training)), "warmup_lr_init": 1e-6}
     scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=steps,
-        t_in_epochs=False,
-        warmup_t=round(settings.warmup_epochs * len(training)),
-        warmup_lr_init=1e-6,
+        optimizer, t_initial=steps, lr_min=settings.min_lr, t_in_epochs=False, **warmup
     )
     run = Pretraining(
         out=settings.out,
@@ -134,6 +136,7 @@ def main(settings: Settings, device: torch.device) -> None:
         save_every=len(training),
         micro_batch=settings.micro_batch,
         average=None if settings.ema is None else ModelEmaV3(model, decay=settings.ema),
+        clip=settings.clip,
         amp=settings.amp,
     )
     if run.train():

@@ -28,11 +28,14 @@ from support.methods import Method
 from support.pretraining import Batch, Pretraining, moved, start
 from support.pyramid import Pyramid
 from support.scenes import IGNORED
+from support.schedules import POWERS, SEGMENTATION, warmed_up, with_defaults
 
 
 @dataclasses.dataclass
 class Settings:
-    """Train a model for segmentation around a backbone. The defaults are PVT's, for ADE20K.
+    """Train a model for segmentation around a backbone, on ADE20K or scenes.
+
+    The defaults are those of PVT's Semantic FPN, and of mmsegmentation's DeiT in UperNet.
 
     Args:
         backbone: what examples/imagenet.py left in its folder.
@@ -42,10 +45,12 @@ class Settings:
         out: the folder for checkpoints, logs, results.json and the model.
         size: pixels of the images to train on.
         scenes: to train on.
-        steps: of the optimizer.
-        batch_size: images of a step, on all ranks together.
-        lr: highest learning rate of AdamW, which falls to zero.
-        weight_decay: of AdamW.
+        steps: of the optimizer; by default the head's. The paper's second row of each DeiT in
+            UperNet has 160,000.
+        batch_size: images of a step, on all ranks together; by default the head's.
+        lr: highest learning rate of AdamW, which falls to zero; by default the head's.
+        weight_decay: of AdamW; by default the head's.
+        warmup_steps: in which the learning rate grows; by default the head's.
         evaluate_every: steps between two measurements.
         amp: forward in bfloat16.
         workers: processes that load on each rank.
@@ -59,11 +64,12 @@ class Settings:
     out: Path = Path("runs/segmentation")
     size: int = 512
     scenes: int = 2000
-    steps: int = 80_000
-    batch_size: int = 16
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    evaluate_every: int = 8000
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup_steps: int | None = None
+    evaluate_every: int = 4000
     amp: bool = False
     workers: int = 4
     seed: int = 0
@@ -103,10 +109,11 @@ class MeanIoU:
         return {"miou": 100 * measure.compute().item()}
 
 
-def main(settings: Settings, device: torch.device) -> None:
+def main(given: Settings, device: torch.device) -> None:
     """Train and test."""
-    if settings.smoke:
-        settings = dataclasses.replace(settings, **SMOKE)
+    if given.smoke:
+        given = dataclasses.replace(given, **SMOKE)
+    settings = with_defaults(given, SEGMENTATION[given.head])
     start(settings.out, settings, settings.seed)
     images, tests, classes = labelled_images.for_segmentation(
         settings.data, settings.size, settings.scenes
@@ -115,7 +122,8 @@ def main(settings: Settings, device: torch.device) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.lr, weight_decay=settings.weight_decay
     )
-    scheduler = PolynomialLR(optimizer, settings.steps, power=0.9)
+    fall = PolynomialLR(optimizer, settings.steps, POWERS[settings.head])
+    scheduler = warmed_up(optimizer, fall, settings.warmup_steps, settings.steps)
     run = Pretraining(
         out=settings.out,
         method=Method(model),

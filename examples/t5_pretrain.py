@@ -31,7 +31,7 @@ DEFAULTS = exf.ExFusionConfig(seed=0)
 
 @dataclasses.dataclass
 class Settings:
-    """Train a T5 from scratch. The defaults are nanoT5's, which the paper follows.
+    """Train a T5 from scratch. The defaults are the paper's and, where it names none, nanoT5's.
 
     Args:
         exfusion: the settings of ExFusion; their seed is that of the whole run.
@@ -49,7 +49,7 @@ class Settings:
         batch_size: texts of a step, on all ranks together.
         micro_batch: texts that a rank's GPU takes at once; by default its share of the step's.
         steps: of the optimizer.
-        optimizer: adafactor, or adamw with a warm-up and a cosine.
+        optimizer: adafactor or adamw, each with a warm-up and a cosine.
         lr: highest learning rate.
         clip: largest norm of the gradients.
         dropout: rate.

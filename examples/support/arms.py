@@ -78,7 +78,7 @@ TASKS = {
     ("images", "small"): Task(
         "imagenet.py",
         ACCURACY,
-        "--image-size 28 --no-augment --drop-path 0 --workers 0 --batch-size 128 "
+        "--image-size 28 --no-augment --drop-path 0 --min-lr 0 --workers 0 --batch-size 128 "
         "--warmup-epochs 0.1 --model-kwargs patch_size 7 embed_dim 64 depth 4 num_heads 4",
         "--held-out --epochs 0.5",
         (16e-3, 32e-3, 64e-3),

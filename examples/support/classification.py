@@ -25,6 +25,16 @@ PVT_DEPTHS = {  # arXiv 2102.12122
 }
 
 
+SOURCES: dict[str, dict[str, Any]] = {  # of the models' own recipes
+    "pvt_medium": {"drop_path": 0.3, "clip": 1.0},
+    "pvt_large": {"drop_path": 0.3, "clip": 1.0},
+    "swin_tiny_patch4_window7_224": {"drop_path": 0.2, "clip": 5.0},
+    "swin_small_patch4_window7_224": {"drop_path": 0.3, "clip": 5.0},
+    "swin_base_patch4_window7_224": {"drop_path": 0.5, "clip": 5.0},
+}
+OTHERS = {"drop_path": 0.1}  # DeiT's, and those of the two smaller PVTs
+
+
 def build(
     name: str, size: int, classes: int, more: Mapping[str, Any], drop_path_rate: float = 0.0
 ) -> nn.Module:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.optimization import Adafactor
 
 import exfusion_param as exf
 from support import corpus, ranks
@@ -22,7 +23,8 @@ SIZES: dict[str, dict[str, int]] = {  # of T5 v1.1
     "large": {"d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
 }
 
-WARMUP = 0.1  # of the steps, under AdamW
+WARMUP = 0.1  # of the steps: nanoT5's 10,000 of the 100,000 that the paper trains for
+LAST_RATE = 1e-5  # of nanoT5's cosine
 
 
 def build(size: str, pieces: int, dropout: float, more: Mapping[str, int]) -> nn.Module:
@@ -93,18 +95,22 @@ def make_optimizer(
     """An optimizer, and what sets its learning rates before each step.
 
     Args:
-        name: adafactor, as T5 was trained, with its rate of min(lr, 1 / sqrt(step)) times the
-            parameters' own size; or adamw.
+        name: adafactor, with the schedule of nanoT5's configuration: a warm-up from half the rate,
+            a cosine to 1e-5, steps as large as the parameters, no decay; or adamw, which nanoT5
+            found to diverge at its rate.
         model: whose parameters it moves.
         lr: highest learning rate.
         steps: of the run.
     """
+    warmup = round(WARMUP * steps)
+    given: dict[str, Any] = {"t_in_epochs": False, "warmup_t": warmup}
+    optimizer: torch.optim.Optimizer
     if name == "adafactor":
         groups = exf.param_groups(model, weight_decay=0.0)
-        return torch.optim.Adafactor(groups, lr=lr), lambda step: None
-    optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.01), lr=lr)
-    warmup = round(WARMUP * steps)
-    scheduler = CosineLRScheduler(
-        optimizer, steps, t_in_epochs=False, warmup_t=warmup, warmup_lr_init=1e-7
-    )
-    return optimizer, scheduler.step_update
+        optimizer = Adafactor(groups, lr=lr, relative_step=False)
+        given |= {"t_initial": steps - warmup, "warmup_prefix": True}  # the cosine follows
+        given |= {"warmup_lr_init": lr / 2, "lr_min": LAST_RATE}
+    else:
+        optimizer = exf.ExpertAdamW(exf.param_groups(model, weight_decay=0.01), lr=lr)
+        given |= {"t_initial": steps, "warmup_lr_init": 1e-7}
+    return optimizer, CosineLRScheduler(optimizer, **given).step_update

@@ -1,0 +1,113 @@
+"""The recipes' defaults are the paper's, and those of the sources that it names."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR
+
+import detection
+import glue_finetune
+import imagenet
+import segmentation
+from support import schedules
+from support.classification import OTHERS, SOURCES
+from support.paper import TABLES
+from support.t5 import make_optimizer
+
+
+def rates(settings_of: Any, count: int) -> list[float]:
+    """Those of the first steps, as Pretraining sets them."""
+    optimizer, schedule = settings_of
+    found = []
+    for step in range(count):
+        schedule(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_t5_warms_up_from_half_its_rate_and_ends_at_nanot5s_last() -> None:
+    made = make_optimizer("adafactor", nn.Linear(3, 2), lr=1e-2, steps=1000)
+    found = rates(made, 1000)
+    assert found[0] == pytest.approx(5e-3)
+    assert max(found) == pytest.approx(1e-2, rel=1e-3)
+    assert found.index(max(found)) == pytest.approx(100, abs=1)
+    assert found[550] == pytest.approx(0.5 * (1e-2 + 1e-5), rel=1e-3)
+    assert found[-1] == pytest.approx(1e-5, rel=0.1)
+    assert {group["weight_decay"] for group in made[0].param_groups} == {0.0}
+
+
+def test_t5s_steps_are_as_large_as_the_parameters() -> None:
+    torch.manual_seed(0)
+    moved = []
+    for scale in (1.0, 10.0):
+        model = nn.Linear(8, 8, bias=False)
+        with torch.no_grad():
+            model.weight.mul_(scale)
+        before = model.weight.detach().clone()
+        optimizer, schedule = make_optimizer("adafactor", model, lr=1e-2, steps=10)
+        schedule(0)
+        model(torch.ones(4, 8)).square().sum().backward()
+        optimizer.step()
+        moved.append(((model.weight - before).norm() / before.norm()).item())
+    assert moved == pytest.approx([1e-2 / 2] * 2, rel=0.1)
+
+
+HEADS: list[tuple[Any, str, dict[str, float]]] = [
+    (segmentation, "fpn", {"steps": 40_000, "batch_size": 32, "lr": 2e-4, "warmup_steps": 0}),
+    (segmentation, "upernet", {"steps": 80_000, "batch_size": 16, "lr": 6e-5}),
+    (detection, "mask-rcnn", {"lr": 2e-4, "warmup_steps": 500}),
+    (detection, "retinanet", {"lr": 1e-4, "warmup_steps": 500}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "head", "expected"), HEADS)
+def test_heads_have_their_sources_settings_and_what_is_given_stays(
+    recipe: Any, head: Any, expected: dict[str, float]
+) -> None:
+    table = schedules.SEGMENTATION if recipe is segmentation else schedules.DETECTION
+    settings = recipe.Settings(Path(), head)
+    found = dataclasses.asdict(schedules.with_defaults(settings, table[head]))
+    assert expected.items() <= found.items()
+    settings = recipe.Settings(Path(), head, lr=0.5)
+    assert schedules.with_defaults(settings, table[head]).lr == 0.5
+    if head == "fpn":
+        assert any("Semantic FPN" in row and "40 K" in row for row in TABLES["III"].rows)
+
+
+def test_downstream_rates_warm_up_and_a_short_run_warms_up_less() -> None:
+    def of(warmup: int, steps: int) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+        drops = MultiStepLR(optimizer, [steps * 8 // 12, steps * 11 // 12])
+        scheduler = schedules.warmed_up(optimizer, drops, warmup, steps)
+        found = [optimizer.param_groups[0]["lr"]]
+        for _ in range(steps - 1):
+            optimizer.step()
+            scheduler.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    found = of(500, 120)
+    assert found[0] == pytest.approx(1e-3)
+    assert found[6] == pytest.approx(0.5, abs=0.01)
+    assert found[12:80] == pytest.approx([1.0] * 68)
+    assert found[80:110] == pytest.approx([0.1] * 30)
+    assert found[110:] == pytest.approx([0.01] * 10)
+    assert of(0, 12)[:8] == [1.0] * 8
+
+
+def test_models_have_their_own_stochastic_depth_and_clip() -> None:
+    expected = {"deit_tiny_patch16_224": (0.1, None), "pvt_small": (0.1, None)}
+    expected |= {"pvt_medium": (0.3, 1.0), "pvt_large": (0.3, 1.0)}
+    for model, (drop_path, clip) in expected.items():
+        settings = imagenet.Settings(model=model)
+        found = schedules.with_defaults(settings, OTHERS | SOURCES.get(model, {}))
+        assert (found.drop_path, found.clip, found.min_lr) == (drop_path, clip, 1e-5)
+    assert imagenet.Settings(drop_path=0.0).drop_path == 0.0
+
+
+def test_glue_fine_tunes_the_fused_model_by_default() -> None:
+    assert glue_finetune.Settings().method == "dense"
