@@ -19,7 +19,7 @@ import tyro
 import exfusion_param as exf
 from exfusion_param import cli, study
 from exfusion_param.study.figure import plot
-from support.ablation_tables import Table, tables
+from support.ablation_tables import Table, paper, tables
 from support.recipe_runs import Recipe
 from support.table import write_table
 
@@ -72,9 +72,7 @@ def run(name: str, table: Table, recipe: Recipe, settings: Settings) -> str:
         metric="test accuracy, %",
         settings={"arguments": recipe.common},
     )
-    rows = found.table()
-    if table.paper:
-        rows = [row | {"paper": table.paper.get(row["arm"], "")} for row in rows]
+    rows = [row | {"paper": paper(name).get(row["arm"], "")} for row in found.table()]
     text = write_table(settings.out / f"{name}.md", rows)
     values = {arm: found.values(arm) for arm in found.results}
     plot(settings.out / f"{name}.svg", values, table.control, found.metric, table.title)

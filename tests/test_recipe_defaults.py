@@ -14,6 +14,7 @@ import glue_finetune
 import imagenet
 import segmentation
 from support import schedules
+from support.ablation_tables import paper, tables
 from support.classification import OTHERS, SOURCES
 from support.paper import TABLES
 from support.t5 import make_optimizer
@@ -111,3 +112,15 @@ def test_models_have_their_own_stochastic_depth_and_clip() -> None:
 
 def test_glue_fine_tunes_the_fused_model_by_default() -> None:
     assert glue_finetune.Settings().method == "dense"
+
+
+def test_the_page_and_the_ablations_have_the_papers_figures() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text()
+    for number, table in TABLES.items():
+        part = text.split(f"## Table {number}: ")[1].split("## ")[0]
+        for row, values in table.rows.items():
+            assert f"| {' | '.join([row, *values])} |" in part, (number, row)
+    for number, ours in tables(12).items():
+        assert set(paper(number)) <= set(ours.rows), number
+    assert paper("VI")["mb"] == "74.10"
+    assert TABLES["I"].number("mb", "memory") == 25_327

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from support.paper import TABLES
+
 
 class Table(NamedTuple):
     """One ablation.
@@ -11,25 +13,24 @@ class Table(NamedTuple):
         rows: what is compared, and the arguments of it; those without any are the paper's default.
         control: the row that the others are compared with, seed by seed.
         is_timed: it measures time, so its runs go one after another.
-        paper: what the paper gives for a row, where we could read it.
     """
 
     title: str
     rows: dict[str, str]
     control: str
     is_timed: bool = False
-    paper: dict[str, str] = {}  # noqa: RUF012
 
 
 CONTROL = "--method control"
 
 
-def tables(depth: int) -> dict[str, Table]:
-    """The paper's tables VI to XI, for a model of this many FFNs.
+def paper(number: str) -> dict[str, str]:
+    """What a table of the paper has in its first column, by the names of its rows."""
+    return TABLES[number].column(TABLES[number].columns[0])
 
-    The paper's accuracies are not in here: of the paper we could read no more than what the
-    entries of `paper` say.
-    """
+
+def tables(depth: int) -> dict[str, Table]:
+    """The paper's tables VI to XI, for a model of this many FFNs; its figures are in paper.py."""
 
     def layers(chosen: range) -> str:
         return f"--layers {' '.join(map(str, chosen))}"
@@ -61,7 +62,6 @@ def tables(depth: int) -> dict[str, Table]:
             "One router for an FFN, or one for each linear?",
             {"control": CONTROL, "shared": "", "one per linear": "--no-shared-router"},
             control="control",
-            paper={"shared": "9.2K router parameters", "one per linear": "46.1K"},
         ),
         "X": Table(
             "Which FFNs?",
@@ -71,6 +71,7 @@ def tables(depth: int) -> dict[str, Table]:
                 "first half": layers(range(depth // 2)),
                 "second half": layers(range(depth // 2, depth)),
                 "every second": layers(range(1, depth, 2)),
+                "every second, from the first": layers(range(0, depth, 2)),
             },
             control="control",
         ),
