@@ -11,13 +11,13 @@ long as `mb` takes. Stop it and run the same command: runs that have ended stay,
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from exfusion_param import study
-from exfusion_param.study.comparison import markdown
 from exfusion_param.study.figure import plot
 from support import corpus
 from support.arms import ARMS, CANDIDATES, CONTROL, TASKS
@@ -74,14 +74,18 @@ def shared_tokenizer(data: Path | None, out: Path) -> Path:
     return path
 
 
-def report(found: study.Comparison, recipe: Recipe, title: str, path: Path) -> None:
+def report(
+    found: study.Comparison, recipe: Recipe, title: str, path: Path, paper: Mapping[str, str]
+) -> None:
     """Write tables and plots; their names begin as the path does."""
 
     def named(end: str) -> Path:
         return path.with_name(path.name + end)
 
     print(found)
-    named(".md").write_text(markdown(found.table()))
+    beside = [{"paper": paper.get(row["arm"], "")} if paper else {} for row in found.table()]
+    table = [row | more for row, more in zip(found.table(), beside, strict=True)]
+    write_table(named(".md"), table)
     if found.tuning:
         rows = [
             {"arm": arm} | {f"{lr:g}": str(tried) for lr, tried in of.items()}
@@ -139,7 +143,7 @@ def main(settings: Settings) -> None:
         metric=task.measure.title,
         settings={"arguments": common, "smoke": settings.smoke},
     )
-    report(found, recipe, f"{settings.task}, equal steps", out / settings.name)
+    report(found, recipe, f"{settings.task}, equal steps", out / settings.name, task.measure.paper)
 
 
 if __name__ == "__main__":

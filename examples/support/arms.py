@@ -1,6 +1,10 @@
 """What the evidence compares, as arguments of a recipe."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Self
+
+from support.paper import TABLES
 
 ARMS = {
     "dense": "--method dense",
@@ -38,14 +42,16 @@ class Measure(NamedTuple):
         name: a column of the results.
         sign: 1 if more is better, -1 if less is.
         title: with its unit.
+        paper: what the paper gives for an arm.
     """
 
     name: str
     sign: int
     title: str
+    paper: Mapping[str, str] = MappingProxyType({})
 
 
-ACCURACY = Measure("accuracy", 1, "test accuracy, %")
+ACCURACY = Measure("accuracy", 1, "test accuracy, %", TABLES["VI"].column("top-1"))
 LOSS = Measure("test_loss", -1, "test loss, nats for each token")
 
 
