@@ -83,9 +83,8 @@ def report(
         return path.with_name(path.name + end)
 
     print(found)
-    beside = [{"paper": paper.get(row["arm"], "")} if paper else {} for row in found.table()]
-    table = [row | more for row, more in zip(found.table(), beside, strict=True)]
-    write_table(named(".md"), table)
+    column = (lambda arm: {"paper": paper.get(arm, "")}) if paper else lambda arm: {}
+    write_table(named(".md"), [row | column(row["arm"]) for row in found.table()])
     if found.tuning:
         rows = [
             {"arm": arm} | {f"{lr:g}": str(tried) for lr, tried in of.items()}
