@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import ExFusionConfig
 from .expert_config import ENTRY
-from .finding.discovery import Filter
+from .finding.selection import Filter
 from .fusion.lookup import groups_of, wrapped_linears
 from .fusion_weights.bank_problems import share_alarm, warn_of_empty_banks
 from .fusion_weights.base import FusionWeights

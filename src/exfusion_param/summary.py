@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .api import wrap
 from .config import ExFusionConfig
 from .expert_config import ExpertConfig
-from .finding.discovery import Filter
+from .finding.selection import Filter
 from .fusion.lookup import fused_names, fusion_weights_of, labels_of, original, wrapped_linears
 from .fusion_weights.base import FusionWeights
 

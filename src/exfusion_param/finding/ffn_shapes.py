@@ -2,13 +2,16 @@
 
 A shape names the linears that read the FFN's input and the one that writes its output, relative to
 the module that holds them. It fits where all of them are there and their features fit: D to H, and
-H back to D. An FFN whose first linear makes gate and value in one has 2 H there.
+H back to D, with H > D / 2: what is narrower is an adapter, a gate or squeeze-and-excitation. An
+FFN whose first linear makes gate and value in one has 2 H there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+
+from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +49,25 @@ FFN_SHAPES = (
     FFNShape(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma, DINOv2 giant
     FFNShape(("gate_up_proj",), "down_proj"),  # Phi-3, GLM
     FFNShape(("up_proj",), "down_proj"),  # MPT, Nemotron
+    FFNShape(("gate_proj",), "down_proj"),  # TimesFM
     FFNShape(("w1", "w3"), "w2"),  # Llama as published
     FFNShape(("w12",), "w3"),  # DINOv2 as published
     FFNShape(("dense1",), "dense2"),  # PVT, PVTv2
-    FFNShape(("pwconv1",), "pwconv2", re.compile("^ConvNe[xX]t")),
+    FFNShape(("pwconv1",), "pwconv2"),  # ConvNeXt, and SwiftFormer's encoders
+    FFNShape(("point_wise_conv1",), "point_wise_conv2"),
     FFNShape(("conv1",), "conv2", re.compile("^PoolFormerOutput$")),
 )
 
-MIXTURES = re.compile(r"Experts$|MoE$|SparseMoe|SparseMoE|SparseMLP|SoftMoE|MoeLayer|MoeBlock")
-"""Class names of layers that hold experts already."""
+FFN_NAME = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$)|swiglu|geglu", re.IGNORECASE)
+"""What modules and classes are called that are an FFN, or hold one."""
 
-ATTENTION = re.compile(r"att(entio)?n|query|key|value", re.IGNORECASE)
-"""Names of modules and classes in which a linear is never part of an FFN."""
+OTHER_NAME = re.compile(
+    r"merger|projector|projection$|adapt[eo]r|router|squeeze|classifier|^head$|Head$|bias|rel_pos",
+    re.IGNORECASE,
+)
+"""What modules and classes are called that map D to H and back to D and are no FFN."""
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class."""
+    return type(module).__name__

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import api, state_dict
-from ..finding.discovery import FFNGroup, Filter
+from ..finding.discovery import FFNGroup
+from ..finding.selection import Filter
 from ..finding.projections import projection_of
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype

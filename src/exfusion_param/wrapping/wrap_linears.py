@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..finding.discovery import Filter, select_groups
+from ..finding.selection import Filter, select_groups
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.token_pool import TokenPool
 from ..tensors.ranks import ranks_in

@@ -1,0 +1,191 @@
+"""Which linears of one module make up FFNs: by the names of `ffn_shapes`, or by structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from torch import nn
+
+from .ffn_shapes import FFN_NAME, FFN_SHAPES, OTHER_NAME, FFNShape, class_name
+from .projections import CONVOLUTIONS, Projection, projection_of
+
+Linears = Mapping[str, nn.Module]
+
+
+class Holder:
+    """A module that may hold the linears of FFNs.
+
+    Args:
+        fqn: its name in the model.
+        module: the module.
+        attention: modules that are attention or lie inside of it.
+        taken: linears of FFNs that were found further inside.
+        is_beside_attention: attention is a child of the module that holds it, as in a layer.
+        holds_attention: one of its children holds attention and no FFN.
+    """
+
+    def __init__(
+        self,
+        fqn: str,
+        module: nn.Module,
+        attention: Collection[nn.Module],
+        taken: Collection[nn.Module],
+        is_beside_attention: bool,
+        holds_attention: bool,
+    ) -> None:
+        self.module, self.attention, self.taken = module, attention, set(taken)
+        self.is_beside_attention = is_beside_attention
+        self.holds_attention = holds_attention
+        names = (fqn.rpartition(".")[2], class_name(module))
+        self.is_called_ffn = any(FFN_NAME.search(name) for name in names)
+        self.is_called_other = not self.is_called_ffn and any(map(OTHER_NAME.search, names))
+
+    def ffns(self) -> Iterator[Linears]:
+        """The FFNs that it holds, first those whose linears have names that are known."""
+        if self.is_called_other:
+            return
+        for find in (self._by_name, self._by_structure, self._in_turn):
+            for linears in find():
+                if linears and self.taken.isdisjoint(linears.values()):
+                    self.taken.update(linears.values())
+                    yield linears
+
+    def _by_name(self) -> Iterator[Linears]:
+        for shape in FFN_SHAPES:
+            if shape.holder.search(class_name(self.module)):
+                yield self._fitting(shape)
+
+    def _by_structure(self) -> Iterator[Linears]:
+        """Two or three linears, directly in the module or anywhere below it."""
+        if isinstance(self.module, nn.ModuleList | nn.ModuleDict):
+            return  # what lists hold need not run in turn
+        children = {n: m for n, m in self.module.named_children() if self._may_be_part(m)}
+        below = {n: m for n, m in self.module.named_modules() if self._may_be_part(m)}
+        for linears in (children, below):
+            if len(linears) in (2, 3) and self._is_ffn(linears):
+                yield linears
+                return
+
+    def _fitting(self, shape: FFNShape) -> Linears:
+        names = (*shape.inputs, shape.output)
+        found = [one_projection(_descendant(self.module, name)) for name in names]
+        linears = {self._path(linear): linear for linear in found if linear is not None}
+        if len(linears) < len(names) or not self._fits(_maps(linears.values())):
+            return {}
+        # An adapter's down_proj is registered before its up_proj.
+        first, last = self._positions(linears)
+        return linears if first < last and self._may_mix(linears) else {}
+
+    def _fits(self, maps: Sequence[Projection]) -> bool:
+        first, last = maps[0], maps[-1]
+        if 2 * last.in_features <= first.in_features:
+            return False
+        # In a layer of a pyramid the FFN may widen its output, as in MViTv2.
+        widens = 2 * max(first.in_features, last.out_features) <= last.in_features
+        free = self.is_called_ffn and self.is_beside_attention and widens
+        return is_ffn(maps, any_output=free)
+
+    def _path(self, linear: nn.Module) -> str:
+        return next(path for path, module in self.module.named_modules() if module is linear)
+
+    def _is_ffn(self, linears: Linears) -> bool:
+        maps = _maps(linears.values())
+        # With H < D it may be an adapter, or squeeze-and-excitation.
+        is_wide = maps[0].out_features > maps[0].in_features
+        return is_wide and is_ffn(maps) and self._may_mix(linears) and self._is_plain()
+
+    def _in_turn(self) -> Iterator[Linears]:
+        """FFNs in a row of linears beside attention, in the order of their registration."""
+        rest = list(self._seen_through().items()) if self.holds_attention else []
+        while len(rest) > 1:
+            for length in (3, 2):
+                part = dict(rest[:length])
+                if len(part) == length and self._is_ffn(part):
+                    yield part
+                    rest = rest[length:]
+                    break
+            else:
+                rest = rest[1:]
+
+    def _seen_through(self) -> Linears:
+        """Linears that are children, or the only projection of one, beside norms and the like."""
+        linears = {}
+        for name, child in self.module.named_children():
+            if isinstance(child, nn.ModuleList | nn.ModuleDict):
+                continue
+            linear = one_projection(child)
+            if linear is not None and self._may_be_part(linear):
+                path = next(path for path, m in child.named_modules() if m is linear)
+                linears[f"{name}.{path}".rstrip(".")] = linear
+        return linears
+
+    def _may_be_part(self, module: nn.Module) -> bool:
+        """Whether it may be part of an FFN by structure; convolutions need a telling name."""
+        is_free = module not in self.attention and module not in self.taken
+        is_named = self.is_called_ffn or not isinstance(module, CONVOLUTIONS)
+        return is_free and is_named and projection_of(module) is not None
+
+    def _may_mix(self, linears: Linears) -> bool:
+        """Whether no convolution over tokens runs between, as in an inverted bottleneck."""
+        if self.is_called_ffn:
+            return True
+        first, last = self._positions(linears)
+        return not any(map(is_spatial, list(self.module.modules())[first:last]))
+
+    def _positions(self, linears: Linears) -> tuple[int, int]:
+        """Of the first and the last in the order in which modules are registered."""
+        modules = list(self.module.modules())
+        first, *_, last = linears.values()
+        return modules.index(first), modules.index(last)
+
+    def _is_plain(self) -> bool:
+        """Whether the module has no weights of its own, as mixers of state spaces have."""
+        own = self.module.parameters(recurse=False)
+        return not any(sum(size > 1 for size in tensor.shape) > 1 for tensor in own)
+
+
+def is_ffn(maps: Sequence[Projection], any_output: bool = False) -> bool:
+    """Whether all but the last map D to H and the last maps H, or one half of it, back to D."""
+    *first, last = maps
+    widths = {(p.in_features, p.out_features) for p in first}
+    if len(widths) != 1:
+        return False
+    ((features, hidden),) = widths
+    is_back = any_output or last.out_features == features
+    return last.in_features in (hidden, hidden / 2) and is_back
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Whether a module is a convolution over more than one token."""
+    return isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
+
+
+def one_projection(module: nn.Module | None) -> nn.Module | None:
+    """A projection, or the only one of a module that has nothing else but norms and the like."""
+    if module is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return None
+    weighty = list(_weighty(module))
+    return weighty[0] if len(weighty) == 1 and projection_of(weighty[0]) else None
+
+
+def _weighty(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold a matrix or more, projections as a whole."""
+    if projection_of(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)):
+        yield module
+    if not projection_of(module):
+        for child in module.children():
+            yield from _weighty(child)
+
+
+def _maps(linears: Iterable[nn.Module]) -> list[Projection]:
+    return [p for p in map(projection_of, linears) if p is not None]
+
+
+def _descendant(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split("."):
+        child = dict(module.named_children()).get(part)
+        if child is None:
+            return None
+        module = child
+    return module
