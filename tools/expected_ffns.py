@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from torch import nn
 
 FFN_CLASS = re.compile(
-    r"mlp|ffn|feed_?forward|dense(relu|act|gatedact)dense|swiglu|geglu|^PoolFormerOutput$", re.IGNORECASE
+    r"mlp|ffn|feed_?forward|dense(relu|act|gatedact)dense|swiglu|geglu|^PoolFormerOutput$",
+    re.IGNORECASE,
 )
 FFN_ATTRIBUTE = re.compile(r"(^|_)(mlp\d?|ffn|ff|feed_?forward|mlp_tokens|mlp_channels)$")
 OTHER_CLASS = re.compile(
     r"(?<!pooling)head$|classifier|gatemlp$|router|adapter|merger|projector|projection|relpos"
-    r"|squeeze|quantizer|^FunAsrNanoMLP$",
+    r"|squeeze|quantizer",
     re.IGNORECASE,
 )
 OTHER_ATTRIBUTE = re.compile(
@@ -84,9 +85,7 @@ def _is_named_ffn(name: str, module: nn.Module) -> bool:
 def _is_other(name: str, module: nn.Module) -> bool:
     """Whether it is called something that is not an FFN, or is a part of a bias or a gate."""
     attribute, cls = name.rpartition(".")[2], type(module).__name__
-    return bool(
-        OTHER_ATTRIBUTE.search(attribute) or OTHER_CLASS.search(cls) or BIAS.search(name)
-    )
+    return bool(OTHER_ATTRIBUTE.search(attribute) or OTHER_CLASS.search(cls) or BIAS.search(name))
 
 
 def _chain(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> frozenset[str]:
@@ -109,9 +108,9 @@ def _fitting(
             continue
         in_block = BLOCKS.search(type(modules[name.rpartition(".")[0]]).__name__)
         is_back = out == width or (in_block and hidden > 2 * width and len(ups) == len(first))
-        if back in (hidden, hidden / 2) and is_back and back > width / 2 and first[0] != last:
-            if list(linears).index(first[0]) < list(linears).index(last):
-                return frozenset(linears)
+        in_order = list(linears).index(first[0]) < list(linears).index(last)
+        if back in (hidden, hidden / 2) and is_back and back > width / 2 and in_order:
+            return frozenset(linears)
     return frozenset()
 
 

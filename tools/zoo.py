@@ -65,9 +65,9 @@ def _classes_for(config: Any) -> Iterator[type[transformers.PreTrainedModel]]:
         yield transformers.AutoModel._model_mapping[type(config)]
     path = type(config).__module__.replace(".configuration_", ".modeling_")
     for cls in vars(importlib.import_module(path)).values():
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            if cls.config_class is type(config):
-                yield cls
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if is_model and cls.config_class is type(config):
+            yield cls
 
 
 def _shallow(config: Any) -> Any:

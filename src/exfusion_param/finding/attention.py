@@ -12,7 +12,7 @@ import re
 from torch import nn
 
 from .ffn_shapes import FFN_NAME, class_name
-from .projections import projection_of
+from .projections import one_projection, projection_of
 
 _QKV = re.compile(
     r"^(to_?|w_?|in_proj_|proj_|linear_?|lin_|fc_)?(q|k|v|qk|kv|qkv|query|key|value|queries|keys|values"
@@ -24,42 +24,45 @@ _CALLED = re.compile(r"att(entio)?n", re.IGNORECASE)
 
 def attention_of(model: nn.Module) -> set[nn.Module]:
     """The modules of a model that are attention, or lie inside of it."""
-    modules = dict(model.named_modules())
     holding: set[nn.Module] = set()  # modules that are attention, or hold it
     inside: set[nn.Module] = set()
-    for fqn, module in reversed(modules.items()):  # what is inside of a module comes before it
+    for fqn, module in reversed(dict(model.named_modules()).items()):  # the inner ones first
         held = holding.intersection(module.children())
-        if _holds_qkv(module) or (_is_called(fqn, module) and not held):
-            inside.update(module.modules())
+        widths = set() if _is_ffn(module) else _widths(module)
+        if widths or (_is_called(fqn, module) and not held):
+            inside.update(set(module.modules()) - _ffns_of_width(module, widths))
             holding.add(module)
         elif held:
             holding.add(module)
     return inside
 
 
-def _holds_qkv(module: nn.Module) -> bool:
-    """Whether a module holds projections to queries, keys or values, of which an FFN has none."""
-    if _is_ffn(module):
-        return False
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    named = [n for n, child in module.named_children() if _is_one_projection(child)]
-    named += [n for n, parameter in module.named_parameters(recurse=False) if parameter.ndim > 1]
-    return any(_QKV.search(name) for name in named)
+def _widths(module: nn.Module) -> set[int]:
+    """What the projections of a module to queries, keys and values read; none if it has none."""
+    children = [child for name, child in module.named_children() if _QKV.search(name)]
+    linears = [linear for linear in map(one_projection, children) if linear is not None]
+    own = dict(module.named_parameters(recurse=False))
+    widths = {p.in_features for p in map(projection_of, linears) if p is not None}
+    named = [own[name] for name in own if _QKV.search(name) and own[name].ndim > 1]
+    if isinstance(module, nn.MultiheadAttention) or len(named) > 1:
+        widths |= {size for tensor in named for size in tensor.shape} or {0}
+    return widths
 
 
-def _is_one_projection(module: nn.Module) -> bool:
-    if projection_of(module):
-        return True
-    weights = [p for p in module.parameters() if p.ndim > 1]
-    return len(weights) == 1
+def _ffns_of_width(module: nn.Module, widths: set[int]) -> set[nn.Module]:
+    """FFNs inside of attention that read what it reads, as in pooling; a bias's MLP reads less."""
+    found: set[nn.Module] = set()
+    for name, inner in module.named_modules():
+        if inner is not module and (_is_ffn(inner) or FFN_NAME.search(name.rpartition(".")[2])):
+            linears = [p for p in map(projection_of, inner.modules()) if p is not None]
+            if linears and linears[0].in_features in widths:
+                found.update(inner.modules())
+    return found
 
 
 def _is_called(fqn: str, module: nn.Module) -> bool:
     names = (fqn.rpartition(".")[2], class_name(module))
-    return not _is_ffn(module) and any(
-        _CALLED.search(n) and not FFN_NAME.search(n) for n in names
-    )
+    return any(_CALLED.search(name) and not FFN_NAME.search(name) for name in names)
 
 
 def _is_ffn(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@ finds, a filter can name (selection.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -70,7 +71,22 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
         if not mixers.isdisjoint(module.children()) and taken.isdisjoint(module.modules()):
             mixers.add(module)
     rank = {fqn: index for index, fqn in enumerate(modules)}
-    return sorted(groups, key=lambda group: rank[group.inputs[0]])
+    return named_apart(sorted(groups, key=lambda group: rank[group.inputs[0]]))
+
+
+def named_apart(groups: Iterable[FFNGroup]) -> list[FFNGroup]:
+    """The groups, those of one module named by the part of it that runs first."""
+    groups = list(groups)
+    counts = Counter(group.name for group in groups)
+    return [
+        dataclasses.replace(group, name=_first_part(group)) if counts[group.name] > 1 else group
+        for group in groups
+    ]
+
+
+def _first_part(group: FFNGroup) -> str:
+    rest = next(iter(group.linears)).removeprefix(group.name).removeprefix(".")
+    return _join(group.name, rest.partition(".")[0])
 
 
 def ffns_in_module(module: nn.Module) -> list[Collection[nn.Module]]:

@@ -62,7 +62,7 @@ FFN_NAME = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$)|swiglu|geglu", re.IGN
 """What modules and classes are called that are an FFN, or hold one."""
 
 OTHER_NAME = re.compile(
-    r"merger|projector|projection$|adapt[eo]r|router|squeeze|classifier|^head$|Head$|bias|rel_pos",
+    r"merger|projector|projection$|adapt[eo]r|router|classifier|^head$|Head$|bias|rel_pos",
     re.IGNORECASE,
 )
 """What modules and classes are called that map D to H and back to D and are no FFN."""

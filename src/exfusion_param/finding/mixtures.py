@@ -64,5 +64,5 @@ def _lists(module: nn.Module, ffns: set[int]) -> Iterator[int]:
 def _stacks(module: nn.Module) -> Iterator[int]:
     """The numbers of matrices that are stacked in parameters of its own."""
     for parameter in module.parameters(recurse=False):
-        if parameter.ndim == 3 and not isinstance(module, nn.Conv1d):
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d):
             yield len(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -17,6 +18,11 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     names = [name or "(the model itself)" for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def globs_of(names: Iterable[str]) -> list[str]:
+    """Globs that match the names, with a star for each number."""
+    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -52,3 +53,20 @@ def projection_of(module: nn.Module) -> Projection | None:
     if (adapted := dict(module.named_children()).get(ADAPTED)) is not None:
         return projection_of(adapted)
     return None
+
+
+def one_projection(module: nn.Module | None) -> nn.Module | None:
+    """A projection, or the only one of a module that has nothing else but norms and the like."""
+    if module is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return None
+    weighty = list(_weighty(module))
+    return weighty[0] if len(weighty) == 1 and projection_of(weighty[0]) else None
+
+
+def _weighty(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold a matrix or more, projections as a whole."""
+    if projection_of(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)):
+        yield module
+    if not projection_of(module):
+        for child in module.children():
+            yield from _weighty(child)

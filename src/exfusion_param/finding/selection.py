@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .discovery import FFNGroup, candidate_linears, ffns_in_module, find_ffns
+from .discovery import FFNGroup, candidate_linears, ffns_in_module, find_ffns, named_apart
 from .mixtures import refuse_mixtures
-from .outer_modules import listed
+from .outer_modules import globs_of, listed
+from .projections import one_projection, projection_of
+from .structure import is_ffn
 
-Filter = Callable[[nn.Module, str], bool] | Sequence[str]
+MOST = 8  # linears that a message lists
+
+Filter = Callable[[nn.Module, str], bool] | Sequence[str | Sequence[str]]
 NamedLinears = Mapping[str, nn.Module]
 
 
@@ -25,7 +29,8 @@ def select_groups(
         model: any module.
         filter_fn: asked for each linear of the model, `filter_fn(module, fqn)`, or globs for the
             names of linears. Chosen linears of an FFN form its group; others form one group with
-            the chosen linears beside them. None takes the linears of all FFNs that are found.
+            the chosen linears beside them. A tuple of globs names the linears of each FFN itself,
+            in the order in which they run. None takes the linears of all FFNs that are found.
         layers: indices of the groups to take; None takes all.
 
     Raises:
@@ -42,7 +47,8 @@ def select_groups(
         refuse_mixtures(model, groups)
         _refuse_shared(model, groups)
     else:
-        groups = _group(_filtered(linears, filter_fn), groups)
+        together = _together(linears, filter_fn)
+        groups = _group(model, _filtered(linears, filter_fn), [*together, *groups])
     if not groups:
         raise ValueError(_nothing_matched(model, linears, filter_fn))
     return groups if layers is None else _at(groups, layers)
@@ -74,28 +80,73 @@ def _refuse_shared(model: nn.Module, groups: Iterable[FFNGroup]) -> None:
 def _filtered(linears: NamedLinears, filter_fn: Filter) -> dict[str, nn.Module]:
     if callable(filter_fn):
         return {fqn: linear for fqn, linear in linears.items() if filter_fn(linear, fqn)}
-    globs = [filter_fn] if isinstance(filter_fn, str) else list(filter_fn)
-    for glob in globs:
-        if not any(fnmatchcase(fqn, glob) for fqn in linears):
-            raise ValueError(f"The glob {glob!r} matches no linear. {_list_of(linears)}")
-    chosen = {fqn for fqn in linears for glob in globs if fnmatchcase(fqn, glob)}
+    chosen: set[str] = set()
+    for entry in _entries(filter_fn):
+        for glob in (entry,) if isinstance(entry, str) else entry:
+            chosen.update(_matching(linears, glob))
     return {fqn: linear for fqn, linear in linears.items() if fqn in chosen}
 
 
-def _group(chosen: NamedLinears, ffns: Sequence[FFNGroup]) -> list[FFNGroup]:
+def _entries(filter_fn: Filter) -> list[str | Sequence[str]]:
+    if callable(filter_fn):
+        return []
+    return [filter_fn] if isinstance(filter_fn, str) else list(filter_fn)
+
+
+def _matching(linears: NamedLinears, glob: str) -> list[str]:
+    if found := [fqn for fqn in linears if fnmatchcase(fqn, glob)]:
+        return found
+    raise ValueError(f"The glob {glob!r} matches no linear. {_list_of(linears)}")
+
+
+def _together(linears: NamedLinears, filter_fn: Filter) -> list[FFNGroup]:
+    """The groups that tuples of globs name: the first match of each, the second of each, ..."""
+    groups = []
+    for entry in _entries(filter_fn):
+        if isinstance(entry, str):
+            continue
+        found = [_matching(linears, glob) for glob in entry]
+        if len({len(names) for names in found}) > 1:
+            raise ValueError(
+                f"The globs {tuple(entry)} match {' and '.join(str(len(n)) for n in found)} "
+                "linears. To name FFNs each has to match one linear of each FFN; give globs that "
+                "match no others."
+            )
+        groups += [_as_group(names, linears) for names in zip(*found, strict=True)]
+    return groups
+
+
+def _as_group(names: Sequence[str], linears: NamedLinears) -> FFNGroup:
+    around = os.path.commonprefix([fqn.split(".")[:-1] for fqn in names])
+    maps = [p for p in (projection_of(linears[fqn]) for fqn in names) if p is not None]
+    inputs = names[:-1] if len(names) > 1 and is_ffn(maps) else names[:1]
+    return FFNGroup(".".join(around), {fqn: linears[fqn] for fqn in names}, tuple(inputs))
+
+
+def _group(model: nn.Module, chosen: NamedLinears, ffns: Sequence[FFNGroup]) -> list[FFNGroup]:
     """The chosen linears by FFN, or by the module that holds them if no FFN does."""
-    ffn_of = {fqn: ffn for ffn in ffns for fqn in ffn.linears}
-    groups: dict[str, FFNGroup] = {}
+    ffn_of = {fqn: ffn for ffn in reversed(ffns) for fqn in ffn.linears}
+    holders = {fqn: _holder_of(model, fqn) for fqn in chosen if fqn not in ffn_of}
+    groups: dict[tuple[str, ...], FFNGroup] = {}
     for fqn in chosen:
         ffn = ffn_of.get(fqn)
-        name = ffn.name if ffn else fqn.rpartition(".")[0]
-        if name not in groups:
-            beside = [other for other in chosen if other.rpartition(".")[0] == name]
+        key = tuple(ffn.linears) if ffn else (holders[fqn],)
+        if key not in groups:
+            beside = [other for other, holder in holders.items() if holder == holders.get(fqn)]
             names = [n for n in ffn.linears if n in chosen] if ffn else beside
             inputs = [n for n in ffn.inputs if n in chosen] if ffn else []
+            name = ffn.name if ffn else holders[fqn]
             linears = {n: chosen[n] for n in names}
-            groups[name] = FFNGroup(name, linears, tuple(inputs or names[:1]))
-    return list(groups.values())
+            groups[key] = FFNGroup(name, linears, tuple(inputs or names[:1]))
+    return named_apart(groups.values())
+
+
+def _holder_of(model: nn.Module, fqn: str) -> str:
+    """The module that holds a linear, seen through one that holds nothing else."""
+    holder = fqn.rpartition(".")[0]
+    while holder and one_projection(model.get_submodule(holder)) is not None:
+        holder = holder.rpartition(".")[0]
+    return holder
 
 
 def _at(groups: Sequence[FFNGroup], layers: Sequence[int]) -> list[FFNGroup]:
@@ -114,5 +165,6 @@ def _nothing_matched(model: nn.Module, linears: NamedLinears, filter_fn: Filter 
 def _list_of(linears: NamedLinears) -> str:
     if not linears:
         return "The model has no linears."
-    globs = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn) for fqn in linears))
-    return f"Its linears are: {listed(linears, 20)}. All of them: wrap(model, filter_fn={globs})."
+    globs = globs_of(linears)
+    some = globs if len(globs) <= MOST else [*globs[:MOST], "..."]
+    return f"Its linears are: {listed(linears, MOST)}. To choose: wrap(model, filter_fn={some})."

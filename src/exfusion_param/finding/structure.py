@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from .ffn_shapes import FFN_NAME, FFN_SHAPES, OTHER_NAME, FFNShape, class_name
-from .projections import CONVOLUTIONS, Projection, projection_of
+from .projections import CONVOLUTIONS, Projection, one_projection, projection_of
 
 Linears = Mapping[str, nn.Module]
 
@@ -38,13 +38,13 @@ class Holder:
         self.is_beside_attention = is_beside_attention
         self.holds_attention = holds_attention
         names = (fqn.rpartition(".")[2], class_name(module))
-        self.is_called_ffn = any(FFN_NAME.search(name) for name in names)
-        self.is_called_other = not self.is_called_ffn and any(map(OTHER_NAME.search, names))
+        self.is_called_ffn = any(map(FFN_NAME.search, names))
+        self.is_called_other = any(map(OTHER_NAME.search, names))
 
     def ffns(self) -> Iterator[Linears]:
         """The FFNs that it holds, first those whose linears have names that are known."""
-        if self.is_called_other:
-            return
+        if self.is_called_other or isinstance(self.module, nn.ModuleList | nn.ModuleDict):
+            return  # what lists hold need not run in turn
         for find in (self._by_name, self._by_structure, self._in_turn):
             for linears in find():
                 if linears and self.taken.isdisjoint(linears.values()):
@@ -52,18 +52,18 @@ class Holder:
                     yield linears
 
     def _by_name(self) -> Iterator[Linears]:
+        children = {name for name, _ in self.module.named_children()}
         for shape in FFN_SHAPES:
-            if shape.holder.search(class_name(self.module)):
+            is_there = children.issuperset(name.partition(".")[0] for name in shape.inputs)
+            if is_there and shape.holder.search(class_name(self.module)):
                 yield self._fitting(shape)
 
     def _by_structure(self) -> Iterator[Linears]:
         """Two or three linears, directly in the module or anywhere below it."""
-        if isinstance(self.module, nn.ModuleList | nn.ModuleDict):
-            return  # what lists hold need not run in turn
         children = {n: m for n, m in self.module.named_children() if self._may_be_part(m)}
         below = {n: m for n, m in self.module.named_modules() if self._may_be_part(m)}
         for linears in (children, below):
-            if len(linears) in (2, 3) and self._is_ffn(linears):
+            if len(linears) in (2, 3) and self._is_ffn(linears) and self._is_only_linears(linears):
                 yield linears
                 return
 
@@ -75,7 +75,10 @@ class Holder:
             return {}
         # An adapter's down_proj is registered before its up_proj.
         first, last = self._positions(linears)
-        return linears if first < last and self._may_mix(linears) else {}
+        is_pointwise = any(isinstance(linear, CONVOLUTIONS) for linear in linears.values())
+        if is_pointwise and not self.is_called_ffn and not self._is_ffn(linears):
+            return {}
+        return linears if first < last else {}
 
     def _fits(self, maps: Sequence[Projection]) -> bool:
         first, last = maps[0], maps[-1]
@@ -93,7 +96,7 @@ class Holder:
         maps = _maps(linears.values())
         # With H < D it may be an adapter, or squeeze-and-excitation.
         is_wide = maps[0].out_features > maps[0].in_features
-        return is_wide and is_ffn(maps) and self._may_mix(linears) and self._is_plain()
+        return is_wide and is_ffn(maps) and self._may_mix(linears)
 
     def _in_turn(self) -> Iterator[Linears]:
         """FFNs in a row of linears beside attention, in the order of their registration."""
@@ -139,10 +142,13 @@ class Holder:
         first, *_, last = linears.values()
         return modules.index(first), modules.index(last)
 
-    def _is_plain(self) -> bool:
-        """Whether the module has no weights of its own, as mixers of state spaces have."""
+    def _is_only_linears(self, linears: Linears) -> bool:
+        """Whether neither convolutions nor other weights follow, as in mixers of tokens."""
+        first, _ = self._positions(linears)
+        follows = any(map(is_spatial, list(self.module.modules())[first:]))
         own = self.module.parameters(recurse=False)
-        return not any(sum(size > 1 for size in tensor.shape) > 1 for tensor in own)
+        has_own = any(sum(size > 1 for size in tensor.shape) > 1 for tensor in own)
+        return not has_own and (self.is_called_ffn or not follows)
 
 
 def is_ffn(maps: Sequence[Projection], any_output: bool = False) -> bool:
@@ -159,23 +165,6 @@ def is_ffn(maps: Sequence[Projection], any_output: bool = False) -> bool:
 def is_spatial(module: nn.Module) -> bool:
     """Whether a module is a convolution over more than one token."""
     return isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
-
-
-def one_projection(module: nn.Module | None) -> nn.Module | None:
-    """A projection, or the only one of a module that has nothing else but norms and the like."""
-    if module is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return None
-    weighty = list(_weighty(module))
-    return weighty[0] if len(weighty) == 1 and projection_of(weighty[0]) else None
-
-
-def _weighty(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that hold a matrix or more, projections as a whole."""
-    if projection_of(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)):
-        yield module
-    if not projection_of(module):
-        for child in module.children():
-            yield from _weighty(child)
 
 
 def _maps(linears: Iterable[nn.Module]) -> list[Projection]:

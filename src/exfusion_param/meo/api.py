@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import api, state_dict
 from ..finding.discovery import FFNGroup
-from ..finding.selection import Filter
 from ..finding.projections import projection_of
+from ..finding.selection import Filter
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype
 from ..wrapping.wrap_linears import wrap_linears

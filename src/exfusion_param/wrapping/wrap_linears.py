@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..finding.left_out import warn_of_left_out
 from ..finding.selection import Filter, select_groups
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.token_pool import TokenPool
@@ -64,6 +65,8 @@ def wrap_linears(
             guard_loading(model, plan.fusion_weights, plan.group.linears)
     weights = [plan.fusion_weights for plan in plans]
     _follow_masks(model, weights)
+    if filter_fn is None and config.layers is None:
+        warn_of_left_out(model, groups)
     return weights
 
 
