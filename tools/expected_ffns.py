@@ -1,8 +1,9 @@
 """The FFNs to expect of models of timm and transformers, by the names that these libraries use.
 
-An FFN is a module of a class, or under an attribute, that its library calls an MLP or a feed-forward
-network, or a pair of attributes of a Transformer layer (BERT's `intermediate` and `output`). What
-the libraries name as something else (a head, an adapter, a gate, a position bias) is not.
+An FFN is a module of a class, or under an attribute, that its library calls an MLP or a
+feed-forward network, or a pair of attributes of a Transformer layer (BERT's `intermediate` and
+`output`). What the libraries name as something else (a head, an adapter, a gate, a position bias)
+is not.
 
 This is what `tools/coverage.py` compares discovery with, so it shares nothing with the package: no
 table, no helper, and no rule about what surrounds a linear.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -131,7 +133,7 @@ def _pairs(modules: dict[str, nn.Module]) -> Iterator[frozenset[str]]:
                 yield frozenset(names)
 
 
-def _widths(module: nn.Module) -> tuple[int, ...]:
+def _widths(module: Any) -> tuple[int, ...]:
     """(in, out) of a linear, a 1x1 convolution or GPT-2's Conv1D; () of all else."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features

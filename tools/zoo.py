@@ -62,7 +62,8 @@ def _of_type(config: Any) -> nn.Module:
 def _classes_for(config: Any) -> Iterator[type[transformers.PreTrainedModel]]:
     """The model class that `AutoModel` takes, then those beside the config, the largest last."""
     with contextlib.suppress(KeyError, ValueError):
-        yield transformers.AutoModel._model_mapping[type(config)]
+        mapping: Any = transformers.AutoModel._model_mapping
+        yield mapping[type(config)]
     path = type(config).__module__.replace(".configuration_", ".modeling_")
     for cls in vars(importlib.import_module(path)).values():
         is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)

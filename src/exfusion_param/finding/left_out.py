@@ -79,7 +79,7 @@ def _pairs(
             if up is None or down is None or not seen.isdisjoint(pair):
                 continue
             is_wide = up.out_features > up.in_features
-            if is_wide and is_ffn([up, down]) and not _spatial_between(module, pair):
+            if is_wide and is_ffn([up, down]) and _in_turn(module, pair, seen):
                 seen.update(pair)
                 yield (first, last), (up.in_features, up.out_features, down.out_features)
 
@@ -91,7 +91,9 @@ def _projections(module: nn.Module) -> Mapping[str, nn.Module]:
     return {paths[linear]: linear for linear in found.values() if linear is not None}
 
 
-def _spatial_between(module: nn.Module, pair: Sequence[nn.Module]) -> bool:
+def _in_turn(module: nn.Module, pair: Sequence[nn.Module], seen: Collection[nn.Module]) -> bool:
+    """Whether neither attention, an FFN nor a convolution over tokens stands between."""
     modules = list(module.modules())
     first, last = map(modules.index, pair)
-    return any(map(is_spatial, modules[first:last]))
+    between = modules[first + 1 : last]
+    return not any(is_spatial(other) or other in seen for other in between)

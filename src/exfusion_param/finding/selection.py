@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 from torch import nn
 
@@ -117,7 +117,8 @@ def _together(linears: NamedLinears, filter_fn: Filter) -> list[FFNGroup]:
 
 
 def _as_group(names: Sequence[str], linears: NamedLinears) -> FFNGroup:
-    around = os.path.commonprefix([fqn.split(".")[:-1] for fqn in names])
+    levels = zip(*(fqn.split(".")[:-1] for fqn in names), strict=False)
+    around = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
     maps = [p for p in (projection_of(linears[fqn]) for fqn in names) if p is not None]
     inputs = names[:-1] if len(names) > 1 and is_ffn(maps) else names[:1]
     return FFNGroup(".".join(around), {fqn: linears[fqn] for fqn in names}, tuple(inputs))
