@@ -25,7 +25,7 @@ _HEAD = re.compile(r"head|classifier|logits|out", re.IGNORECASE)
 def refuse_mixtures(model: nn.Module, groups: Sequence[FFNGroup]) -> None:
     """Raise a ValueError if a model holds experts already, among which a router chooses."""
     ffns = {id(model.get_submodule(group.name)) for group in groups}
-    for fqn, module in model.named_modules():
+    for fqn, module in reversed(dict(model.named_modules()).items()):  # the inner ones first
         if _CALLED.search(class_name(module)) or _routes(module, ffns):
             raise ValueError(
                 f"{class_name(model)} is a mixture of experts already: {fqn or 'the model'} is "

@@ -43,9 +43,12 @@ class Holder:
 
     def ffns(self) -> Iterator[Linears]:
         """The FFNs that it holds, first those whose linears have names that are known."""
-        if self.is_called_other or isinstance(self.module, nn.ModuleList | nn.ModuleDict):
-            return  # what lists hold need not run in turn
-        for find in (self._by_name, self._by_structure, self._in_turn):
+        if self.is_called_other:
+            return
+        # What lists hold need not run in turn, unless names tell.
+        is_list = isinstance(self.module, nn.ModuleList | nn.ModuleDict)
+        ways = (self._by_name, self._by_structure, self._in_turn)
+        for find in ways[:1] if is_list else ways:
             for linears in find():
                 if linears and self.taken.isdisjoint(linears.values()):
                     self.taken.update(linears.values())

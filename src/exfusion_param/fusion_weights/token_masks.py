@@ -23,8 +23,9 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
     Args:
         model: a wrapped model.
-        mask: shape (batch, tokens), true or 1 where a token counts, false or 0 for padding. An FFN
-            with another number of tokens, as in a vision tower, counts all of its own.
+        mask: shape (batch, tokens), true or 1 where a token counts, false or 0 for padding. FFNs
+            whose input is (tokens, batch, D) follow it too. An FFN with other tokens, as in a
+            vision tower, counts all of its own, with a warning.
 
     Raises:
         ValueError: the model has no router.

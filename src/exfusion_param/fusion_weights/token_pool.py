@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import FusionWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How an FFN's input has its tokens, where shapes do not tell.
+
+    Args:
+        tokens_first: (tokens, batch, D), as in torch's layers by default.
+        pads: the model pads the tokens at their end, to a multiple of its window.
+    """
+
+    tokens_first: bool = False
+    pads: bool = False
+
+
+def laid_out(mask: Tensor, shape: Sequence[int], layout: Layout) -> Tensor | None:
+    """A mask for tokens that are laid out in another way, or None if it is not a mask of them.
+
+    Args:
+        mask: shape (batch, tokens).
+        shape: of the FFN's input without its features.
+        layout: what the shape does not tell.
+    """
+    if mask.ndim != 2:
+        return mask if mask.shape == torch.Size(shape) else None
+    batch, tokens = mask.shape
+    is_transposed = layout.tokens_first or (batch, tokens) != tuple(shape)
+    if is_transposed and tuple(shape) == (tokens, batch):
+        return mask.mT
+    if tuple(shape) == (batch * tokens,):
+        return (mask.mT if layout.tokens_first else mask).flatten()
+    if layout.pads and len(shape) == 2 and shape[0] == batch and shape[1] > tokens:
+        return nn.functional.pad(mask, (0, shape[1] - tokens))
+    if len(shape) > 1 and shape[0] == batch and math.prod(shape[1:]) == tokens:
+        return mask.reshape(shape)
+    return None
 
 
 class TokenPool(FusionWeights):
     """Fusion weights that follow the input of an FFN, and leave padding out."""
 
     token_mask: Tensor | None = None  # of the running forward, see token_masks.py
+    layout: Layout = Layout()
     _traced: Tensor | None = None  # `current` while torch.compile traces
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,8 +100,31 @@ class TokenPool(FusionWeights):
             setattr(self, name, value)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """The token mask if it speaks of the tokens of x, also where these are in one dimension."""
-        mask = self.token_mask
-        if mask is None or mask.numel() * x.shape[-1] != x.numel():
+        """The token mask as x has its tokens, or None if it does not say which of them count.
+
+        Args:
+            x: shape (batch, tokens, D) or (tokens, batch, D), with tokens in several dimensions, or
+                all in one.
+
+        Returns:
+            The mask, shape (...) of x without its features.
+        """
+        if self.token_mask is None:
             return None
+        mask = laid_out(self.token_mask, x.shape[:-1], self.layout)
+        if mask is None:
+            self._warn_of_unused(x)
         return mask
+
+    def _warn_of_unused(self, x: Tensor) -> None:
+        mask = self.token_mask
+        assert mask is not None
+        if torch.compiler.is_compiling() or (mask.device.type == "cpu" and bool(mask.all())):
+            return  # nothing is masked; looking at it would synchronize a GPU
+        warnings.warn(
+            f"A token mask of shape {tuple(mask.shape)} does not fit an FFN's input of shape "
+            f"{tuple(x.shape)}, so all of its tokens count for the router, padding too. Run the "
+            "FFN on (batch, tokens, D), not in chunks, or give exf.token_mask(model, mask) one of "
+            "(batch, tokens) of these tokens.",
+            stacklevel=2,
+        )

@@ -19,9 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..fusion_weights.token_pool import TokenPool
+from ..fusion_weights.token_pool import Layout, TokenPool
 
 MASK = "attention_mask"
+
+_TOKENS_FIRST = {"xlnet", "fsmt"}
+"""Types whose layers run on (tokens, batch, D), though the model is given (batch, tokens)."""
 
 
 def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -> None:
@@ -31,17 +34,32 @@ def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -
         model: the wrapped model.
         new_pools: those of its fusion weights that do not follow them yet.
     """
-    module_of: dict[TokenPool, tuple[nn.Module, list[str]]] = {}
+    module_of: dict[TokenPool, tuple[nn.Module, list[str]] | None] = {}
     for module in model.modules():  # an outer one comes before those inside of it
         if not isinstance(module, PreTrainedModel):
             continue
+        inside = set(module.modules())
+        pools = [pool for pool in new_pools if pool in inside]
+        for pool in pools:
+            pool.layout = _layout_in(module, pool.layout)
         arguments = list(inspect.signature(module.forward).parameters)
         if MASK in arguments:
-            inside = set(module.modules())
-            module_of |= {pool: (module, arguments) for pool in new_pools if pool in inside}
-    for pool, (module, arguments) in module_of.items():
+            module_of |= dict.fromkeys(pools, (module, arguments))
+        elif module.main_input_name != "input_ids":  # a vision tower, with tokens of its own
+            module_of |= dict.fromkeys(pools)
+    for pool, found in module_of.items():
+        if found is None:
+            continue
+        module, arguments = found
         hook = functools.partial(_take_mask, pool, arguments.index(MASK))
         pool.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _layout_in(model: PreTrainedModel, layout: Layout) -> Layout:
+    """How a model has its tokens inside, beside what is known of one around it."""
+    pads = any(name.startswith("_pad_to_") for name in dir(type(model)))  # to a window, or block
+    tokens_first = model.config.model_type in _TOKENS_FIRST
+    return Layout(layout.tokens_first or tokens_first, layout.pads or pads)
 
 
 def _take_mask(

@@ -12,7 +12,7 @@ from torch import nn
 from ..finding.left_out import warn_of_left_out
 from ..finding.selection import Filter, select_groups
 from ..fusion_weights.base import FusionWeights
-from ..fusion_weights.token_pool import TokenPool
+from ..fusion_weights.token_pool import Layout, TokenPool
 from ..tensors.ranks import ranks_in
 from .checks import check_wrappable
 from .load_guard import guard_loading
@@ -73,7 +73,19 @@ def wrap_linears(
 def _follow_masks(model: nn.Module, weights: Iterable[FusionWeights]) -> None:
     """Let routers follow attention masks; imports transformers only for its models."""
     pools = [each for each in weights if isinstance(each, TokenPool)]
+    _note_tokens_first(model, pools)
     if pools and "transformers" in sys.modules:
         from .attention_masks import follow_attention_masks
 
         follow_attention_masks(model, pools)
+
+
+def _note_tokens_first(model: nn.Module, pools: Iterable[TokenPool]) -> None:
+    """Note which FFNs stand beside torch's attention that takes (tokens, batch, D)."""
+    for module in model.modules():
+        attention = [a for a in module.children() if isinstance(a, nn.MultiheadAttention)]
+        if attention and not attention[0].batch_first:
+            inside = set(module.modules())
+            for pool in pools:
+                if pool.linears[0] in inside:
+                    pool.layout = Layout(tokens_first=True)

@@ -1,0 +1,121 @@
+"""Token masks where a model's layers have the tokens laid out in another way than its caller."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import exfusion_param as exf
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+}
+BART: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": SMALL,
+    "roberta": SMALL | {"pad_token_id": 1},
+    "xlnet": {"vocab_size": 32, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24},
+    "longformer": SMALL | {"attention_window": [4], "pad_token_id": 1},
+    "big_bird": SMALL | {"attention_type": "original_full"},
+    "llama": SMALL | {"num_key_value_heads": 2},
+    "electra": SMALL | {"embedding_size": 16},
+    "distilbert": {"vocab_size": 32, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24},
+}
+MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+IDS = torch.arange(2, 14).view(2, 6)
+
+
+def make(name: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **fields)
+    for field in vars(config):
+        if "dropout" in field and isinstance(getattr(config, field), float):
+            setattr(config, field, 0.0)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").double()
+    return exf.wrap(model, momentum=0.0, seed=0).train()
+
+
+def bank_after(model: nn.Module, output: Tensor) -> list[Tensor]:
+    output.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    model.zero_grad()
+    return [b.clone() for name, b in model.named_buffers() if name.endswith("bank")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("error:A token mask")
+def test_banks_of_a_padded_batch_are_those_without_padding(name: str) -> None:
+    """Both samples alone are what the batch is, weighted by their tokens: 3 and 6."""
+    fields = FAMILIES[name]
+    models = [make(name, **fields) for _ in range(3)]
+    batch = bank_after(models[0], models[0](IDS, attention_mask=MASK)[0])
+    short = bank_after(models[1], models[1](IDS[:1, :3], attention_mask=MASK[:1, :3])[0])
+    long = bank_after(models[2], models[2](IDS[1:], attention_mask=MASK[1:])[0])
+    for ours, three, six in zip(batch, short, long, strict=True):
+        torch.testing.assert_close(ours, (three + 2 * six) / 3, rtol=0, atol=1e-9)
+
+
+def test_square_masks_of_layers_with_tokens_first_are_transposed() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0).double()
+    model = exf.wrap(layer, momentum=0.0, seed=0).train()
+    flipped = copy.deepcopy(model)
+    flipped.self_attn.batch_first = True
+    for pool in flipped.modules():
+        if hasattr(pool, "layout"):
+            pool.layout = type(pool.layout)()
+    x, mask = torch.randn(3, 3, 8).double(), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    with exf.token_mask(model, mask):
+        ours = bank_after(model, model(x, src_key_padding_mask=mask == 0))
+    with exf.token_mask(flipped, mask):
+        theirs = bank_after(flipped, flipped(x.transpose(0, 1), src_key_padding_mask=mask == 0))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_masks_of_torchs_layers_leave_padding_out(tokens_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=not tokens_first)
+    model = exf.wrap(layer.double(), momentum=0.0, seed=0).train()
+    alone = copy.deepcopy(model)
+    x, mask = torch.randn(2, 5, 8).double(), torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    turned = (lambda y: y.transpose(0, 1)) if tokens_first else (lambda y: y)
+    with exf.token_mask(model, mask):
+        ours = bank_after(model, model(turned(x), src_key_padding_mask=mask == 0))
+    theirs = bank_after(alone, alone(turned(x[:, :3])))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_mask_that_does_not_fit_warns_and_one_without_padding_does_not() -> None:
+    model = make("bert", **SMALL | {"chunk_size_feed_forward": 2})
+    with pytest.warns(UserWarning, match=r"mask of shape \(2, 6\) does not fit .* \(2, 2, 16\)"):
+        model(IDS, attention_mask=MASK)
+    model(IDS, attention_mask=torch.ones_like(MASK))
+
+
+def test_tokens_in_several_dimensions_or_in_one_follow_the_mask() -> None:
+    x, mask = torch.randn(2, 6, 8), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+    moved = []
+    for shape in ((2, 6, 8), (2, 2, 3, 8), (12, 8)):
+        torch.manual_seed(0)
+        model = exf.wrap(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)), momentum=0.0, seed=0)
+        with exf.token_mask(model, mask):
+            moved.append(bank_after(model, model(x.reshape(shape))))
+    torch.testing.assert_close(moved[1], moved[0])
+    torch.testing.assert_close(moved[2], moved[0])
