@@ -4,7 +4,7 @@ PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file 
 ARGS ?=
 TESTS :=
 
-.PHONY: help demo test lint types unit quick nightly docs package bench gpu gpu-dry faults borders recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly docs package bench gpu gpu-dry faults borders coverage recipes evidence clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ faults: .venv/installed  ## kills, full disks, damaged and malformed files, a lo
 
 borders: .venv/installed  ## what other people's code does to wrapped models; about 6 minutes
 	$(BIN)/python tools/borders.py
+
+coverage: .venv/installed  ## count the FFNs found in all models of timm and transformers; about 20 minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tools/coverage.py
 
 FASHION ?= examples/data/fashion-mnist
 TEXT ?= examples/data/shakespeare

@@ -1,6 +1,6 @@
 """Count the FFNs that `wrap` finds in every model of timm and transformers.
 
-    python tools/coverage.py            # about 20 minutes; goes on where it was stopped
+    make coverage                       # about 20 minutes; goes on where it was stopped
     python tools/coverage.py "swin*"    # some models, printed and not written
 
 What to expect is in `expected_ffns.py`, from the libraries' own names. Models are built on the meta
@@ -163,9 +163,9 @@ def document(outcomes: Sequence[Outcome]) -> str:
         "",
         "Written by `make coverage`, over every model of timm "
         f"{timm.__version__} and every model type of transformers {transformers.__version__},",
-        "built on the meta device. What to expect is in `tools/expected_ffns.py`, by the names that",
-        "libraries give to their modules; discovery has no part in it. It was reviewed by hand",
-        "wherever the two differed. The tests check a sample that changes by day.",
+        "built on the meta device. What to expect is in `tools/expected_ffns.py`, by the names",
+        "that the libraries give to their modules; discovery has no part in it. It was reviewed by",
+        "hand wherever the two differed. The tests check a sample that changes by day.",
         "",
         "| library | models built | with FFNs | FFNs found | wrong choices | mixtures refused "
         "| models with something left, and a warning |",
