@@ -167,11 +167,13 @@ def document(outcomes: Sequence[Outcome]) -> str:
         "that the libraries give to their modules; discovery has no part in it. It was reviewed by",
         "hand wherever the two differed. The tests check a sample that changes by day.",
         "",
-        "| library | models built | with FFNs | FFNs found | wrong choices | mixtures refused "
+        "| library | names counted | models built | with FFNs | FFNs found | wrong choices | mixtures refused "
         "| models with something left, and a warning |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {library} | {_figures(each)} |" for library, each in by_library.items()]
+    for library, each in by_library.items():
+        names = sum(name[0] == library for name in zoo.names())
+        lines.append(f"| {library} | {len(each)} of {names} | {_figures(each)} |")
     for library, each in by_library.items():
         lines += ["", f"## {library}", "", "| model | FFNs |", "|---|---|"]
         lines += [f"| `{one.name}` | {one.verdict} |" for one in each]

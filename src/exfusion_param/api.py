@@ -47,7 +47,9 @@ def wrap(
         model: any module. Its classes, code and other parameters stay as they are.
         config: the settings; None takes the paper's.
         filter_fn: selects the linears to wrap, instead of the FFNs that are found automatically:
-            `filter_fn(module, fqn) -> bool`, asked for every linear, or globs for their names.
+            `filter_fn(module, fqn) -> bool`, asked for every linear, or globs for their names. A
+            tuple of globs names the linears of one FFN, which share fusion weights, in the order in
+            which they run: `[("blocks.*.up.conv", "blocks.*.down.conv")]`.
         generator: draws the seed of the experts and routers, instead of `config.seed`.
         process_group: the ranks that train this model, as a process group or a device mesh, where
             they are not all ranks of the job: a pipeline stage, or one of several models. Routers
