@@ -167,8 +167,8 @@ def document(outcomes: Sequence[Outcome]) -> str:
         "that the libraries give to their modules; discovery has no part in it. It was reviewed by",
         "hand wherever the two differed. The tests check a sample that changes by day.",
         "",
-        "| library | names counted | models built | with FFNs | FFNs found | wrong choices | mixtures refused "
-        "| models with something left, and a warning |",
+        "| library | names counted | models built | with FFNs | FFNs found | wrong choices "
+        "| mixtures refused | models with something left, and a warning |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for library, each in by_library.items():
