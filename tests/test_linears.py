@@ -47,7 +47,8 @@ def test_a_weight_can_be_assigned(variant: str) -> None:
 def test_a_weight_assigned_under_a_bank_of_zeros_shows_once_the_bank_is_full() -> None:
     model = exf.wrap(FFNs(), momentum=0.0)
     linear, weight = model.blocks[0].fc1, torch.randn(6, 4)
-    linear.weight = weight
+    with pytest.warns(UserWarning, match="bank"):
+        linear.weight = weight
     assert not linear.weight.any()
     linear.parametrizations.weight[0].fusion_weights.bank.fill_(0.25)
     torch.testing.assert_close(linear.weight, weight)

@@ -154,6 +154,15 @@ def test_gates_for_each_sample_do_not_compute_with_unfilled_experts(level: Any) 
         model(x())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_unfilled_model_is_printed(variant: str) -> None:
+    with torch.device("meta"):
+        model = exf.wrap(FFNs(), variant=variant)
+    text = repr(model)
+    assert "bias=True" in text
+    assert repr(model.to_empty(device="cpu")) == text
+
+
 @pytest.fixture
 def _two_ranks() -> Any:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

@@ -66,6 +66,7 @@ def share_class(
         members |= {"_dense_order": dense_order, "_fused": fused}
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
+        members["extra_repr"] = _describe
         forward = dense.forward if make_forward is None else make_forward(dense, projection)
         members["forward"] = outside_access.watched(forward)
         members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
@@ -183,10 +184,7 @@ def _reset_experts(self: Any) -> None:
 
     The ranks of a sharded model draw whole experts, each the same ones, and keep their parts.
     """
-    dense: Any = type(self).__bases__[0]
-    # A dense linear without __init__ and without its own tensors: only what its method reads.
-    scratch = dense.__new__(dense)
-    scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
+    scratch = _dense_without_tensors(self)
     stacks = {name: self.parametrizations[name].original for name in self._fused}
     drawn = {
         name: torch.empty(stack.shape, dtype=stack.dtype, device=stack.device)
@@ -202,3 +200,21 @@ def _reset_experts(self: Any) -> None:
     for name, stack in stacks.items():
         if is_sharded(stack):
             self.parametrizations[name][0].start_from(stack, drawn[name])
+
+
+def _describe(self: Any) -> str:
+    """What the dense class's `extra_repr` tells, without computing a fused tensor."""
+    scratch = _dense_without_tensors(self)
+    shapes = {name: self.parametrizations[name].original.shape[1:] for name in self._fused}
+    like = {name: nn.Parameter(torch.empty(s, device="meta")) for name, s in shapes.items()}
+    scratch._parameters.update(like)
+    text: str = scratch.extra_repr()
+    return text
+
+
+def _dense_without_tensors(self: Any) -> Any:
+    """A dense linear without __init__ and without its own tensors: only what a method reads."""
+    dense: Any = type(self).__bases__[0]
+    scratch = dense.__new__(dense)
+    scratch.__dict__ = {**vars(self), "_parameters": {**self._parameters}, "_modules": {}}
+    return scratch
