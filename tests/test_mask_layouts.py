@@ -61,7 +61,7 @@ def bank_after(model: nn.Module, output: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("error:A token mask")
 def test_banks_of_a_padded_batch_are_those_without_padding(name: str) -> None:
-    """Both samples alone are what the batch is, weighted by their tokens: 3 and 6."""
+    """Both samples by itself are what the batch is, weighted by their tokens: 3 and 6."""
     fields = FAMILIES[name]
     models = [make(name, **fields) for _ in range(3)]
     batch = bank_after(models[0], models[0](IDS, attention_mask=MASK)[0])
