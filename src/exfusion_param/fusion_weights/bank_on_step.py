@@ -40,17 +40,21 @@ class BankOnStep(MemoryBank):
             return None
         self._step_total = None
         if x.numel() == 0:  # no token, no vote
-            return with_zero_gradient(output, self.router)
+            return with_zero_gradient(output, self._probe())
         noted = self._statistics_of(x.movedim(self._feature_dim, -1))
         self.votes.follow_anchor()
-        return with_zero_gradient(output, self.router, lambda: self.votes.note(noted))
+        return with_zero_gradient(output, self._probe(), lambda: self.votes.note(noted))
 
     def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
         if x.numel() == 0:
-            return with_zero_gradient(output, self.router)
-        probe = self.router if self.router.requires_grad else self.trained()[0]
-        part = local_to_differentiate(probe).flatten()[:1]
+            return with_zero_gradient(output, self._probe())
+        part = local_to_differentiate(self._probe()).flatten()[:1]
         return plus(output, self.votes.token(self._statistics_of(x), part).to(output.dtype))
+
+    def _probe(self) -> nn.Parameter:
+        """The parameter with whose gradient votes are noted: the router, unless it is frozen."""
+        anchor = self._anchor()
+        return self.router if self.router.requires_grad or anchor is None else anchor
 
     @torch.no_grad()
     def _statistics_of(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def with_zero_gradient(y: Tensor, parameter: Tensor | None, note: Note | None = 
     Args:
         y: any tensor of the forward.
         parameter: gets the gradient; None, or a frozen one, gets none.
-        note: called in the backward.
+        note: called in a backward that computes the parameter's gradient.
 
     Returns:
         `y` itself where no backward of this forward ends in `.grad`: without a graph, within
@@ -30,11 +30,13 @@ def with_zero_gradient(y: Tensor, parameter: Tensor | None, note: Note | None = 
     """
     if not isinstance(y, Tensor) or not y.requires_grad or is_transformed(y):
         return y
+    if parameter is None or not parameter.requires_grad:
+        return y
     if torch.compiler.is_exporting():
         return y
-    if torch.compiler.is_compiling() and note is None and parameter is not None:
+    if torch.compiler.is_compiling() and note is None:
         return plus(y, 0 * parameter.flatten()[:1].to(y.dtype))
-    result: Tensor = _ZeroGradient.apply(y, parameter, note)
+    result: Tensor = _ZeroGradient.apply(y, _Token.apply(parameter, note))
     return result
 
 
@@ -71,16 +73,27 @@ def _has_derivative(y: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(y).tangent is not None
 
 
-class _ZeroGradient(torch.autograd.Function):
+class _Token(torch.autograd.Function):
+    """A zero that leads to the parameter only, so that a backward for inputs leaves it out."""
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, parameter: Tensor | None, note: Note | None) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, note: Note | None) -> Tensor:
         ctx.parameter, ctx.note = parameter, note
-        # Not a view, which the next layer could not write to in place, as nn.ReLU(inplace=True).
-        return y.detach()
+        return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if ctx.note is not None:
             ctx.note()
-        zeros = torch.zeros_like(ctx.parameter) if ctx.needs_input_grad[1] else None
-        return gradient, zeros, None
+        return torch.zeros_like(ctx.parameter), None
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, token: Tensor) -> Tensor:
+        # Not a view, which the next layer could not write to in place, as nn.ReLU(inplace=True).
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, torch.zeros(())

@@ -1,20 +1,32 @@
 """The parameter of an FFN group whose gradient tells which micro-batches a step applies.
 
-FSDP2 puts a gathered parameter in the place of a sharded one for a forward and its backward, so the
-anchor is looked up again at each use. It is held weakly: a strong reference would be a cycle that
-the garbage collector cannot see, as it runs through the parameter's hooks.
+FSDP2 puts a gathered parameter in the place of a sharded one for a forward and its backward. Then
+autograd writes to the gathered one, which has hooks of its own, and FSDP2 reduces its gradient into
+the sharded one, where `zero_grad` shows. Between the two, as with
+`set_requires_gradient_sync(False)`, neither may have a gradient; nothing was reset then.
+
+A backward may compute the anchor's gradient and leave it to the user's code to add it up:
+`autograd.grad`, and pipelines whose schedule splits input and weight gradients (zero bubble).
+Whether that happened shows at the next backward, or at the step.
+
+Parameters are held weakly: a strong reference would be a cycle that the garbage collector cannot
+see, as it runs through the parameter's hooks.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ...tensors.shards import is_sharded, local
+
+Gradients = list[tuple[int, int]]
+"""The identity and version of each."""
 
 
 class Anchor:
@@ -35,73 +47,117 @@ class Anchor:
         after_write: Callable[[Tensor], None],
         before_switch: Callable[[], None],
     ) -> None:
-        self.is_sharded = False
-        """Autograd writes to gathered parameters, so writes to this one come late or never."""
+        self.counts_at_once = False
+        """FSDP1 has put views of flat parameters in place, to which autograd writes nothing."""
         self._find = weakref.WeakMethod(find)
         self._before_write = before_write
         self._after_write = after_write
         self._before_switch = before_switch
         self._parameter: weakref.ref[Tensor] | None = None
+        self._gathered: weakref.ref[Tensor] | None = None  # in its place
         self._hooks: list[RemovableHandle] = []
         self._was_written: Tensor | None = None  # whether the gradient was not zero
+        self._is_held_back = False  # by FSDP2, which has not reduced it yet
         self._is_new = False  # it took over in the middle of an accumulation, without a gradient
         self._written: weakref.ref[Tensor] | None = None  # the gradient that autograd wrote last
         self._sample: tuple[Tensor, int] | None = None  # some of its numbers then, and its version
+        self._left_at: Gradients | None = None  # when a backward computed one and did not write it
+        self._is_by_hand = False  # what one computed was added up by the user's code
 
-    def refresh(self) -> bool:
-        """Follow the anchor that the group has now; returns as `follow` does."""
+    def refresh(self) -> None:
+        """Follow the anchor that the group has now; the last one while all are frozen."""
         find = self._find()
-        return self.follow(None if find is None else find())
+        if find is not None and (parameter := find()) is not None:
+            self.follow(parameter)
 
-    def follow(self, parameter: Tensor | None) -> bool:
-        """Follow this parameter from now on; None follows none.
-
-        Returns:
-            Whether a gathered parameter has been followed so far as if it were the group's own.
-        """
-        before = None if self._parameter is None else self._parameter()
-        if parameter is before and parameter is not None:
-            return False
-        if parameter is not None and before is not None and _is_gathered(parameter, before):
-            self.is_sharded = True
-            return False
+    def follow(self, parameter: Tensor | None) -> None:
+        """Follow this parameter from now on; None follows none."""
+        before, gathered = _get(self._parameter), _get(self._gathered)
+        if parameter is not None and (parameter is before or parameter is gathered):
+            return
         if parameter is not None and before is not None:
+            if _is_gathered(parameter, before):
+                self._gathered = weakref.ref(parameter)
+                self.counts_at_once = not parameter.is_leaf
+                self._hook(parameter)
+                return
+            if _is_gathered(before, parameter):  # it was gathered when it was followed first
+                self._parameter, self._gathered = weakref.ref(parameter), self._parameter
+                self._written = None  # FSDP2 writes the sharded one's
+                return
             self._before_switch()
             self._is_new = True
         for hook in self._hooks:
             hook.remove()
-        self._parameter, self._hooks, self._was_written, self._written = None, [], None, None
-        if parameter is None or not parameter.is_leaf or parameter.is_meta:
-            return False
-        self.is_sharded = is_sharded(parameter)
-        self._parameter = weakref.ref(parameter)
-        self._hooks = [
-            parameter.register_hook(self._before_write),
-            parameter.register_post_accumulate_grad_hook(self._wrote),
-        ]
-        return self.is_sharded and before is not None
+        self._parameter, self._gathered, self._hooks = None, None, []
+        self._was_written, self._written, self._left_at = None, None, None
+        self._is_held_back = self.counts_at_once = self._is_by_hand = False
+        if parameter is not None and parameter.is_leaf and not parameter.is_meta:
+            self._parameter = weakref.ref(parameter)
+            self._hook(parameter)
+
+    def _hook(self, parameter: Tensor) -> None:
+        if parameter.is_leaf:
+            self._hooks += [
+                parameter.register_hook(self._computed),
+                parameter.register_post_accumulate_grad_hook(self._wrote),
+            ]
+
+    def _computed(self, gradient: Tensor) -> None:
+        self._look_for_hand()
+        self._left_at = self._gradients()
+        self._before_write(gradient)
+
+    def _gradients(self) -> Gradients:
+        """What the anchor and a gathered one in its place have now."""
+        parameters = [_get(self._parameter), _get(self._gathered)]
+        found = [tensor.grad for tensor in parameters if tensor is not None and tensor.is_leaf]
+        return [(id(grad), local(grad)._version) for grad in found if grad is not None]
+
+    def _look_for_hand(self) -> None:
+        """Whether the gradient that a backward computed has been added up since."""
+        now = self._gradients()
+        if self._left_at is not None and now and now != self._left_at:
+            self._is_by_hand = True
+        self._left_at = None
 
     def _wrote(self, parameter: Tensor) -> None:
+        self._left_at = None
         self._after_write(parameter)
+        self._note_gradient(parameter)
+        self._is_new = False
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        """FSDP2 has reduced the gradient, or keeps it until a later backward."""
+        self.refresh()
+        if (parameter := _get(self._parameter)) is not None:
+            self._is_held_back = parameter.grad is None
+            if self._written is None or self._written() is not parameter.grad:
+                self._note_gradient(parameter)
+
+    def _note_gradient(self, parameter: Tensor) -> None:
         gradient = parameter.grad
         self._was_written = None if gradient is None else local(gradient).any()
         self._written = None if gradient is None else weakref.ref(gradient)
-        self._sample = None if gradient is None else (_sample_of(gradient), gradient._version)
-        self._is_new = False
+        self._sample = None
+        if gradient is not None and not is_sharded(gradient):
+            self._sample = _sample_of(gradient), gradient._version
 
     def forget_write(self) -> None:
         """A step has applied the gradient."""
-        self._was_written = None
-        self._is_new = False
+        self._was_written = self._left_at = None
+        self._is_new = self._is_by_hand = False
 
     def still_applied(self, total: Tensor | None) -> Tensor | None:
         """What was counted for the gradient as it was last written, if it has not been reset."""
-        parameter = None if self._parameter is None else self._parameter()
+        parameter = _get(self._parameter)
         if total is None or parameter is None:
             return None
-        if self._is_new:
+        if self._is_new or self._is_held_back or self.counts_at_once:
             return total
-        if self._was_written is None and (self.is_sharded or parameter.grad is not None):
+        if self._was_written is None and parameter.grad is not None:
             return total
         if self._was_written is None or parameter.grad is None:
             return None
@@ -117,9 +173,12 @@ class Anchor:
         Args:
             is_counted: whether anything was counted for a gradient that autograd wrote.
         """
-        parameter = None if self._parameter is None else self._parameter()
+        parameter = _get(self._parameter)
         gradient = None if parameter is None else parameter.grad
-        if gradient is None or self.is_sharded or gradient._is_view():
+        self._look_for_hand()
+        if self._is_by_hand:
+            return gradient
+        if gradient is None or self.counts_at_once or gradient._is_view():
             return None
         if self._written is None:  # by a parameter that was the anchor before, if anything counted
             return None if is_counted else gradient
@@ -131,7 +190,7 @@ class Anchor:
         Clipping and unscaling write in place as well, and leave the direction.
         """
         gradient = None if self._written is None else self._written()
-        if gradient is None or self._sample is None or self.is_sharded or gradient._is_view():
+        if gradient is None or self._sample is None or gradient._is_view():
             return None
         before, version = self._sample
         if gradient._version == version:
@@ -148,6 +207,18 @@ def _sample_of(gradient: Tensor) -> Tensor:
     return sample.clone() if sample.data_ptr() == numbers.data_ptr() else sample
 
 
+def _get(reference: weakref.ref[Tensor] | None) -> Tensor | None:
+    return None if reference is None else reference()
+
+
 def _is_gathered(parameter: Tensor, before: Tensor) -> bool:
     """Whether FSDP has put `parameter` in the place of `before` for a forward and backward."""
-    return not parameter.is_leaf or (is_sharded(before) and not is_sharded(parameter))
+    if not parameter.is_leaf:
+        return True
+    return parameter.shape == before.shape and _mesh_dims(parameter) < _mesh_dims(before)
+
+
+def _mesh_dims(parameter: Tensor) -> int:
+    """How many dimensions the mesh of a DTensor has; 0 for a plain tensor."""
+    sharded: Any = parameter
+    return sharded.device_mesh.ndim if is_sharded(parameter) else 0

@@ -71,7 +71,7 @@ def _note(gradient: Tensor, marked: Tensor, vote: float, name: Tensor) -> Tensor
     if (counter := _live.get(int(name))) is None:
         return gradient[:-1].clone()
     count = (marked[-1:] > 0).to(marked.dtype)
-    counter.note(torch.cat([marked[:-1] * count, count]))
+    counter.note(torch.cat([marked[:-1] * count, count]), is_for_inputs=True)
     return counter.average_gradient(gradient, marked, vote)
 
 

@@ -13,9 +13,9 @@ through it:
 - What one backward has noted counts when that backward writes the gradient of the anchor, one
   parameter of the group (anchor.py). If the anchor's gradient was reset since the last backward,
   what was counted before is dropped: it is None now, or it is zero and was not.
-- Code that composes gradients by hand (PCGrad, gradients that are stashed and summed) leaves a
-  tensor in the anchor's `.grad` that autograd did not write, or writes another direction into the
-  one that it did. Then all that was noted since the last step counts.
+- Code that composes gradients by hand (PCGrad, gradients that are stashed and summed, pipelines
+  with a zero-bubble schedule) leaves in the anchor's `.grad` what autograd did not write there, or
+  writes another direction into what it did. Then all that was noted since the last step counts.
 - `mark` and its backward are custom operators, opaque to torch.compile (custom_ops.py): the graph
   calls them, and the Python code in them runs each time, in eager and compiled mode alike.
 """
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.ranks import Ranks
+from ...tensors.shards import local
 from .anchor import Anchor
 from .custom_ops import current_backward, name_of, ops
 from .ordered_sums import OrderedSums
@@ -43,11 +44,18 @@ class _Backward:
         noted: the sum of its w and how many it sums, shape (N + 1,), or None.
         writes: whether it is about to write the anchor's gradient, or has.
         has_written: whether it has written the anchor's gradient.
+        is_for_inputs: whether it noted on the way to the FFN's input, as under "forward".
     """
 
     noted: Tensor | None = None
     writes: bool = False
     has_written: bool = False
+    is_for_inputs: bool = False
+
+    @property
+    def is_split(self) -> bool:
+        """Whether it has left the anchor's gradient to another backward."""
+        return self.is_for_inputs and not self.writes
 
 
 class Votes:
@@ -71,10 +79,12 @@ class Votes:
         held_weakly = weakref.WeakMethod(find_ranks)
         self.sums = OrderedSums(name, lambda: (find := held_weakly()) and find())
         self._all_noted: Tensor | None = None  # the total, had no gradient been reset
+        self._is_split = False  # a backward since the last step was
         self._backwards: dict[int | None, _Backward] = {}
         self._anchor = Anchor(
             find_anchor, self._before_write, self._after_write, self.drop_unapplied
         )
+        self._group = name
         self._name = name_of(self)
 
     def mark(self, weights: Tensor, vote: float, counts: bool) -> Tensor:
@@ -116,13 +126,11 @@ class Votes:
 
     def follow_anchor(self) -> None:
         """Count with the gradient of the anchor that the group has now."""
-        if self._anchor.refresh():
-            self.total = self._all_noted
+        self._anchor.refresh()
 
     def follow(self, anchor: Tensor | None) -> None:
         """Count with the gradient of this parameter from now on; None follows none."""
-        if self._anchor.follow(anchor):
-            self.total = self._all_noted
+        self._anchor.follow(anchor)
 
     def _before_write(self, gradient: Tensor) -> None:
         self._backward().writes = True
@@ -134,20 +142,23 @@ class Votes:
             # Another one that has not written yet may be running around this one: reentrant
             # checkpointing runs backwards within a backward.
             waiting = {k: v for k, v in self._backwards.items() if not v.has_written}
+            self._is_split |= any(other.is_split for other in waiting.values())
             self._backwards = waiting | {identity: _Backward()}
             self.drop_unapplied()
         return self._backwards[identity]
 
-    def note(self, entry: Tensor) -> None:
+    def note(self, entry: Tensor, *, is_for_inputs: bool = False) -> None:
         """Note one micro-batch within a backward.
 
         Args:
             entry: its statistics, `w` first, and behind them 1, or 0s if it does not count.
+            is_for_inputs: whether a backward that computes no parameter's gradient does it too.
         """
         backward = self._backward()
+        backward.is_for_inputs |= is_for_inputs
         backward.noted = _sum(backward.noted, entry)
         self._all_noted = _sum(self._all_noted, entry)
-        if backward.has_written or self._anchor.is_sharded:
+        if backward.has_written or self._anchor.counts_at_once:
             self._count(backward)
 
     def _after_write(self, anchor: Tensor) -> None:
@@ -175,8 +186,10 @@ class Votes:
             self.drop_unapplied()
         gradient = self._anchor.composed(self.total is not None)
         if gradient is not None and self._all_noted is not None:
+            if self._is_split or any(other.is_split for other in self._backwards.values()):
+                raise _split_backwards(self._group)
             # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
-            self.total = torch.where(gradient.any(), self._all_noted, 0)
+            self.total = torch.where(local(gradient).any(), self._all_noted, 0)
             self.has_counted = True
         is_rewritten = self._anchor.rewritten()
         if is_rewritten is not None and self.total is not None and self._all_noted is not None:
@@ -194,6 +207,7 @@ class Votes:
         A step within a backward leaves what that backward has noted and may still count.
         """
         total, self.total, self._all_noted = self.total, None, None
+        self._is_split = False
         self._anchor.forget_write()
         if current_backward() is None:
             self._backwards.clear()
@@ -209,3 +223,11 @@ def mean_of(total: Tensor) -> Tensor:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+def _split_backwards(group: str) -> RuntimeError:
+    return RuntimeError(
+        f"The backwards of {group!r} computed the gradients of inputs and of weights apart, as "
+        "pipelines with a zero-bubble schedule do, and its memory bank cannot tell which of them "
+        'count under fuse_on="forward". Wrap with fuse_on="step", or take another schedule.'
+    )
