@@ -310,8 +310,12 @@ def test_a_router_starts_as_a_linear_does() -> None:
     assert 0.95 * bound < router.abs().max() <= bound
 
 
-def test_experts_start_around_a_weight_under_a_bank_that_is_filled_in_part() -> None:
+def test_experts_fuse_to_an_assigned_weight_under_a_bank_that_is_filled_in_part() -> None:
     model = make()
-    bank_of(model).bank.copy_(torch.tensor([0.1, 0.2, 0.0, 0.1]))
-    weights = bank_of(model).start()
-    torch.testing.assert_close(weights, torch.tensor([0.25, 0.5, 0.0, 0.25]).to(weights))
+    filled = torch.tensor([0.1, 0.2, 0.0, 0.1])
+    bank_of(model).bank.copy_(filled)
+    torch.testing.assert_close(bank_of(model).start(), filled.to(bank_of(model).bank))
+    linear = bank_of(model).linears[0]
+    weight = torch.randn_like(linear.weight)
+    linear.weight = weight
+    torch.testing.assert_close(linear.weight, weight)

@@ -24,6 +24,7 @@ from torch.distributed.pipelining._backward import (
     stage_backward_input,
     stage_backward_weight,
 )
+from torch.multiprocessing import ProcessRaisedException
 
 import exfusion_param as exf
 from exfusion_param.tensors.shards import full_tensor
@@ -126,11 +127,11 @@ def alone(count: int, fuse_on: str) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def pipeline(rank: int) -> dict[str, dict[str, Tensor]]:
+def pipeline(rank: int, runs: list[tuple[str, str, bool]] = RUNS) -> dict[str, dict[str, Tensor]]:
     """Two ranks of one stage or two each, whose shapes torch infers by an extra forward."""
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "data"))
     states = {}
-    for name, fuse_on, is_sharded in RUNS:
+    for name, fuse_on, is_sharded in runs:
         schedule, per_rank = SCHEDULES[name]
         count = 2 * per_rank
         own = [rank, count - 1 - rank if name == "ZBV" else rank + 2][:per_rank]
@@ -166,3 +167,9 @@ def test_a_pipeline_trains_as_one_rank() -> None:
     first, second = on_ranks(2, pipeline)
     for name, fuse_on, _ in RUNS:
         assert_same(first[name] | second[name], alone(2 * SCHEDULES[name][1], fuse_on))
+
+
+@pytest.mark.processes
+def test_a_sharded_stage_refuses_zero_bubbles() -> None:
+    with pytest.raises(ProcessRaisedException, match="Take a schedule without zero bubbles"):
+        on_ranks(2, pipeline, [("ZBV", "step", True)])

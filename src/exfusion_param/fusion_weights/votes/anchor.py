@@ -62,7 +62,8 @@ class Anchor:
         self._written: weakref.ref[Tensor] | None = None  # the gradient that autograd wrote last
         self._sample: tuple[Tensor, int] | None = None  # some of its numbers then, and its version
         self._left_at: Gradients | None = None  # when a backward computed one and did not write it
-        self._is_by_hand = False  # what one computed was added up by the user's code
+        self.is_by_hand = False
+        """What a backward computed was added up by the user's code."""
 
     def refresh(self) -> None:
         """Follow the anchor that the group has now; the last one while all are frozen."""
@@ -91,7 +92,7 @@ class Anchor:
             hook.remove()
         self._parameter, self._gathered, self._hooks = None, None, []
         self._was_written, self._written, self._left_at = None, None, None
-        self._is_held_back = self.counts_at_once = self._is_by_hand = False
+        self._is_held_back = self.counts_at_once = self.is_by_hand = False
         if parameter is not None and parameter.is_leaf and not parameter.is_meta:
             self._parameter = weakref.ref(parameter)
             self._hook(parameter)
@@ -118,7 +119,7 @@ class Anchor:
         """Whether the gradient that a backward computed has been added up since."""
         now = self._gradients()
         if self._left_at is not None and now and now != self._left_at:
-            self._is_by_hand = True
+            self.is_by_hand = True
         self._left_at = None
 
     def _wrote(self, parameter: Tensor) -> None:
@@ -148,7 +149,7 @@ class Anchor:
     def forget_write(self) -> None:
         """A step has applied the gradient."""
         self._was_written = self._left_at = None
-        self._is_new = self._is_by_hand = False
+        self._is_new = self.is_by_hand = False
 
     def still_applied(self, total: Tensor | None) -> Tensor | None:
         """What was counted for the gradient as it was last written, if it has not been reset."""
@@ -176,7 +177,7 @@ class Anchor:
         parameter = _get(self._parameter)
         gradient = None if parameter is None else parameter.grad
         self._look_for_hand()
-        if self._is_by_hand:
+        if self.is_by_hand:
             return gradient
         if gradient is None or self.counts_at_once or gradient._is_view():
             return None

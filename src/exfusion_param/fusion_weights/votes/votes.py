@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.ranks import Ranks
-from ...tensors.shards import local
+from ...tensors.shards import is_sharded, local
 from .anchor import Anchor
 from .custom_ops import current_backward, name_of, ops
 from .ordered_sums import OrderedSums
@@ -188,6 +188,8 @@ class Votes:
         if gradient is not None and self._all_noted is not None:
             if self._is_split or any(other.is_split for other in self._backwards.values()):
                 raise _split_backwards(self._group)
+            if self._anchor.is_by_hand and is_sharded(gradient):
+                raise _added_up_by_hand(self._group)
             # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
             self.total = torch.where(local(gradient).any(), self._all_noted, 0)
             self.has_counted = True
@@ -230,4 +232,12 @@ def _split_backwards(group: str) -> RuntimeError:
         f"The backwards of {group!r} computed the gradients of inputs and of weights apart, as "
         "pipelines with a zero-bubble schedule do, and its memory bank cannot tell which of them "
         'count under fuse_on="forward". Wrap with fuse_on="step", or take another schedule.'
+    )
+
+
+def _added_up_by_hand(group: str) -> RuntimeError:
+    return RuntimeError(
+        f"The gradients of {group!r} are sharded by FSDP2, and were computed and added up apart, "
+        "as pipelines with a zero-bubble schedule do; its memory bank cannot tell which of them "
+        'count. Take a schedule without zero bubbles (1F1B, interleaved), or variant="sw" or "dw".'
     )
