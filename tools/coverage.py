@@ -161,8 +161,8 @@ def document(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# The FFNs that `wrap` finds",
         "",
-        f"Written by `make coverage`, over the models of timm {timm.__version__} and the model types "
-        f"of transformers {transformers.__version__} that the table counts,",
+        f"Written by `make coverage`, over the models of timm {timm.__version__} and the model "
+        f"types of transformers {transformers.__version__} that the table counts,",
         "built on the meta device. What to expect is in `tools/expected_ffns.py`, by the names",
         "that the libraries give to their modules; discovery has no part in it. It was reviewed by",
         "hand wherever the two differed. The tests check a sample that changes by day.",
