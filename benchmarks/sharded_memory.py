@@ -110,7 +110,7 @@ def measure(model: Classifier) -> dict[str, int]:
         "stacks": held(stacks),
         "ffn_states": held(states_of(optimizer, ffns)) - held(stacks),
         "ffn_weights": held(ffns),
-        "ffn_copies": held(each.writes.left for each in fused),
+        "ffn_copies": held(each.writes.recorded for each in fused),
         "ffn_gradients": held(parameter.grad for parameter in ffns),
         "rest": held([*others, *after, *states_of(optimizer, others)]),
     }

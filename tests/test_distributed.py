@@ -23,7 +23,7 @@ from exfusion_testing.sharded import (
     train,
     whole_state,
 )
-from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.strategies import configs, hidden_sizes, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 
@@ -66,7 +66,7 @@ def ddp(
     fuse_on=st.sampled_from(MODES),
     shape=st.sampled_from([(1,), (2,), (3,), (5,), (8,), (2, 2), (2, 3), (4, 2), (1, 2), (2, 1)]),
     dim=sizes,
-    hidden=sizes,
+    hidden=hidden_sizes,
     bias=st.booleans(),
     micro_batches=st.integers(1, 2),
 )

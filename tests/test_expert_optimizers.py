@@ -21,7 +21,7 @@ from exfusion_testing.expert_optimizers import ADAMW, Make, assert_same, step, t
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_threads
 from exfusion_testing.sharded import mesh_of, my_part, whole_state
-from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.strategies import configs, hidden_sizes, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
 
@@ -40,7 +40,7 @@ def batch_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @given(
     config=configs(),
     dim=sizes,
-    hidden=sizes,
+    hidden=hidden_sizes,
     bias=st.booleans(),
     batch=st.integers(1, 200),
     fused=st.booleans(),

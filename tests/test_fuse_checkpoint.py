@@ -17,7 +17,7 @@ import exfusion_param as exf
 from exfusion_param.checkpoint import fuse_checkpoint, save_config
 from exfusion_param.checkpoint.dense import fusing
 from exfusion_testing.models import FFNs
-from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.strategies import configs, hidden_sizes, sizes
 from exfusion_testing.wrapped_checkpoints import (
     Save,
     save,
@@ -73,7 +73,7 @@ def test_one_file_that_would_be_too_large_is_refused(tmp_path: Path) -> None:
 @given(
     config=configs(),
     dim=sizes,
-    hidden=sizes,
+    hidden=hidden_sizes,
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )

@@ -21,7 +21,7 @@ from exfusion_param.tensors import functional
 from exfusion_testing.compilers import COMPILER
 from exfusion_testing.experts import assert_trained_alike, fusion_weights
 from exfusion_testing.models import FFNs, inputs, loss_of
-from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.strategies import configs, hidden_sizes, sizes
 from exfusion_testing.twins import plain, twins
 
 EXACT = ["sw", "dw"]
@@ -84,7 +84,7 @@ def test_static_and_learned_weights_train_as_under_forward(
     assert_trained_alike(*trained)
 
 
-@given(config=configs(variant="dw"), dim=sizes, hidden=sizes, bias=st.booleans())
+@given(config=configs(variant="dw"), dim=sizes, hidden=hidden_sizes, bias=st.booleans())
 def test_any_shape_trains_as_under_forward(
     config: exf.ExFusionConfig, dim: int, hidden: int, bias: bool
 ) -> None:

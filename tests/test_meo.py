@@ -20,12 +20,12 @@ from exfusion_testing.meo_models import (
     wrapped,
 )
 from exfusion_testing.models import FFNs, inputs, loss_of
-from exfusion_testing.strategies import seeds, sizes
+from exfusion_testing.strategies import hidden_sizes, seeds, sizes
 
 
 @given(
     dim=sizes,
-    hidden=sizes,
+    hidden=hidden_sizes,
     n=st.integers(2, 5),
     data=st.data(),
     batch=st.integers(1, 4),

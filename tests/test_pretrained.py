@@ -143,7 +143,7 @@ def test_alberts_one_group_moves_its_bank_once_per_step_by_the_mean_of_its_layer
     nn.init.normal_(bank.router, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
     note = bank.votes.note
-    bank.votes.note = lambda weights: (seen.append(weights.clone()), note(weights))[1]
+    bank.votes.note = lambda weights, **how: (seen.append(weights.clone()), note(weights, **how))[1]
     before = bank.bank.clone()
     model.train()
     model(**inputs)[0].square().mean().backward()

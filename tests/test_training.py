@@ -14,7 +14,7 @@ import exfusion_param as exf
 from exfusion_param import ExFusionConfig
 from exfusion_testing.models import Checkpointing, FFNs, inputs, loss_of
 from exfusion_testing.reference import ReferenceFFN, reference_of
-from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.strategies import configs, hidden_sizes, sizes
 
 STEPS = 4
 
@@ -55,7 +55,7 @@ def batches(dim: int = 4, count: int = STEPS) -> list[Tensor]:
     return [inputs(dim, seed=seed) for seed in range(count)]
 
 
-@given(config=configs(), dim=sizes, hidden=sizes, bias=st.booleans())
+@given(config=configs(), dim=sizes, hidden=hidden_sizes, bias=st.booleans())
 def test_training_equals_the_papers_loop_over_experts(
     config: ExFusionConfig, dim: int, hidden: int, bias: bool
 ) -> None:

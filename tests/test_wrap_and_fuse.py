@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 import exfusion_param as exf
 from exfusion_param import ExFusionConfig
 from exfusion_testing.models import FFNs, inputs
-from exfusion_testing.strategies import configs, sizes
+from exfusion_testing.strategies import configs, hidden_sizes, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The memory bank of")
 
@@ -38,7 +38,7 @@ def shape_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@given(config=configs(), dim=sizes, hidden=sizes)
+@given(config=configs(), dim=sizes, hidden=hidden_sizes)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_fuse_after_wrap_restores_everything_but_the_values(
@@ -50,7 +50,7 @@ def test_fuse_after_wrap_restores_everything_but_the_values(
     assert shape_of(model) == before
 
 
-@given(config=configs(expert_init="upcycle", bank_init="uniform"), dim=sizes, hidden=sizes)
+@given(config=configs(expert_init="upcycle", bank_init="uniform"), dim=sizes, hidden=hidden_sizes)
 def test_upcycling_leaves_the_function_unchanged_in_eval_and_training(
     config: ExFusionConfig, dim: int, hidden: int
 ) -> None:

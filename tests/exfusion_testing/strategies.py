@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from exfusion_param import ExFusionConfig
 
 sizes = st.integers(1, 6)
+hidden_sizes = st.integers(4, 9)  # more than half of any of those, as FFNs have
 num_experts = st.integers(2, 5)
 variants = st.sampled_from(["sw", "dw", "mb"])
 momenta = st.sampled_from([0.0, 0.5, 0.95])

@@ -1,6 +1,6 @@
 """Models that are mixtures of experts already, which are refused.
 
-A mixture has a router, a linear from D to the number of experts, beside them: FFNs of one shape in
+A mixture has a router, a linear from D to the number of experts, less than D, beside them: FFNs of one shape in
 a list, or stacks of as many matrices. Some keep their experts otherwise and are known by name.
 """
 
@@ -48,7 +48,8 @@ def _router_outputs(module: nn.Module) -> Iterator[int]:
         if linear is None and not isinstance(child, nn.ModuleList | nn.ModuleDict):
             inner = [projection_of(each) for each in child.children()]
             linear = next((each for each in inner if each is not None), None)
-        if linear is not None and not _HEAD.search(name):
+        is_narrow = linear is not None and linear.out_features < linear.in_features
+        if linear is not None and is_narrow and not _HEAD.search(name):
             yield linear.out_features
 
 

@@ -128,6 +128,7 @@ def _in_samples(gate: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     mask = gate.mask_for(x)
     if mask is not None:
+        mask = mask.reshape(gate.token_mask.shape if x.ndim == 2 else (x.shape[0], -1))
         return x.reshape(*mask.shape, x.shape[-1]), mask
     if x.ndim == 1:
         return x.view(1, 1, -1), None

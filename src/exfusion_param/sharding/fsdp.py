@@ -129,7 +129,10 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
         >>> exf.expert_placement(model.norm1.weight)  # None: dimension 0
         >>> torch.distributed.destroy_process_group()
     """
-    return _placement(parameter, torch.distributed.get_world_size())
+    every = (stack for weights in live_groups() for stack in weights.expert_stacks())
+    if not any(parameter is stack for stack in every):
+        return None
+    return _even(parameter, torch.distributed.get_world_size())
 
 
 def _placements(
@@ -139,10 +142,12 @@ def _placements(
     from torch.distributed.tensor import Shard
 
     chosen: dict[nn.Parameter, Any] = {}
+    stacks = {stack for weights in groups_of(model) for stack in weights.expert_stacks()}
     for name, parameter in model.named_parameters():
-        chosen[parameter] = own = _placement(parameter, mesh.size(-1))
+        is_stack = parameter in stacks
+        chosen[parameter] = own = _even(parameter, mesh.size(-1)) if is_stack else None
         wanted = None if by_user is None else by_user(parameter)
-        if wanted is not None and _is_stack(parameter) and wanted != (own or Shard(0)):
+        if wanted is not None and is_stack and wanted != (own or Shard(0)):
             raise ValueError(
                 f"shard_placement_fn gives {wanted!r} for {name!r}, an expert stack of shape "
                 f"{tuple(parameter.shape)}, which is sharded by {own or Shard(0)!r}. Return None "
@@ -155,15 +160,10 @@ def _placements(
     return chosen.get
 
 
-def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+def _even(stack: nn.Parameter, shards: int) -> Shard | None:
+    """The first dimension behind the experts' that the ranks divide."""
     from torch.distributed.tensor import Shard
 
-    if not _is_stack(parameter):
-        return None
-    even = (dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % shards == 0)
+    even = (dim for dim in range(1, stack.ndim) if stack.shape[dim] % shards == 0)
     dim = next(even, None)
     return None if dim is None else Shard(dim)
-
-
-def _is_stack(parameter: nn.Parameter) -> bool:
-    return any(parameter is stack for weights in live_groups() for stack in weights.expert_stacks())

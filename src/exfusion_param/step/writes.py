@@ -28,12 +28,13 @@ class Writes:
         self.fused_with: Tensor | None = None
         """The fusion weights that the parameter is fused with now, shape (N,)."""
         self._weights = weights
-        self._recorded: Tensor | None = None  # this rank's part at the end of the last step
+        self.recorded: Tensor | None = None
+        """This rank's part at the end of the last step."""
         self._fused_from: tuple[int, int, object] | None = None
 
     def has_record(self) -> bool:
         """Whether an optimizer has stepped on the experts in this process."""
-        return self._recorded is not None
+        return self.recorded is not None
 
     def take(self, part: Tensor, stack: Tensor, experts: Tensor, now: Tensor) -> None:
         """Add to the experts what was written to the parameter since the last step.
@@ -44,7 +45,7 @@ class Writes:
             experts: this rank's part of them, shape (N, *S).
             now: the group's fusion weights, shape (N,).
         """
-        recorded = self._recorded
+        recorded = self.recorded
         if recorded is None or not self._is_fused_from(stack, experts, now):
             self.fused_with = now.clone()
             shift(experts, difference(part, experts, now), now)
@@ -55,9 +56,9 @@ class Writes:
 
     def record(self, part: Tensor, stack: Tensor, experts: Tensor, now: Tensor) -> None:
         """Remember what the parameter was fused from, and what it is at the end of a step."""
-        value = self._recorded
+        value = self.recorded
         if value is None or value.shape != part.shape or value.device != part.device:
-            value = self._recorded = torch.empty_like(part)
+            value = self.recorded = torch.empty_like(part)
         value.copy_(part)
         self.fused_with = now
         versions = None if now.device.type == "cpu" else self._versions()

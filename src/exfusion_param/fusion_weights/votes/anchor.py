@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ...tensors.shards import is_sharded, local
+from .custom_ops import current_backward
 
 Gradients = list[tuple[int, int]]
 """The identity and version of each."""
@@ -127,6 +128,9 @@ class Anchor:
         self._after_write(parameter)
         self._note_gradient(parameter)
         self._is_new = False
+        if current_backward() is None:  # a pipeline has FSDP2 reduce the gradients after it
+            self._end_backward()
+            return
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._end_backward)
 
