@@ -1,7 +1,8 @@
 """Models that are mixtures of experts already, which are refused.
 
-A mixture has a router, a linear from D to the number of experts, less than D, beside them: FFNs of one shape in
-a list, or stacks of as many matrices. Some keep their experts otherwise and are known by name.
+A mixture has a router, a linear from D to the number of experts (fewer than D), beside them: FFNs
+of one shape in a list, or stacks of as many matrices. Some keep their experts otherwise and are
+known by name.
 """
 
 from __future__ import annotations
