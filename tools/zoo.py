@@ -44,7 +44,7 @@ def build(library: str, name: str) -> nn.Module:
             return timm.create_model(name)
         try:
             return _of_type(_shallow(transformers.AutoConfig.for_model(name)))
-        except Exception:  # a config that does not allow fewer layers
+        except Exception:  # it does not allow fewer layers; what else is wrong is raised below
             return _of_type(transformers.AutoConfig.for_model(name))
 
 
