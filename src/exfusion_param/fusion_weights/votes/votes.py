@@ -239,5 +239,5 @@ def _added_up_by_hand(group: str) -> RuntimeError:
     return RuntimeError(
         f"The gradients of {group!r} are sharded by FSDP2, and were computed and added up apart, "
         "as pipelines with a zero-bubble schedule do; its memory bank cannot tell which of them "
-        'count. Take a schedule without zero bubbles (1F1B, interleaved), or variant="sw" or "dw".'
+        "count. Take a schedule without zero bubbles, such as 1F1B."
     )
