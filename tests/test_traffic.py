@@ -63,7 +63,7 @@ def test_experts_never_travel(results: Any, index: int) -> None:
 @pytest.mark.processes
 def test_a_collective_that_is_not_counted_is_noticed(results: Any) -> None:
     for _, message, _ in results:
-        assert message == "The backend ran 1 collectives, and 0 were counted."
+        assert message == "The backends ran 1 collectives, and 0 were counted."
 
 
 @pytest.mark.processes
