@@ -18,7 +18,6 @@ from ...expert_config import ENTRY
 from ...tensors import functional
 from ..files.errors import CheckpointError
 from ..files.reader import CONFIG, CheckpointReader, read_config
-from ..files.tensor_spec import TensorSpec
 from .wrapped_layout import WrappedLayout
 
 SHARD_BYTES = 2**30
@@ -82,7 +81,7 @@ def fuse_checkpoint(
         partial.mkdir()
         if config:
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        return out / _write_model(partial, shards, dense)
+        return out / dense.write_folder(partial, shards)
 
 
 class _Dense:
@@ -97,7 +96,22 @@ class _Dense:
         self._reader = reader
         self._layout = layout
         self._progress = progress
-        self.nbytes = sum(spec.nbytes for spec in layout.dense.values())
+        self._nbytes = sum(spec.nbytes for spec in layout.dense.values())
+
+    def write_folder(self, folder: Path, shards: list[list[str]]) -> str:
+        """Write the files, and their index if there are several; the name of what to load."""
+        if len(shards) == 1:
+            self.write(folder / "model.safetensors", shards[0])
+            return "model.safetensors"
+        files: dict[str, str] = {}
+        for number, names in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self.write(folder / file, names)
+            files |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._nbytes}, "weight_map": files}
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n")
+        return path.name
 
     def write(self, path: Path, names: Iterable[str]) -> None:
         """Write a file of some of them."""
@@ -113,7 +127,7 @@ class _Dense:
         is_fused = name in self._layout.fused
         tensor = self._fused(name) if is_fused else self._reader.mapped(name).contiguous()
         if self._progress is not None:
-            self._progress(tensor.nbytes, self.nbytes)
+            self._progress(tensor.nbytes, self._nbytes)
         return tensor
 
     def _fused(self, name: str) -> Tensor:
@@ -121,7 +135,7 @@ class _Dense:
         weights = self._layout.fusion_weights(fused)
         dense = torch.empty(spec.shape, dtype=spec.dtype)
         itemsize = max(4, spec.dtype.itemsize)  # low precision is summed in float32
-        row_bytes = fused.num_experts * itemsize * torch.Size(spec.shape[1:]).numel()
+        row_bytes = fused.num_experts * itemsize * spec.shape[1:].numel()
         rows = max(1, PART_BYTES // max(1, row_bytes))
         for start in range(0, len(dense), rows):
             part = slice(start, start + rows)
@@ -135,23 +149,7 @@ class _Dense:
         return dense
 
 
-def _write_model(folder: Path, shards: list[list[str]], dense: _Dense) -> str:
-    """Write the files, and their index if there are several; the name of what to load."""
-    if len(shards) == 1:
-        dense.write(folder / "model.safetensors", shards[0])
-        return "model.safetensors"
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        dense.write(folder / file, names)
-        files |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": dense.nbytes}, "weight_map": files}
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2) + "\n")
-    return path.name
-
-
-def _shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
+def _shards(specs: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
     """Which tensors go to each file."""
     shards: list[list[str]] = [[]]
     filled = 0

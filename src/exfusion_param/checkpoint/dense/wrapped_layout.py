@@ -7,7 +7,7 @@ are there, beside the fusion weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,9 @@ from ...tensors.expert_starts import uniform_weights
 from ...tensors.precision import accumulation_dtype
 from ..files.errors import CheckpointError
 from ..files.reader import CheckpointReader
-from ..files.tensor_spec import TensorSpec
 
-_OWNED = {"sw": None, "dw": "weights", "mb": "bank"}
-"""The tensor that holds the fusion weights to ship."""
-
+_OWN_TENSORS = {"sw": (), "dw": ("weights",), "mb": ("bank", "router")}
+"""The names of a group's tensors; the first are the fusion weights to ship."""
 
 DDP = "module."
 """What DistributedDataParallel puts before every name."""
@@ -51,7 +49,7 @@ class WrappedLayout:
         entry: what `checkpoint.describe` gave for the model.
 
     Attributes:
-        dense: shape and dtype of every dense tensor.
+        dense: every dense tensor, without memory.
         fused: those of them that are fused.
 
     Raises:
@@ -66,9 +64,8 @@ class WrappedLayout:
                 "exfusion_param.checkpoint.save_config(model, folder)."
             )
         self.fused: dict[str, FusedTensor] = {}
-        self.fusion_weights_on_step: set[str] = set()
+        self._left_out: set[str] = set()  # routers, banks and learned weights
         self._reader = reader
-        self._expected: set[str] = set()
         try:
             keys, tied = self._read_entry(entry)
         except CheckpointError:
@@ -77,11 +74,12 @@ class WrappedLayout:
             raise CheckpointError(
                 f'"exfusion" in {reader.folder}/config.json is malformed: {error}'
             ) from error
-        self._check_names(reader.specs, {key for key in keys if key not in self.fused}, tied)
-        self._check_stacks(reader.specs)
         sources = {key: self.fused[key].stack if key in self.fused else key for key in keys}
+        self._check_names(self._left_out | set(sources.values()), tied)
+        for fused in self.fused.values():
+            self._check_stack(fused)
         self.dense = {
-            key: self._dense_spec(key)
+            key: reader.specs[source][0] if key in self.fused else reader.specs[source]
             for key, source in sources.items()
             if source in reader.specs  # of tied tensors a checkpoint may hold one
         }
@@ -96,7 +94,7 @@ class WrappedLayout:
     def warn_of_empty_banks(self) -> None:
         """Warn if what is about to be shipped is multiplied by zero."""
         names = {fused.weights for fused in self.fused.values() if fused.weights is not None}
-        names |= {name for name in self.fusion_weights_on_step if name.endswith(".bank")}
+        names |= {name for name in self._left_out if name.endswith(".bank")}
         if empty := sorted(name for name in names if not self._reader.mapped(name).any()):
             warnings.warn(
                 f"{listed(empty)}: the fusion weights are all zero, and so are the fused weights. "
@@ -110,13 +108,6 @@ class WrappedLayout:
         has_prefix = all(name.startswith(DDP) for name in self._reader.specs)
         if has_prefix and not any(key.startswith(DDP) for key in keys):
             self._reader.drop_prefix(DDP)
-        self._read_groups(self._reader.specs, entry)
-        self._expected |= self.fusion_weights_on_step
-        if unlisted := [key for key in self.fused if key not in set(keys)]:
-            raise ValueError(f"{listed(unlisted)} is not among its keys")
-        return keys, tied
-
-    def _read_groups(self, specs: Mapping[str, TensorSpec], entry: Any) -> None:
         if entry["version"] != 1:
             raise CheckpointError(
                 f"The checkpoint's config.json has version {entry['version']!r}, this package "
@@ -131,49 +122,33 @@ class WrappedLayout:
             config = ExFusionConfig.from_dict(wrap["config"])
             for group in wrap["groups"]:
                 if config.fuse_on == "step":  # dense already, but for these
-                    self.fusion_weights_on_step |= set(map(str, group["fusion_weights"]))
+                    self._left_out |= set(map(str, group["fusion_weights"]))
                 else:
-                    self._read_group(specs, group, config)
+                    self._read_group(group, config)
+        if unlisted := [key for key in self.fused if key not in set(keys)]:
+            raise ValueError(f"{listed(unlisted)} is not among its keys")
+        return keys, tied
 
-    def _read_group(
-        self, specs: Mapping[str, TensorSpec], group: Mapping[str, Any], config: ExFusionConfig
-    ) -> None:
-        weights = self._owned(specs, group["name"], group["linears"], config)
-        for fqn, names in group["linears"].items():
+    def _read_group(self, group: Mapping[str, Any], config: ExFusionConfig) -> None:
+        linears = group["linears"]
+        places = [_join(fqn, "parametrizations.weight.0.fusion_weights.") for fqn in linears]
+        weights = None
+        if own := _OWN_TENSORS[config.variant]:
+            found = [place for place in places if place + own[0] in self._reader.specs]
+            if not found:
+                raise CheckpointError(
+                    f"The checkpoint has no fusion weights for {group['name']!r}: "
+                    f"{places[0]}{own[0]} is missing. Its config.json says {config.variant}."
+                )
+            weights = found[0] + own[0]
+            self._left_out |= {place + name for place in found for name in own}
+        for fqn, names in linears.items():
             for name in names:
                 stack = _join(fqn, f"parametrizations.{name}.original")
-                self._expected.add(stack)
                 self.fused[_join(fqn, name)] = FusedTensor(stack, weights, config.num_experts)
 
-    def _owned(
-        self,
-        specs: Mapping[str, TensorSpec],
-        group: str,
-        linears: Iterable[str],
-        config: ExFusionConfig,
-    ) -> str | None:
-        """The name of a group's fusion weights; one of its linears holds them."""
-        tensor = _OWNED[config.variant]
-        if tensor is None:
-            return None
-        places = [_join(fqn, "parametrizations.weight.0.fusion_weights.") for fqn in linears]
-        found = [place for place in places if place + tensor in specs]
-        if not found:
-            raise CheckpointError(
-                f"The checkpoint has no fusion weights for {group!r}: {places[0]}{tensor} is "
-                f"missing. Its config.json says {config.variant}."
-            )
-        names = {f"{place}{name}" for place in found for name in (tensor, "router")}
-        self._expected |= names if config.variant == "mb" else {place + tensor for place in found}
-        shape = specs[found[0] + tensor].shape
-        if shape != (config.num_experts,):
-            raise _wrong_number(found[0] + tensor, shape, config.num_experts)
-        return found[0] + tensor
-
-    def _check_names(
-        self, specs: Mapping[str, TensorSpec], plain: set[str], tied: list[set[str]]
-    ) -> None:
-        known = self._expected | plain
+    def _check_names(self, known: set[str], tied: list[set[str]]) -> None:
+        specs = self._reader.specs
         if unknown := [name for name in specs if name not in known]:
             raise CheckpointError(
                 f"The checkpoint holds {listed(unknown)}, which the model of its config.json lacks."
@@ -182,26 +157,19 @@ class WrappedLayout:
         if missing := sorted(known - specs.keys() - there):
             raise CheckpointError(f"The checkpoint lacks {listed(missing)}.")
 
-    def _check_stacks(self, specs: Mapping[str, TensorSpec]) -> None:
-        for fused in self.fused.values():
-            for name in {fused.stack, fused.weights or fused.stack} & specs.keys():
-                if not specs[name].dtype.is_floating_point or specs[name].dtype.itemsize < 2:
-                    raise CheckpointError(f"{name} is {specs[name].dtype}, not a trained dtype.")
-            shape = specs[fused.stack].shape if fused.stack in specs else (fused.num_experts, 1)
-            if shape[:1] != (fused.num_experts,) or len(shape) < 2:
-                raise _wrong_number(fused.stack, shape, fused.num_experts)
-
-    def _dense_spec(self, key: str) -> TensorSpec:
-        if key not in self.fused:
-            return self._reader.specs[key]
-        stack = self._reader.specs[self.fused[key].stack]
-        return TensorSpec(stack.shape[1:], stack.dtype)
-
-
-def _wrong_number(name: str, shape: tuple[int, ...], num_experts: int) -> CheckpointError:
-    return CheckpointError(
-        f"{name} has shape {tuple(shape)}, config.json says {num_experts} experts."
-    )
+    def _check_stack(self, fused: FusedTensor) -> None:
+        """Raise if a stack, or its fusion weights, are not of N experts."""
+        for name, dims in ((fused.weights, 1), (fused.stack, 2)):
+            spec = self._reader.specs.get(name or "")
+            if spec is None:  # static, or another name of a tied tensor
+                continue
+            if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
+                raise CheckpointError(f"{name} is {spec.dtype}, not a trained dtype.")
+            if spec.shape[:1] != (fused.num_experts,) or min(spec.ndim, 2) != dims:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(spec.shape)}, config.json says {fused.num_experts} "
+                    "experts."
+                )
 
 
 def _join(fqn: str, name: str) -> str:

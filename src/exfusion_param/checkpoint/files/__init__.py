@@ -6,7 +6,6 @@ and a small file cannot ask for large memory.
 
 A run's checkpoint is a folder (`run_folder`) of tensors, which ranks write together by torch's
 distributed checkpoints (`tensor_files`), and of what each rank has for itself (`rank_files`), as
-JSON and tensors (`plain_values`, `quantized`). `tensor_spec` is a tensor's shape and dtype, before
-its contents are read. `manifest` lists the files with their checksums.
+JSON and tensors (`plain_values`). `manifest` lists the files with their checksums.
 `processes` lets the ranks fail together: what one cannot write is an error on all of them.
 """

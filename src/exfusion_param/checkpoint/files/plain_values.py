@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import math
 import sys
 from collections import Counter
@@ -13,10 +14,22 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .quantized import flatten, is_quantized, unflatten
 
 MARK = "__is__"
 """The key of what JSON has no words for; its value says what it is."""
+
+_QUANTIZED = {
+    "OptimState8bit": "torchao.optim.subclass_8bit",
+    "OptimState4bit": "torchao.optim.subclass_4bit",
+    "OptimStateFp8": "torchao.optim.subclass_fp8",
+}
+"""The classes that a checkpoint can name: torchao's states of optimizers, with tensors in them."""
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torchao's states."""
+    module = sys.modules.get(_QUANTIZED.get(type(tensor).__name__, ""))
+    return module is not None and type(tensor) is getattr(module, type(tensor).__name__)
 
 
 def split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -32,7 +45,10 @@ def split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         if is_quantized(value):
-            return {MARK: "quantized", "value": split(flatten(value), name, tensors)}
+            names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+            inner = {name: getattr(value, name) for name in names}
+            content = {"class": type(value).__name__, "inner": inner, "context": context}
+            return {MARK: "quantized", "value": split(content, name, tensors)}
         while name in tensors:  # {"a.b": x, "a": {"b": y}}
             name += "'"
         tensors[name] = value.detach()
@@ -105,7 +121,9 @@ def _join_marked(mark: str, content: Any, tensors: Mapping[str, Tensor]) -> Any:
     if mark == "tensor":
         return tensors[content]
     if mark == "quantized":
-        return unflatten(join(content, tensors))
+        content = join(content, tensors)
+        kind = getattr(importlib.import_module(_QUANTIZED[content["class"]]), content["class"])
+        return kind.__tensor_unflatten__(content["inner"], content["context"], None, None)
     if mark == "float":
         return float(content)
     if mark == "bytes":

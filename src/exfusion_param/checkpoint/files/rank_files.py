@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,20 @@ from torch import Tensor
 
 from ...atomic_files import write_file
 from .errors import CheckpointError, read_json
-from .plain_values import join, split
+from .plain_values import join
 
 RANKS = "ranks"
 """The folder of these files."""
 
 
-class RankValues:
-    """The values of one rank's parts, as files hold them.
+def write_rank(folder: Path, rank: int, plain: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write the values of one rank's parts, as `plain_values.split` gives them."""
+    from safetensors.torch import save
 
-    Args:
-        values: for each part its nested plain values and tensors.
-
-    Raises:
-        TypeError: they hold what a file cannot.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.plain = {name: split(value, name, self.tensors) for name, value in values.items()}
-
-    def write(self, folder: Path, rank: int) -> None:
-        """Write the rank's files."""
-        from safetensors.torch import save
-
-        copies = {
-            name: tensor.detach().cpu().clone().contiguous()
-            for name, tensor in self.tensors.items()
-        }
-        plain, tensors = _files(folder, rank)
-        plain.parent.mkdir(exist_ok=True)
-        write_file(plain, json.dumps(self.plain).encode())
-        write_file(tensors, save(copies))
+    copies = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
+    (folder / RANKS).mkdir(exist_ok=True)
+    write_file(_file(folder, rank, "json"), json.dumps(plain).encode())
+    write_file(_file(folder, rank, "safetensors"), save(copies))
 
 
 def read_rank(folder: Path, rank: int) -> dict[str, Any]:
@@ -52,14 +35,13 @@ def read_rank(folder: Path, rank: int) -> dict[str, Any]:
     """
     from safetensors.torch import load_file
 
-    plain, tensors = _files(folder, rank)
+    path = _file(folder, rank, "safetensors")
     try:
-        loaded = load_file(tensors)
+        tensors = load_file(path)
     except Exception as error:  # safetensors has its own, down to the bare Exception
-        raise CheckpointError(f"{tensors} cannot be read: {error}") from error
-    return join(read_json(plain), loaded)
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return join(read_json(_file(folder, rank, "json")), tensors)
 
 
-def _files(folder: Path, rank: int) -> tuple[Path, Path]:
-    name = f"{RANKS}/rank-{rank:05d}"
-    return folder / f"{name}.json", folder / f"{name}.safetensors"
+def _file(folder: Path, rank: int, kind: str) -> Path:
+    return folder / RANKS / f"rank-{rank:05d}.{kind}"

@@ -12,7 +12,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from ...expert_config import ENTRY
 from ...finding.outer_modules import clean_name
 from .errors import CheckpointError, read_json
 from .tensor_files import read_tensors, stored_tensors
-from .tensor_spec import TensorSpec
 
 CONFIG = "config.json"
 
@@ -39,7 +38,7 @@ class CheckpointReader:
 
     Attributes:
         folder: of the files.
-        specs: shapes and dtypes by the tensors' names.
+        specs: tensors without memory, on the meta device, by their names.
         entry: what a torch file itself tells of ExFusion, as `describe` gives it.
 
     Raises:
@@ -49,58 +48,32 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.folder = path if path.is_dir() else path.parent
         self.entry: Any = None
-        self.specs: dict[str, TensorSpec] = {}
-        self._stored: dict[str, _Stored] = {}
+        self.specs: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
         for file in _files(path):
-            content = _contents(file)
-            for name, spec in content.specs.items():
-                if clean_name(name) in self.specs:
-                    raise CheckpointError(f"{self.folder} holds {clean_name(name)} twice.")
-                self.specs[clean_name(name)] = spec
-                self._stored[clean_name(name)] = _Stored(file, name)
-            self.entry = self.entry or content.entry
-        self._put_together = functools.lru_cache(maxsize=1)(_put_together)
+            tensors, entry = _contents(file)
+            self.entry = self.entry or entry
+            for stored, tensor in tensors.items():
+                if (name := clean_name(stored)) in self.specs:
+                    raise CheckpointError(f"{self.folder} holds {name} twice.")
+                self.specs[name] = tensor.to("meta")
+                self._places[name] = file, stored
+        self._assembled = functools.lru_cache(maxsize=1)(_assembled)
 
     def drop_prefix(self, prefix: str) -> None:
         """Take a prefix off all names, as DDP puts one before them."""
         self.specs = {name.removeprefix(prefix): spec for name, spec in self.specs.items()}
-        self._stored = {name.removeprefix(prefix): at for name, at in self._stored.items()}
+        self._places = {name.removeprefix(prefix): at for name, at in self._places.items()}
 
     def mapped(self, name: str) -> Tensor:
         """The tensor, to read parts of; what was read is freed when nothing refers to it.
 
         Of a tensor in pieces the whole is in memory, until another one is asked for.
         """
-        stored = self._stored[name]
-        if stored.file.is_dir():
-            return self._put_together(stored, self.specs[name])
-        return _contents(stored.file, stored.name).tensors[stored.name]
-
-
-class _Stored(NamedTuple):
-    """Where a tensor is.
-
-    Args:
-        file: the file, or the folder of pieces.
-        name: in it.
-    """
-
-    file: Path
-    name: str
-
-
-class _Contents(NamedTuple):
-    """What is in a file.
-
-    Args:
-        specs: shapes and dtypes.
-        tensors: mapped into memory.
-        entry: what it tells of ExFusion.
-    """
-
-    specs: Mapping[str, TensorSpec]
-    tensors: Mapping[str, Tensor]
-    entry: Any = None
+        file, stored = self._places[name]
+        if file.is_dir():
+            return self._assembled(file, stored, self.specs[name])
+        return _contents(file, stored)[0][stored]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -113,14 +86,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _contents(path: Path, name: str | None = None) -> _Contents:
-    """All that is in a file, or one tensor of it."""
+def _contents(path: Path, name: str | None = None) -> tuple[Mapping[str, Tensor], Any]:
+    """The tensors in a file, all or one, mapped into memory; and what it tells of ExFusion."""
     if path.is_dir():
-        return _Contents(stored_tensors(path), {})
+        return stored_tensors(path), None
     try:
-        if path.suffix == ".safetensors":
-            return _of_tensors(_safetensors(path, name))
-        return _of_torch_file(path)
+        return _of_safetensors(path, name) if path.suffix == ".safetensors" else _of_torch(path)
     except (CheckpointError, ModuleNotFoundError):
         raise
     except pickle.UnpicklingError as error:
@@ -133,20 +104,15 @@ def _contents(path: Path, name: str | None = None) -> _Contents:
         raise CheckpointError(f"{path} is damaged or of another format: {reason}") from error
 
 
-def _of_tensors(tensors: Mapping[str, Tensor], entry: Any = None) -> _Contents:
-    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    return _Contents(specs, tensors, entry)
-
-
-def _safetensors(path: Path, name: str | None) -> dict[str, Tensor]:
+def _of_safetensors(path: Path, name: str | None) -> tuple[dict[str, Tensor], None]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         names = list(file.keys()) if name is None else [name]
-        return {name: file.get_tensor(name) for name in names}
+        return {name: file.get_tensor(name) for name in names}, None
 
 
-def _of_torch_file(path: Path) -> _Contents:
+def _of_torch(path: Path) -> tuple[dict[str, Tensor], Any]:
     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
@@ -159,12 +125,12 @@ def _of_torch_file(path: Path) -> _Contents:
         is_plain = tensor.layout == torch.strided and not tensor.is_nested
         if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: {name} is not a plain tensor with memory of its own.")
-    return _of_tensors(tensors, entry)
+    return tensors, entry
 
 
-def _put_together(stored: _Stored, spec: TensorSpec) -> Tensor:
-    tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    read_tensors(stored.file, {stored.name: tensor})
+def _assembled(folder: Path, name: str, spec: Tensor) -> Tensor:
+    tensor = torch.empty_like(spec, device="cpu")
+    read_tensors(folder, {name: tensor})
     return tensor
 
 

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...tensors.shards import is_sharded, local
 from .errors import CheckpointError
-from .tensor_spec import TensorSpec
 
 FILE_BYTES = 2**32
 """The largest size of a rank's file; each file is assembled in memory."""
@@ -38,10 +37,9 @@ def write_tensors(
     """Write tensors; all ranks of the group call this with the same names."""
     if not tensors:
         return
-    _expect_single_process()
     numbers = _file_numbers(tensors, 1 if group is None else group.size())
     writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
-    with _clear_errors():
+    with _clear_messages():
         save(
             _with_memory_of_their_own(tensors),
             storage_writer=writer,
@@ -50,8 +48,8 @@ def write_tensors(
         )
 
 
-def stored_tensors(folder: Path) -> dict[str, TensorSpec]:
-    """Shapes and dtypes of the tensors in a folder of `write_tensors`.
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in a folder of `write_tensors`, without memory, on the meta device.
 
     Raises:
         CheckpointError: a file is damaged, or one that holds a piece of a tensor is missing.
@@ -63,12 +61,12 @@ def stored_tensors(folder: Path) -> dict[str, TensorSpec]:
         for name, tensor in stored.items():
             if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
                 raise ValueError(f"the pieces of {name} do not make up a tensor")
+        return {
+            name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+            for name, tensor in stored.items()
+        }
     except Exception as error:  # safetensors has its own, down to the bare Exception
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    return {
-        name: TensorSpec(tuple(tensor.size), tensor.properties.dtype)
-        for name, tensor in stored.items()
-    }
 
 
 def read_tensors(
@@ -83,30 +81,24 @@ def read_tensors(
     """
     if not into:
         return
-    _expect_single_process()
-    with _clear_errors():
-        load(
-            dict(into),
-            storage_reader=HuggingFaceStorageReader(str(folder)),
-            process_group=group,
-            no_dist=group is None,
-        )
+    reader = HuggingFaceStorageReader(str(folder))
+    with _clear_messages():
+        load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """DCP's error is not an `Exception`, and its text is the tracebacks of all ranks."""
+def _clear_messages() -> Iterator[None]:
+    """DCP's error is not an `Exception`, and its text is the tracebacks of all ranks.
+
+    It also warns of what it is told to do; a thread cannot catch warnings only for itself.
+    """
+    message = "torch.distributed is disabled, unavailable or uninitialized"
+    warnings.filterwarnings("ignore", message=message, category=UserWarning)
     try:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise CheckpointError(f"{cause} (rank {rank})") from error
-
-
-def _expect_single_process() -> None:
-    """DCP warns of what it is told to do; a thread cannot catch warnings only for itself."""
-    message = "torch.distributed is disabled, unavailable or uninitialized"
-    warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
 def _file_numbers(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
@@ -123,13 +115,10 @@ def _with_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     seen: set[int] = set()
     copies = {}
     for name, tensor in tensors.items():
-        part = local(tensor)
-        storage = part.untyped_storage().data_ptr()
-        is_view = part.untyped_storage().nbytes() != part.nbytes or storage in seen
-        seen.add(storage)
-        copies[name] = tensor.detach() if part.is_contiguous() and not is_view else _copy(tensor)
+        part, copies[name] = local(tensor), tensor.detach()
+        storage = part.untyped_storage()
+        is_view = storage.nbytes() != part.nbytes or storage.data_ptr() in seen
+        seen.add(storage.data_ptr())
+        if is_view or not part.is_contiguous():
+            copies[name] = copies[name].clone(memory_format=torch.contiguous_format)
     return copies
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -21,7 +21,7 @@ import torch
 from ..files.errors import CheckpointError
 from ..files.manifest import read_manifest, write_manifest
 from ..files.processes import Processes
-from ..files.rank_files import read_rank
+from ..files.rank_files import read_rank, write_rank
 from ..files.run_folder import RunFolder
 from ..files.tensor_files import read_tensors, stored_tensors, write_tensors
 from .optimizer_part import OptimizerPart
@@ -181,7 +181,8 @@ class Checkpoints:
         ranks.on_first(lambda: self._run.start(step))
         for name, tensors in captured.tensors.items():
             write_tensors(folder / name, tensors, ranks.group)
-        ranks.together(lambda: captured.values.write(folder, ranks.rank))
+        own = captured.rank_values, captured.rank_tensors
+        ranks.together(lambda: write_rank(folder, ranks.rank, *own))
         ranks.on_first(lambda: captured.describe(folder))
         content = {
             "step": step,

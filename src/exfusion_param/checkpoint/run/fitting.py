@@ -11,7 +11,6 @@ from torch import Tensor
 from ...finding.outer_modules import listed
 from ..files.errors import CheckpointError
 from ..files.plain_values import same
-from ..files.tensor_spec import TensorSpec
 
 
 def common(name: str, values: Sequence[Any]) -> Any:
@@ -29,9 +28,7 @@ def common(name: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def refuse_other_names(
-    part: str, ours: Mapping[str, Any], stored: Mapping[str, TensorSpec]
-) -> None:
+def refuse_other_names(part: str, ours: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
     """Raise if a part has other tensors than were saved."""
     missing = [name for name in ours if name not in stored]
     unknown = [name for name in stored if name not in ours]
@@ -50,7 +47,7 @@ def refuse_other_names(
         )
 
 
-def refuse_other_shape(name: str, tensor: Tensor, stored: TensorSpec) -> None:
+def refuse_other_shape(name: str, tensor: Tensor, stored: Tensor) -> None:
     """Raise if a tensor was saved in another shape."""
     shape = tuple(tensor.shape)
     if shape == stored.shape:
@@ -62,10 +59,10 @@ def refuse_other_shape(name: str, tensor: Tensor, stored: TensorSpec) -> None:
             "reduces them without changing the fused weights."
         )
     raise CheckpointError(
-        f"{name} was saved in shape {stored.shape}, and is of shape {shape} here."
+        f"{name} was saved in shape {tuple(stored.shape)}, and is of shape {shape} here."
     )
 
 
-def like(tensor: Tensor, stored: TensorSpec) -> Tensor:
+def like(tensor: Tensor, stored: Tensor) -> Tensor:
     """Room for what was stored, spread over the ranks as `tensor` is."""
     return torch.empty_like(tensor.detach(), dtype=stored.dtype)

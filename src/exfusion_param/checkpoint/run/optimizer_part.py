@@ -20,8 +20,7 @@ from ...finding.outer_modules import clean_name
 from ...fusion.lookup import fused_parameter
 from ...tensors.shards import as_stack, is_sharded, local, with_memory_of
 from ..files.errors import CheckpointError
-from ..files.quantized import is_quantized
-from ..files.tensor_spec import TensorSpec
+from ..files.plain_values import is_quantized
 from .fitting import like
 from .parts import Part
 
@@ -88,7 +87,7 @@ class OptimizerPart(Part):
         more = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
         return {"rest": rest, "groups": groups, "more": more}
 
-    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters that the states are of."""
         self._refuse_other_groups(values["groups"])
         parameters = {held.name: held.parameter for held in self._held_now()}
@@ -183,7 +182,7 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     }
 
 
-def room_of_state(parameter: nn.Parameter, spec: TensorSpec) -> Tensor:
+def room_of_state(parameter: nn.Parameter, spec: Tensor) -> Tensor:
     """Room for a state of a parameter's shape, or for one of its experts', a dimension more."""
     fused = fused_parameter(parameter)
     if fused is None or len(spec.shape) != parameter.ndim + 1:

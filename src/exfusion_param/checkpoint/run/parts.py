@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ...finding.outer_modules import unwrapped
 from ..files.errors import CheckpointError
-from ..files.tensor_spec import TensorSpec
 from .fitting import common, like, refuse_other_names, refuse_other_shape
 
 
@@ -40,7 +39,7 @@ class Part(ABC):
         """
         return common(self.name, values)
 
-    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
         """Allocate tensors to load the stored ones into.
 
         Raises:
@@ -48,7 +47,7 @@ class Part(ABC):
         """
         return {}
 
-    def room(self, name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
+    def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """An empty tensor to read a stored one into that is to become `tensor`."""
         refuse_other_shape(f"{self.name}: {name}", tensor, stored)
         return like(tensor, stored)
@@ -98,7 +97,7 @@ class Module(Part):
         state = self.module.state_dict()
         return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
 
-    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
         """Tensors like the model's own."""
         if set(values) != set(self.values()):
             raise CheckpointError(f"{self.name}: the checkpoint has other values: {list(values)}.")

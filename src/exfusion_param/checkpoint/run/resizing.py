@@ -31,7 +31,6 @@ from ...tensors.shards import (
     with_memory_of,
 )
 from ..files.errors import CheckpointError
-from ..files.tensor_spec import TensorSpec
 from .fitting import like as room_like
 from .fitting import refuse_other_shape
 from .optimizer_part import OptimizerPart, room_of_state
@@ -49,7 +48,7 @@ class ResizedModule(Module):
             names[id(tensor)] for weights in groups for tensor in _tensors_of_experts(weights)
         }
 
-    def room(self, name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
+    def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """Room for as many experts as are stored."""
         if name not in self._of_experts:
             return super().room(name, tensor, stored)
@@ -97,7 +96,7 @@ class ResizedModule(Module):
 class ResizedOptimizer(OptimizerPart):
     """An optimizer of a wrapped model that loads another number of experts than it has."""
 
-    def room(self, name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
+    def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """Room for as many experts as are stored."""
         return _room(f"{self.name}: {name}", tensor, stored)
 
@@ -111,15 +110,14 @@ class ResizedOptimizer(OptimizerPart):
         resized = dict(tensors)
         for name, tensor in tensors.items():
             parameter = ours[name.rpartition("/")[0]]
-            spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
-            target = room_like(room_of_state(parameter, spec), spec)
+            target = room_like(room_of_state(parameter, tensor), tensor)
             if (old := len(tensor)) != len(target):
                 shares = resize(torch.ones(old), len(target)).shares
                 resized[name] = resized_stack(shares, tensor, target)
         super().load(resized, values)
 
 
-def _room(name: str, tensor: Tensor, stored: TensorSpec) -> Tensor:
+def _room(name: str, tensor: Tensor, stored: Tensor) -> Tensor:
     if not stored.shape or stored.shape[1:] != tuple(tensor.shape[1:]):
         refuse_other_shape(name, tensor, stored)
     room = room_like(tensor, stored)

@@ -18,7 +18,6 @@ from ...fusion_weights.memory_bank import MemoryBank
 from ...tensors.shards import is_sharded
 from ..files.errors import CheckpointError
 from ..files.plain_values import same
-from ..files.tensor_spec import TensorSpec
 from .fitting import common
 from .parts import Part
 
@@ -98,7 +97,7 @@ class Accumulated(Part):
         means = {name: _mean(value[name] for value in counted) for name in counted[0]}
         return both | {"counted": means}
 
-    def allocate(self, stored: Mapping[str, TensorSpec], values: Any) -> dict[str, Tensor]:
+    def allocate(self, stored: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters."""
         parameters = dict(self._module.named_parameters())
         if unknown := [n for n in (*stored, *values["plain"]) if n not in parameters]:

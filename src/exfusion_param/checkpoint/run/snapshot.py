@@ -14,7 +14,8 @@ from ...finding.outer_modules import unwrapped
 from ...fusion.lookup import groups_of
 from ..dense.description import describe, write_description
 from ..files.errors import CheckpointError
-from ..files.rank_files import RANKS, RankValues
+from ..files.plain_values import split
+from ..files.rank_files import RANKS
 from .optimizer_part import OptimizerPart, parameter_names
 from .parts import Module, Part, Stateful
 from .running_parts import RANDOM_NUMBERS, Accumulated, RandomNumbers
@@ -49,7 +50,8 @@ class Captured:
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.tensors = {part.name: part.tensors() for part in parts}
-        self.values = RankValues({part.name: part.values() for part in parts})
+        self.rank_tensors: dict[str, Tensor] = {}
+        self.rank_values = {p.name: split(p.values(), p.name, self.rank_tensors) for p in parts}
         self.descriptions = {
             part.name: describe(part.module)
             for part in parts
@@ -63,7 +65,7 @@ class Captured:
 
     def copy_to_cpu(self) -> None:
         """Take copies, which the run no longer changes."""
-        for tensors in (*self.tensors.values(), self.values.tensors):
+        for tensors in (*self.tensors.values(), self.rank_tensors):
             tensors.update({name: _cpu_copy(tensor) for name, tensor in tensors.items()})
 
 
