@@ -148,9 +148,9 @@ class FusionWeights(SingleInstance):
 
     def _ranks_of_mesh(self) -> Ranks | None:
         """Those of the first sharded parameter that the experts fuse into."""
-        every = [fused.parameter for fused in self.fused]
-        sharded = [parameter for parameter in every if type(parameter) is not nn.Parameter]
-        return ranks_of(sharded[0]) if sharded else None
+        every = (fused.parameter for fused in self.fused)
+        sharded = next((p for p in every if type(p) is not nn.Parameter), None)
+        return None if sharded is None else ranks_of(sharded)
 
     @property
     def name(self) -> str:

@@ -85,7 +85,10 @@ class TokenPool(FusionWeights):
 
     def end_forward(self) -> None:
         """The group's forward is over."""
-        self.current = None
+        if torch.compiler.is_compiling():
+            self.remember("_traced", None)
+        else:
+            self._by_thread().pop(threading.get_ident(), None)
 
     def remember(self, name: str, value: Any) -> None:
         """Set an attribute within a forward, also within one that is compiled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,16 +71,14 @@ class ExpertStep:
         with torch.no_grad():
             gather_learned(groups)
             known = _slots.setdefault(optimizer, {})
-            self._slots = {
-                weights: [
-                    slot_of(fused, optimizer, parameter, place.get(id(parameter)), known.get(fused))
-                    for fused in cast(list[FusedParameter], weights.fused)
-                    for parameter in (fused.parameter,)
+            self._slots = {}
+            for weights in groups:
+                fused_here: list[Any] = weights.fused
+                self._slots[weights] = [
+                    slot_of(fused, optimizer, place, known.get(fused)) for fused in fused_here
                 ]
-                for weights in groups
-            }
         every = [slot for slots in self._slots.values() for slot in slots]
-        self._may_be_loaded = any(known.get(slot.fused) is not slot for slot in every)
+        self._may_be_loaded = bool([slot for slot in every if known.get(slot.fused) is not slot])
         known.update([(slot.fused, slot) for slot in every])
         self._held = [slot for slot in every if slot.group_index is not None]
         refuse_tied(every)
@@ -89,7 +87,9 @@ class ExpertStep:
             optimizer.make_ready()
         self._stand_ins = self._make_stand_ins()
         self.view = self._make_view()
-        _steps.update((weights, weakref.ref(self)) for weights in groups)
+        this = weakref.ref(self)
+        for weights in groups:
+            _steps[weights] = this
 
     def refuse_half_done(self) -> None:
         """Raise if the step failed when some experts had moved, and nothing was loaded since."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.variants import LearnedWeights, StaticWeights
-from ..tensors.ranks import ALONE, Ranks, sum_together
+from ..tensors.ranks import ALONE, Ranks, has_ranks, sum_together
 from ..tensors.shards import is_sharded, like, local, padded, ranks_of, replicas_of, spread
 from ..tensors.sliced_sums import products_with
 from .slots import Slot
@@ -34,19 +34,20 @@ def fusion_gradients(
         held: ids of the parameters that the optimizer holds.
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
+    is_one_process = not has_ranks()
     for weights, of_group in slots.items():
         needs_all = not set(map(id, weights.own_tensors())).isdisjoint(held)
-        ranks = ALONE if isinstance(weights, StaticWeights) else weights.ranks
-        if _take_gradients(of_group, needs_all, ranks) and not isinstance(weights, StaticWeights):
+        is_static = isinstance(weights, StaticWeights)
+        ranks = ALONE if is_static or is_one_process else weights.ranks
+        if _take_gradients(of_group, needs_all, ranks) and not is_static:
             by_ranks[ranks].append(weights)
     for ranks, alike in by_ranks.items():
         parts = [weights.statistics(_products(weights, slots[weights])) for weights in alike]
         for weights, sums in zip(alike, sum_together(ranks, parts), strict=True):
-            weights.step_gradients = {
-                parameter: _as_gradient(parameter, gradient)
-                for parameter, gradient in weights.gradients(sums).items()
-                if parameter.requires_grad
-            }
+            weights.step_gradients.clear()
+            for parameter, gradient in weights.gradients(sums).items():
+                if parameter.requires_grad:
+                    weights.step_gradients[parameter] = _as_gradient(parameter, gradient)
     return {p: grad for weights in slots for p, grad in weights.step_gradients.items()}
 
 
@@ -59,7 +60,7 @@ def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> boo
             slot.fused.products = None
             continue
         has_gradient = True
-        part = local(gradient)
+        part = gradient if type(gradient) is Tensor else local(gradient)
         version = part._version
         is_new = getattr(gradient, _SEEN, None) != version
         if is_new or slot.group_index is not None:
@@ -75,7 +76,7 @@ def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> boo
                 products = products / replicas_of(slot.parameter, ranks)
             slot.fused.products = products
     if not has_gradient:
-        slots[0].fused.fusion_weights.step_gradients = {}
+        slots[0].fused.fusion_weights.step_gradients.clear()
     return is_any
 
 
@@ -100,7 +101,8 @@ def gather_learned(groups: Iterable[FusionWeights]) -> None:
     for group in groups:
         if isinstance(group, LearnedWeights):
             ranks = ranks_of(group.weights)
-            group.gathered = None
+            if group.gathered is not None:
+                group.gathered = None
             if ranks is not None:
                 by_ranks[ranks].append(group)
     for ranks, alike in by_ranks.items():

@@ -96,16 +96,15 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 f"{type(optimizer).__name__} was made before {call}. Make the optimizer after it."
             )
     groups = list(_groups_of(held))
+    by_step = [weights for weights in groups if weights.fused]
+    refuse_closures(optimizer, by_step)
+    refuse_within_backward(optimizer, by_step)
     for weights in groups:
-        if weights.fused:
-            refuse_closures(optimizer, weights)
-            refuse_within_backward(optimizer, weights)
-        else:
+        if not weights.fused:
             weights.before_step()
     check_first_step(optimizer, groups)
     _holds[optimizer] = (held, groups)
     agree(groups)
-    by_step = [weights for weights in groups if weights.fused]
     if by_step and not delegates(optimizer, by_step):
         inner = _inner.get(optimizer)
         if inner is None:

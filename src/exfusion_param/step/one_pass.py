@@ -17,7 +17,7 @@ from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import local
 from .fused_parameter import EXPERTS
 from .slots import Slot
-from .stack_step import Batch, Stack, StackPlan, StackStep
+from .stack_step import Batch, Stack, StackPlan
 from .state_storage import StateDtype, check_state_dtype, stored
 
 OWN_SETTINGS = ("state_dtype", "expert_dtype", "fused", "foreach")
@@ -135,11 +135,15 @@ class OnePassOptimizer(Optimizer):
         Returns:
             The slots in which a parameter was fused.
         """
-        due = {slot: local(g) for slot in slots if (g := slot.parameter.grad) is not None}
+        due = {
+            slot: grad if type(grad) is Tensor else local(grad)
+            for slot in slots
+            if (grad := slot.parameter.grad) is not None
+        }
         for index, group in enumerate(self.param_groups):
             of_group = [slot for slot in due if slot.group_index == index]
             steps = [
-                StackStep(
+                (
                     due[slot],
                     slot.fused.weights_of_gradient,
                     slot.part,

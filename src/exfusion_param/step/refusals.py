@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from torch import Tensor, optim
@@ -11,12 +11,12 @@ from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.votes.custom_ops import current_backward
 
 
-def refuse_closures(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
+def refuse_closures(optimizer: optim.Optimizer, groups: Sequence[FusionWeights]) -> None:
     """Raise for optimizers whose step evaluates the model several times."""
-    if isinstance(optimizer, optim.LBFGS):
+    if groups and isinstance(optimizer, optim.LBFGS):
         raise RuntimeError(
             f"{type(optimizer).__name__} evaluates the model within its step, which the experts of "
-            f'{weights.group!r} cannot follow under fuse_on="step". Wrap with fuse_on="forward".'
+            f'{groups[0].group!r} cannot follow under fuse_on="step". Wrap with fuse_on="forward".'
         )
 
 
@@ -37,12 +37,14 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
     return bool(inner)
 
 
-def refuse_within_backward(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
+def refuse_within_backward(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> None:
     """Raise if fusion weights need gradients that the running backward has not computed yet."""
-    if current_backward() is not None and weights.own_tensors():
+    if current_backward() is None:
+        return
+    if (trained := next((group for group in groups if group.own_tensors()), None)) is not None:
         raise RuntimeError(
             f"{type(optimizer).__name__} steps within a backward, and the fusion weights of "
-            f'{weights.group!r} need the gradients of the whole FFN under fuse_on="step". Step '
+            f'{trained.group!r} need the gradients of the whole FFN under fuse_on="step". Step '
             'after the backward, or wrap with variant="sw" or fuse_on="forward".'
         )
 

@@ -54,8 +54,7 @@ class Slot:
 def slot_of(
     fused: FusedParameter,
     optimizer: Optimizer,
-    parameter: nn.Parameter,
-    group_index: int | None,
+    place: Mapping[int, int],
     before: Slot | None,
 ) -> Slot:
     """The slot of a fused parameter, for a step.
@@ -63,10 +62,12 @@ def slot_of(
     Args:
         fused: itself.
         optimizer: about to step.
-        parameter: as the linear has it now.
-        group_index: index of its parameter group that holds the parameter, if one does.
+        place: index of its parameter group that holds a parameter, by the parameter's id.
         before: its slot at the step before.
     """
+    parameter = fused.linear._parameters.get(fused.name)  # what the property gives, and quicker
+    parameter = fused.parameter if parameter is None else parameter
+    group_index = place.get(id(parameter))
     owner = optimizer if group_index is not None else fused.optimizer
     state = fused.own_state() if owner is None else owner.state[parameter]
     if (  # nothing was moved or loaded since

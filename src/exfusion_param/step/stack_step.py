@@ -39,21 +39,10 @@ class Stack:
     dtype: torch.dtype
 
 
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
-class StackStep:
-    """What one step does to a stack.
-
-    Args:
-        gradient: `G` of the fused tensor, shape (*S).
-        weights: the fusion weights that `G` was taken under, shape (N,).
-        fused: where to fuse the new experts, shape (*S).
-        new_weights: the fusion weights to fuse them with, shape (N,).
-    """
-
-    gradient: Tensor
-    weights: Tensor
-    fused: Tensor
-    new_weights: Tensor
+StackStep = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What one step does to a stack: `G` of the fused tensor, shape (*S); the fusion weights that `G`
+was taken under, shape (N,); where to fuse the new experts, shape (*S); and the fusion weights to
+fuse them with, shape (N,)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -128,11 +117,11 @@ class StackPlan:
             generators: for each device what rounds what is stored in bfloat16.
         """
         fusions = {
-            index: RunningFusion(step.fused, step.new_weights)
-            for index, step in enumerate(steps)
+            index: RunningFusion(fused, new_weights)
+            for index, (_, _, fused, new_weights) in enumerate(steps)
             if index not in self._uncut  # which are fused at once
-            or step.fused.dtype != step.new_weights.dtype
-            or not step.fused.is_contiguous()
+            or fused.dtype != new_weights.dtype
+            or not fused.is_contiguous()
         }
         scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for cuts in self._batches:
@@ -155,10 +144,10 @@ class StackPlan:
     ) -> None:
         batch = Batch([], [], [[] for _ in cuts[0].states], [])
         for cut, buffer in zip(cuts, buffers, strict=True):
-            stack, step = self.stacks[cut.index], steps[cut.index]
-            weights = step.weights[cut.part].to(buffer).view(-1, *[1] * step.gradient.ndim)
+            stack, (gradient, weights, _, _) = self.stacks[cut.index], steps[cut.index]
+            weights = weights[cut.part].to(buffer).view(-1, *[1] * gradient.ndim)
             out = buffer.view(cut.experts.shape)
-            batch.gradients.append(torch.mul(weights, step.gradient, out=out))
+            batch.gradients.append(torch.mul(weights, gradient, out=out))
             batch.experts.append(
                 cut.experts if cut.is_plain else to_work_on(cut.experts, stack.dtype)
             )
@@ -175,9 +164,9 @@ class StackPlan:
             if cut.index in fusions:
                 fusions[cut.index].add(cut.experts, cut.part)
             else:  # as a running fusion does
-                step = steps[cut.index]
-                total = step.fused.view(-1)
-                torch.addmv(total, cut.flat, step.new_weights, beta=0, out=total)
+                _, _, fused, new_weights = steps[cut.index]
+                total = fused.view(-1)
+                torch.addmv(total, cut.flat, new_weights, beta=0, out=total)
 
     def _cut(self) -> Iterator[list[_Cut]]:
         """Cuts of stacks, as many at a time as one batch takes, and at least one."""

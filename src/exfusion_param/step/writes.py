@@ -30,7 +30,8 @@ class Writes:
         self._weights = weights
         self.recorded: Tensor | None = None
         """This rank's part at the end of the last step."""
-        self._fused_from: tuple[int, int, object] | None = None
+        self._fused_from: tuple[int, int] | None = None
+        self._fusion_weights: list[tuple[int, int]] = []
 
     def has_record(self) -> bool:
         """Whether an optimizer has stepped on the experts in this process."""
@@ -46,7 +47,13 @@ class Writes:
             now: the group's fusion weights, shape (N,).
         """
         recorded = self.recorded
-        if recorded is None or not self._is_fused_from(stack, experts, now):
+        is_known = self._fused_from == (id(stack), experts._version)
+        if is_known and now.is_cpu:
+            assert self.fused_with is not None
+            is_known = torch.equal(self.fused_with, now)
+        elif is_known:  # a comparison would have to wait for a GPU
+            is_known = self._versions() == self._fusion_weights
+        if recorded is None or not is_known:  # something was loaded
             self.fused_with = now.clone()
             shift(experts, difference(part, experts, now), now)
             return
@@ -61,16 +68,9 @@ class Writes:
             value = self.recorded = torch.empty_like(part)
         value.copy_(part)
         self.fused_with = now
-        versions = None if now.device.type == "cpu" else self._versions()
-        self._fused_from = (id(stack), experts._version, versions)
-
-    def _is_fused_from(self, stack: Tensor, experts: Tensor, now: Tensor) -> bool:
-        """Whether experts and fusion weights are those of the last step; a load differs."""
-        if self._fused_from is None or self._fused_from[:2] != (id(stack), experts._version):
-            return False
-        if now.device.type == "cpu":
-            return self.fused_with is not None and torch.equal(self.fused_with, now)
-        return self._versions() == self._fused_from[2]
+        self._fused_from = (id(stack), experts._version)
+        if not now.is_cpu:
+            self._fusion_weights = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
         """Which fusion weights these are; a load in place changes a version."""

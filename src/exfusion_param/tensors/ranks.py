@@ -98,7 +98,7 @@ def ranks_in(process_group: Any) -> Ranks:
         TypeError: it is neither.
         ValueError: this rank is not in it.
     """
-    if not _is_initialized():
+    if not has_ranks():
         raise ValueError("process_group needs torch.distributed.init_process_group() before.")
     if isinstance(process_group, distributed.ProcessGroup):
         return ranks_of_groups([process_group])
@@ -118,7 +118,7 @@ def ranks_in(process_group: Any) -> Ranks:
 
 def all_ranks() -> Ranks:
     """All ranks of the job."""
-    return ranks_of_groups([distributed.group.WORLD]) if _is_initialized() else ALONE
+    return ranks_of_groups([distributed.group.WORLD]) if has_ranks() else ALONE
 
 
 def ranks_of_ddp() -> Ranks | None:
@@ -160,5 +160,6 @@ def sum_together(ranks: Ranks, tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(flat.split([tensor.numel() for tensor in tensors]))
 
 
-def _is_initialized() -> bool:
+def has_ranks() -> bool:
+    """Whether this process is a rank of a job."""
     return distributed.is_available() and distributed.is_initialized()

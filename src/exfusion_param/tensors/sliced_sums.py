@@ -20,6 +20,7 @@ SLICE = {"cpu": 1 << 22}
 """Numbers in a slice, by the type of the device."""
 LARGE_SLICE = 1 << 24
 """Numbers in a slice on all other devices."""
+_PRECISE = (torch.float32, torch.float64)
 
 
 class RunningFusion:
@@ -66,9 +67,10 @@ def products_with(experts: Tensor, gradient: Tensor) -> Tensor:
         experts: shape (N, *S).
         gradient: `G`, shape (*S).
     """
+    is_summed_as_is = gradient.dtype == experts.dtype in _PRECISE
+    if is_summed_as_is and experts.numel() <= SLICE.get(experts.device.type, LARGE_SLICE):
+        return experts.flatten(1) @ gradient.flatten()  # without another call, as it is asked often
     dtype = accumulation_dtype(torch.promote_types(experts.dtype, gradient.dtype))
-    if experts.dtype == dtype and experts.numel() <= slice_size(experts.device):
-        return experts.flatten(1) @ gradient.to(dtype).flatten()  # in one go
     flat = gradient.to(dtype).flatten()
     products = [_flat(experts[part], dtype) @ flat for part in slices(experts)]
     return products[0] if len(products) == 1 else torch.cat(products)
