@@ -2,16 +2,18 @@
 
 import copy
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exfusion_param import meo
 from exfusion_param.fusion.lookup import groups_of
+from exfusion_testing.models import FFNs, inputs
 
 
 def vit() -> nn.Module:
@@ -58,7 +60,7 @@ def test_a_model_in_eval_serves_several_threads() -> None:
     with torch.no_grad():
         expected = [model(x) for x in inputs]
 
-    def serve(x: torch.Tensor) -> torch.Tensor:
+    def serve(x: Tensor) -> Tensor:
         with torch.no_grad():
             return model(x)
 
@@ -66,3 +68,58 @@ def test_a_model_in_eval_serves_several_threads() -> None:
         for _ in range(5):
             for output, right in zip(pool.map(serve, inputs), expected, strict=True):
                 assert torch.equal(output, right)
+
+
+class Meet(nn.Module):
+    """An activation in which two threads wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2, timeout=20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, once both threads are here."""
+        self.barrier.wait()
+        return x.relu()
+
+
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_a_model_that_two_threads_train_is_refused_clearly(by_parts: bool) -> None:
+    model = FFNs(depth=1).double()
+    model.blocks[0].act = Meet()
+    meo.wrap(model, num_experts=4, top_k=2)
+    run = model.blocks[0] if by_parts else model
+
+    def forward(x: Tensor) -> str:
+        try:
+            run(x).sum().backward()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = [error for error in pool.map(forward, [inputs(), inputs()]) if error]
+    assert errors
+    assert all("two threads" in error and "gates" in error for error in errors)
+
+
+def test_the_balance_of_a_forward_that_another_thread_has_begun_is_refused() -> None:
+    model = meo.wrap(FFNs().double(), num_experts=4, top_k=2)
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(2):  # one after the other they may train it
+            (model(inputs()).sum() + meo.balance_loss(model)).backward()
+            loss = other.submit(lambda: model(inputs()).sum() + meo.balance_loss(model)).result()
+            loss.backward()
+        model(inputs())
+        other.submit(model, inputs()).result()
+        with pytest.raises(RuntimeError, match="two threads"):
+            meo.balance_loss(model)
+
+
+def test_a_forward_that_failed_leaves_the_next_ones_of_parts_apart() -> None:
+    model = meo.wrap(FFNs().double(), num_experts=4, top_k=2)
+    with pytest.raises(RuntimeError):
+        model(inputs(dim=5))
+    for _ in range(3):
+        model.blocks[1](model.blocks[0](inputs()))
+        assert all(len(gate.recorded) == 1 for gate in groups_of(model))

@@ -22,8 +22,11 @@ def test_models_with_a_weight_for_each_sample_are_not_fused() -> None:
     for fuse in (exf.fuse, exf.fused_state_dict):
         with pytest.raises(ValueError, match="no dense model computes the same"):
             fuse(model)
-    with pytest.raises(ValueError, match="knows no tasks"):
-        meo.fuse(model, task=0)
+    for fuse in (meo.fuse, meo.fused_state_dict):
+        with pytest.raises(ValueError, match="no dense model computes the same"):
+            fuse(model)
+        with pytest.raises(ValueError, match="knows no tasks"):
+            fuse(model, task=0)
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     model(inputs())
 

@@ -22,6 +22,7 @@ def test_a_task_folds_into_a_dense_model(task: Any, shared_gate: bool) -> None:
     x = inputs(4, 3, 9)
     before = model(x)
     dense = meo.fused_state_dict(model, task=task)
+    torch.testing.assert_close(meo.fused_state_dict(model), dense, rtol=0, atol=0)
     other = meo.fused_state_dict(model, task=0)
     plain = FFNs(4, 6).double()
     plain.load_state_dict(dense, strict=True)
@@ -57,8 +58,9 @@ def test_a_task_that_was_not_named_or_does_not_fit_is_refused() -> None:
             meo.set_task(model, task)
     with pytest.raises(ValueError, match="task must"):
         meo.fuse(model, task=9)
-    with pytest.raises(ValueError, match="No task is set"):
-        exf.fuse(model)
+    for fuse in (exf.fuse, meo.fuse, meo.fused_state_dict):
+        with pytest.raises(ValueError, match="No task is set"):
+            fuse(model)
     with pytest.raises(ValueError, match="knows no tasks"):
         meo.set_task(wrapped(), 0)
     with pytest.raises(ValueError, match="has no gates. Wrap it with meo.wrap"):

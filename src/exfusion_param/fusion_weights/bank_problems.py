@@ -23,10 +23,10 @@ DEAD = 0.01
 """A fusion weight, times N, below which an expert counts for nothing."""
 
 
-def two_threads(group: str) -> RuntimeError:
+def two_threads(group: str, what: str = "its memory bank") -> RuntimeError:
     """Two threads train one model."""
     return RuntimeError(
-        f"{group!r} is trained by two threads at the same time, and its memory bank can "
+        f"{group!r} is trained by two threads at the same time, and {what} can "
         "follow only one input. Train in one thread, or in processes with "
         "DistributedDataParallel. In eval mode threads can share a model."
     )

@@ -86,7 +86,7 @@ def wrap(
     course = Course(gates)
     handles = [
         model.register_forward_pre_hook(course.begin),
-        model.register_forward_hook(course.end),
+        model.register_forward_hook(course.end, always_call=True),
     ]
     for gate in gates:
         gate.course = course
@@ -100,6 +100,9 @@ def wrap(
 
 def set_task(model: nn.Module, task: Task) -> None:
     """Name the task whose gates the model is to use from now on.
+
+    The task is the model's, whichever thread calls it: threads that serve several tasks at a time
+    need a copy of the model for each, or the dense models of `meo.fuse`.
 
     Args:
         model: wrapped with `level="task"`.
@@ -122,19 +125,19 @@ def set_task(model: nn.Module, task: Task) -> None:
         gate.task = embedding
 
 
-def fuse(model: Model, *, task: Task) -> Model:
+def fuse(model: Model, *, task: Task | None = None) -> Model:
     """Give the dense model of one task back, in place; see `exfusion_param.fuse`.
 
     Args:
         model: wrapped with `level="task"`. Fuse a `copy.deepcopy(model)` for each task.
-        task: as for `set_task`.
+        task: as for `set_task`; None takes the one that is set.
 
     Returns:
         `model`, the same object.
 
     Raises:
-        ValueError: as for `exfusion_param.fuse`, or the task does not fit. The model is then
-            unchanged.
+        ValueError: as for `exfusion_param.fuse`, or the task does not fit, or is not set. The model
+            is then unchanged.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -144,7 +147,8 @@ def fuse(model: Model, *, task: Task) -> Model:
         Linear(in_features=8, out_features=16, bias=True)
     """
     before = [gate.task for gate in gates_of(model)]
-    set_task(model, task)
+    if task is not None:
+        set_task(model, task)
     try:
         return api.fuse(model)
     except ValueError:
@@ -153,15 +157,15 @@ def fuse(model: Model, *, task: Task) -> Model:
         raise
 
 
-def fused_state_dict(model: nn.Module, *, task: Task) -> OrderedDict[str, Any]:
+def fused_state_dict(model: nn.Module, *, task: Task | None = None) -> OrderedDict[str, Any]:
     """The state dict that `meo.fuse(model, task=task)` would have; the model is left as it is.
 
     Args:
         model: wrapped with `level="task"`.
-        task: as for `set_task`.
+        task: as for `set_task`; None takes the one that is set.
 
     Raises:
-        ValueError: the model is not wrapped so, or the task does not fit.
+        ValueError: the model is not wrapped so, or the task does not fit, or is not set.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -172,7 +176,8 @@ def fused_state_dict(model: nn.Module, *, task: Task) -> OrderedDict[str, Any]:
     """
     gates = gates_of(model)
     before = [gate.task for gate in gates]
-    set_task(model, task)
+    if task is not None:
+        set_task(model, task)
     try:
         return state_dict.fused_state_dict(model)
     finally:

@@ -32,7 +32,8 @@ def balance_loss(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: the model has no gates.
-        RuntimeError: no forward in training came before, or none with a graph.
+        RuntimeError: no forward in training came before, or none with a graph; or another thread
+            has begun one since.
 
     Examples:
         >>> model = meo.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), num_experts=4)
@@ -43,12 +44,15 @@ def balance_loss(model: nn.Module) -> Tensor:
     gates = gates_of(model)
     if torch.is_grad_enabled() and all(gate.training and not gate.recorded for gate in gates):
         raise RuntimeError(
-            "balance_loss() comes after a forward in training and before the optimizer's step. "
-            "Activation checkpointing leaves a graph of the gates only with use_reentrant=False."
+            "balance_loss() comes after a forward in training and before the optimizer's step, and "
+            "here is none: the last forward ran in eval mode, under no_grad, or under activation "
+            "checkpointing without use_reentrant=False; or an optimizer has stepped since."
         )
     by_size: dict[Any, list[Gate]] = defaultdict(list)
     for gate in gates:
         if gate.recorded:
+            if gate.course is not None:
+                gate.course.require_own_thread(gate)
             by_size[gate.config.num_experts, gate.gate.device].append(gate)
     total = torch.zeros((), device=gates[0].gate.device)
     for alike in by_size.values():

@@ -7,15 +7,21 @@ model itself, and what is kept holds graphs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..fusion_weights.bank_problems import two_threads
+
 
 class Recorder(Protocol):
     """A gate."""
+
+    group: str
+    recorded: Sequence[Any]
 
     def forget(self) -> None:
         """Give up what is kept."""
@@ -32,6 +38,7 @@ class Course:
         self.gates = gates
         self._is_called = False  # the model itself, which may use a gate several times
         self._first: Recorder | None = None  # to record since the forward began
+        self._thread: int | None = None  # that has recorded last
         self._have_others = len(gates) == 1
 
     def begin(self, model: nn.Module, args: Any) -> None:
@@ -45,9 +52,25 @@ class Course:
             self._is_called = False
 
     def record(self, gate: Recorder) -> None:
-        """A gate is about to record; where the first one does again, another forward begins."""
-        if self._is_called or torch.compiler.is_compiling():
+        """A gate is about to record; where the first one does again, another forward begins.
+
+        Raises:
+            RuntimeError: a forward of another thread is not over, or waits for its step.
+        """
+        if torch.compiler.is_compiling():
             return
+        if not self._is_called:
+            self._find_beginning(gate)
+        self.require_own_thread(gate)
+        self._thread = threading.get_ident()
+
+    def require_own_thread(self, gate: Recorder) -> None:
+        """Raise if what is recorded is of another thread's forward."""
+        is_other = self._thread not in (None, threading.get_ident())
+        if is_other and any(each.recorded for each in self.gates):
+            raise two_threads(gate.group, "its gates")
+
+    def _find_beginning(self, gate: Recorder) -> None:
         if gate is self._first and self._have_others:
             self._restart()
         if self._first is None:
