@@ -13,8 +13,8 @@ from .config import ExFusionConfig
 from .expert_config import ENTRY
 from .finding.selection import Filter
 from .fusion.lookup import groups_of, wrapped_linears
-from .fusion_weights.bank_problems import share_alarm, warn_of_empty_banks
 from .fusion_weights.base import FusionWeights
+from .fusion_weights.empty_banks import share_alarm, warn_of_empty_banks
 from .fusion_weights.fused import Fused
 from .fusion_weights.variants import fusion_weights_for
 from .step.attach import detach_fused

@@ -20,7 +20,7 @@ from .fusion.lookup import (
     parametrized_names,
     wrapped_linears,
 )
-from .fusion_weights.bank_problems import warn_of_empty_banks
+from .fusion_weights.empty_banks import warn_of_empty_banks
 from .step.expert_step import refuse_half_done
 from .tensors.expert_starts import upcycled_experts
 from .tensors.shards import assign, full_tensor, spread

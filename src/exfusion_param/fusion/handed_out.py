@@ -10,6 +10,7 @@ its numbers. Zeros, which a memory bank that is still empty fuses to, are handed
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -30,8 +31,9 @@ class _HandedOut:
 
     Args:
         tensor: what was handed out.
-        keep: whether to keep it alive until the first check, as an assignment to its `.data` shows
-            in no other tensor. Within a forward it would hold on to the graph.
+        keep: whether to keep it alive for as long as anyone else does, and until the next check, as
+            an assignment to its `.data` shows in no other tensor. Within a forward it would hold
+            on to the graph.
     """
 
     def __init__(self, tensor: Tensor, keep: bool) -> None:
@@ -41,12 +43,16 @@ class _HandedOut:
         self._copy = self._alias.clone()
         self._version = _version(self._alias)
 
-    def was_written(self) -> bool:
-        """Whether its numbers are others, or have been written again."""
+    def has_new_version(self) -> bool:
+        """Whether it was written in place, or has other memory now; quicker than by its numbers."""
         tensor = self._tensor()
         if tensor is not None and local(tensor).data_ptr() != self._alias.data_ptr():
             return True
-        if _version(self._alias) != self._version:
+        return _version(self._alias) != self._version
+
+    def was_written(self) -> bool:
+        """Whether its numbers are others, or have been written again."""
+        if self.has_new_version():
             return True
         now, before = self._alias, self._copy
         if not torch.equal(now.signbit(), before.signbit()):
@@ -55,11 +61,17 @@ class _HandedOut:
 
     def is_held(self) -> bool:
         """Whether anyone else can still write to it."""
+        if self._kept is not None and sys.getrefcount(self._kept) > _OWN_REFERENCES:
+            return True
         self._kept = None
         if self._tensor() is not None:
             return True
         storage: Any = self._alias.untyped_storage()
         return torch._C._storage_Use_Count(storage._cdata) > 2  # that of `storage`, and the alias's
+
+
+_OWN_REFERENCES = 2
+"""Of a tensor that is kept: the attribute, and the argument of `sys.getrefcount`."""
 
 
 def remember(fusion: nn.Module, fused: Tensor, *, is_in_forward: bool, is_empty: bool) -> None:
@@ -86,11 +98,13 @@ def found_write(fusion: nn.Module, *, only_fresh: bool = False) -> bool:
 
     Args:
         fusion: the parametrization.
-        only_fresh: leave out what was found unchanged before.
+        only_fresh: compare the numbers only of what was not found unchanged before.
     """
     found = False
-    for known in (_fresh,) if only_fresh else (_fresh, _held):
+    for known in (_fresh, _held):
         if fusion not in known:
+            continue
+        if only_fresh and known is _held and not _has_new_version(known[fusion]):
             continue
         for handed_out in known.pop(fusion, ()):  # another thread may have been quicker
             if handed_out.was_written():
@@ -98,6 +112,10 @@ def found_write(fusion: nn.Module, *, only_fresh: bool = False) -> bool:
             elif handed_out.is_held():
                 _held.setdefault(fusion, []).append(handed_out)
     return found
+
+
+def _has_new_version(held: list[_HandedOut]) -> bool:
+    return any(handed_out.has_new_version() for handed_out in held)
 
 
 def is_any_handed_out() -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion_weights.bank_problems import warn_of_empty_bank_once
+from ..fusion_weights.empty_banks import warn_of_empty_bank_once
 from ..tensors.shards import is_sharded, local
 from .expert_fusion import ExpertFusion
 from .handed_out import forget, found_write, is_any_handed_out, is_capturing, remember
@@ -96,8 +96,8 @@ def require_sound(linear: Any, name: str, *, is_own_forward: bool = False) -> No
     Args:
         linear: the wrapped linear.
         name: of the tensor.
-        is_own_forward: whether the linear itself reads it; only what was read since the last check
-            is compared then.
+        is_own_forward: whether the linear itself reads it; numbers are compared only of what was
+            read since the last check then.
     """
     if _is_recorded():
         return

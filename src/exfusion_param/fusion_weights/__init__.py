@@ -11,7 +11,7 @@ The third variant is the memory bank, which follows a router: `memory_bank` unde
   padding.
 - Its votes, the micro-batches that count: the folder `votes`.
 - Its problems: `bank_problems` raises for forwards that it cannot follow, and warns of collapsed
-  routers, dead experts, and banks that are still zero.
+  routers and dead experts; `empty_banks` warns of banks that are still zero or do not move.
 
 Under "step" autograd does not compute the gradients of routers and learned weights.
 `zero_gradients` gives them zeros instead, which DDP and FSDP2 wait for.

@@ -29,6 +29,8 @@ class BankOnStep(MemoryBank):
         self, linear: nn.Module, args: Any, kwargs: Any, output: Any = None
     ) -> Tensor | None:
         """Note the router's output for a micro-batch, with its gradient."""
+        if not self.training and self.votes.has_waiting:  # of backwards that no step has applied
+            self.still.warn_if_zero(self)
         if not self.training or not isinstance(output, Tensor) or not output.requires_grad:
             return None
         if torch.compiler.is_exporting():  # the program is the dense model's
@@ -89,6 +91,16 @@ class BankOnStep(MemoryBank):
             return {}
         pooled = functional.router_gradient(mean_of(total), gradient, features)
         return {router: (1 - self.config.momentum) * pooled}
+
+    def fuses_zeros(self) -> bool:
+        """Whether the dense weights are zero, as `wrap` makes them from an empty bank."""
+        if not self.is_empty():
+            return False
+        return not any(local(fused.parameter).any() for fused in self.fused)
+
+    def _has_gradient(self) -> Tensor:
+        # Weights that are all zero have gradients of zero.
+        return super()._has_gradient() | self.fuses_zeros()
 
     def _only_experts_have_gradients(self) -> bool:
         gradients = [fused.parameter.grad for fused in self.fused]

@@ -18,6 +18,7 @@ from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
 from . import bank_problems
 from .base import Linears
+from .empty_banks import StillBank
 from .routed_forward import Observed
 from .token_pool import TokenPool
 from .votes.custom_ops import current_backward
@@ -64,9 +65,8 @@ class MemoryBank(TokenPool):
         self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
         self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
         self.votes = self._new_votes()
-        self.alarm = bank_problems.EmptyBankAlarm()
+        self.still = StillBank()
         self.is_bypassed = False
-        self._is_filled = False  # as far as is known without reading the bank again
         self._thread: int | None = None  # that runs the forward
         self._stepped: Tensor | None = None  # what `health` gives for the step
         self._warned: set[str] = set()
@@ -95,7 +95,7 @@ class MemoryBank(TokenPool):
         assign(self.router, router)
         start = 1 / self.config.num_experts if self.config.bank_init == "uniform" else 0.0
         nn.init.constant_(self.bank, start)
-        self._is_filled = False
+        self.still.is_filled = False
         self.votes.take()
         self.votes.follow_anchor()
 
@@ -108,17 +108,9 @@ class MemoryBank(TokenPool):
 
     def fuse(self, experts: Tensor) -> Tensor:
         """The fused tensor; warns of an empty bank in eval, unless it is compiled."""
-        if not (torch.compiler.is_compiling() or self.training or self._is_filled):
-            self._warn_if_empty()
+        if not self.training:
+            self.still.warn_if_zero(self)
         return super().fuse(experts)
-
-    def _warn_if_empty(self) -> None:
-        """Reads the bank, which synchronizes a GPU, until it is filled or the warning given."""
-        if self.alarm.is_given or not bank_problems.can_be_read(self.bank):
-            return
-        self._is_filled = not self.is_empty()
-        if not self._is_filled:
-            self.alarm.give(self.group)
 
     def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
         """Observes each forward."""
@@ -134,6 +126,8 @@ class MemoryBank(TokenPool):
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
         self.current = self._moved_by(x) if self.training else None
+        if not (self.training and torch.is_grad_enabled()):
+            self.still.watch(self)
         self.remember("_thread", None if torch.compiler.is_compiling() else threading.get_ident())
 
     def _require_own_thread(self) -> None:
@@ -179,9 +173,18 @@ class MemoryBank(TokenPool):
         """Whether the bank is all zeros."""
         return not self.bank.is_meta and not self.bank.any()
 
+    def fuses_zeros(self) -> bool:
+        """Whether the fused weights are zero, as the bank is."""
+        return self.is_empty()
+
     def before_step(self) -> None:
         """Decide which micro-batches the step applies."""
-        self.votes.before_step()
+        self.votes.before_step(self._has_gradient)
+
+    def _has_gradient(self) -> Tensor:
+        """Whether a gradient of the group is not zero, a boolean of shape ()."""
+        gradients = [p.grad for p in [self.router, *self.trained()] if p.grad is not None]
+        return torch.stack([local(each).any().to(self.bank.device) for each in gradients]).any()
 
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""

@@ -1,10 +1,10 @@
 """Warns where a loop trains weights without a `torch.optim.Optimizer`, so that no expert moves.
 
-Only a forward hook runs in such a loop. Until an optimizer's first step, it samples one weight in
-every fourth backward of its FFN group, and warns when two samples in a row differ from the ones
-before. Gradient accumulation changes no sample, and SAM changes one before its first step. Each
-unchanged sample doubles the interval, because the comparison synchronizes a GPU. A compiled forward
-is not checked.
+Only a forward hook runs in such a loop. Until an optimizer's first step, it samples the weights and
+biases of its FFN group in every fourth backward, and warns when two samples in a row differ from
+the ones before. Gradient accumulation changes no sample, and SAM changes one before its first step.
+Each unchanged sample doubles the interval, because the comparison synchronizes a GPU. A compiled
+forward is not checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..tensors.shards import local
 PERIOD = 4
 """Backwards between the first samples."""
 SIZE = 64
-"""Numbers in a sample, at least."""
+"""Numbers of each weight or bias in a sample, at least."""
 
 
 class CustomLoopCheck:
@@ -37,7 +37,7 @@ class CustomLoopCheck:
         self._changes = 0
         self._forwards = 0
         self._period = PERIOD
-        self._sample: Tensor | None = None
+        self._sample: list[Tensor] = []
 
     def __call__(self, linear: nn.Module, args: Any, output: Any) -> None:
         """Take a sample in this forward's backward, if one is due."""
@@ -57,11 +57,13 @@ class CustomLoopCheck:
     def _take_sample(self, gradient: Tensor) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        numbers = local(self.fusion_weights.fused[0].parameter).flatten()
-        before, self._sample = self._sample, numbers[:: max(1, len(numbers) // SIZE)].clone()
-        if before is None or self.fusion_weights.is_in_custom_loop:
+        every = [local(fused.parameter).flatten() for fused in self.fusion_weights.fused]
+        now = [numbers[:: max(1, len(numbers) // SIZE)].clone() for numbers in every]
+        before, self._sample = self._sample, now
+        if not before or self.fusion_weights.is_in_custom_loop:
             return
-        if before.device == self._sample.device and torch.equal(before, self._sample):
+        pairs = zip(before, now, strict=True)
+        if all(one.device == other.device and torch.equal(one, other) for one, other in pairs):
             self._changes, self._period = 0, 2 * self._period
             return
         self._changes += 1

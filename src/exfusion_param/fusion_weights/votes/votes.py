@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.ranks import Ranks
-from ...tensors.shards import is_sharded, local
+from ...tensors.shards import is_sharded
 from .anchor import Anchor
 from .custom_ops import current_backward, name_of, ops
 from .ordered_sums import OrderedSums
@@ -176,8 +176,13 @@ class Votes:
         """Forget what was counted for gradients that have been reset since."""
         self.total = self._anchor.still_applied(self.total)
 
-    def before_step(self) -> None:
-        """Have in the total what the step that is about to begin applies."""
+    @property
+    def has_waiting(self) -> bool:
+        """Whether backwards since the last step have noted anything."""
+        return self._all_noted is not None
+
+    def before_step(self, has_gradient: Callable[[], Tensor]) -> None:
+        """Have in the total what the step applies, whose gradients `has_gradient` finds nonzero."""
         self.follow_anchor()  # FSDP2 may have had a gathered one in its place
         running = self._backwards.get(current_backward())
         if running is not None and running.writes:  # the step is that of a hook on the anchor
@@ -190,8 +195,7 @@ class Votes:
                 raise _split_backwards(self._group)
             if self._anchor.is_by_hand and is_sharded(gradient):
                 raise _added_up_by_hand(self._group)
-            # Zeros are those of `zero_grad` or of a step that only makes an optimizer's states.
-            self.total = torch.where(local(gradient).any(), self._all_noted, 0)
+            self.total = torch.where(has_gradient(), self._all_noted, 0)
             self.has_counted = True
         is_rewritten = self._anchor.rewritten()
         if is_rewritten is not None and self.total is not None and self._all_noted is not None:
