@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import exfusion_param as exf
 from exfusion_param.tensors import functional
 from exfusion_testing.banks import (
     MOMENTUM,
@@ -20,7 +21,7 @@ from exfusion_testing.banks import (
     make,
     moved,
 )
-from exfusion_testing.models import loss_of
+from exfusion_testing.models import FFNs, loss_of
 from exfusion_testing.processes import run
 from exfusion_testing.ranks import on_threads
 
@@ -96,6 +97,23 @@ def test_gradients_of_several_tasks_that_are_composed_by_hand_count(fuse_on: Any
     for _ in range(3):
         expected = moved(model, *X[:2])
         pcgrad(model, X[:2])
+        optimizer.step()
+        assert_bank(model, expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_gradients_composed_by_hand_count_while_all_weights_and_gradients_are_zero(
+    fuse_on: Any, bias: bool
+) -> None:
+    model = exf.wrap(FFNs(depth=1, bias=bias).double(), momentum=MOMENTUM, seed=0, fuse_on=fuse_on)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        expected = moved(model, X[step])
+        parameters = list(model.parameters())
+        gradients = torch.autograd.grad(loss_of(model, X[step]), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         optimizer.step()
         assert_bank(model, expected)
 
@@ -264,12 +282,14 @@ def test_a_model_trains_on_when_the_package_is_imported_a_second_time(tmp_path: 
 
 
 @pytest.mark.parametrize("fuse_on", MODES)
-def test_an_empty_batch_has_no_vote_beside_another(fuse_on: Any) -> None:
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.compiled)])
+def test_an_empty_batch_has_no_vote_beside_another(fuse_on: Any, is_compiled: bool) -> None:
     model = make(fuse_on=fuse_on)
     optimizer = adamw(model)
+    run = torch.compile(model, backend="eager") if is_compiled else model
     for _ in range(2):
         expected = moved(model, *X[:2])
-        (model(X[0][:0]).sum() + loss_of(model, X[0]) + loss_of(model, X[1])).backward()
+        (run(X[0][:0]).sum() + loss_of(run, X[0]) + loss_of(run, X[1])).backward()
         optimizer.step()
         assert_bank(model, expected)
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import exfusion_param as exf
+from exfusion_param.tensors.ranks import all_ranks, sum_together
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks, on_threads
 from exfusion_testing.sharded import (
@@ -133,3 +134,16 @@ def test_ddp_reduces_the_gradients_of_the_dense_model_and_of_its_routers() -> No
     routers = 2 * 16 * 4  # zeros, until the optimizer's step
     parameters = sum(parameter.numel() for parameter in dense.parameters()) + routers
     assert on_ranks(2, count_reduced, dense, config) == [parameters, parameters]
+
+
+def parts_together(rank: int) -> list[Tensor]:
+    parts = [torch.ones(2), torch.full((3,), 1 / 3 + rank, dtype=torch.float64), torch.ones(0)]
+    return sum_together(all_ranks(), parts)
+
+
+def test_parts_of_several_dtypes_are_summed_in_the_most_exact_one() -> None:
+    for sums in on_threads(2, parts_together):
+        assert [len(part) for part in sums] == [2, 3, 0]
+        torch.testing.assert_close(sums[0], torch.full((2,), 2.0, dtype=torch.float64))
+        exact = torch.full((3,), 2 / 3 + 1, dtype=torch.float64)
+        torch.testing.assert_close(sums[1], exact, rtol=0, atol=1e-15)

@@ -90,8 +90,9 @@ def test_the_model_trains_and_fuses_with_a_uniform_bank() -> None:
     exf.fuse(model)
 
 
-def test_the_share_of_units_is_rounded() -> None:
+@pytest.mark.parametrize(("ratio", "count"), [(0.01, 1), (0.2, 1), (0.25, 2), (0.5, 4)])
+def test_the_share_of_units_is_rounded(ratio: float, count: int) -> None:
     model = FFNs(dim=4, hidden=7, depth=1)
     dense = model.blocks[0].fc1.weight.detach().clone()
-    exf.wrap(model, **KWARGS, drop_ratio=0.5, num_experts=2)
-    assert [len(units) for units in changed(stack(model.blocks[0].fc1), dense, 0)] == [4, 4]
+    exf.wrap(model, **KWARGS, drop_ratio=ratio, num_experts=2)
+    assert [len(units) for units in changed(stack(model.blocks[0].fc1), dense, 0)] == [count] * 2

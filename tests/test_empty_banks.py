@@ -166,3 +166,83 @@ def test_a_state_dict_in_bfloat16_that_is_assigned_leaves_fusion_weights_in_floa
             optimizer.step()
             optimizer.zero_grad()
         assert all(bank.sum() > 0.999 for bank in banks_of(model))
+
+
+def key_encoder(model: nn.Module, forwards: int, *, follows: Any = average) -> nn.Module:
+    """A copy that averages the model's parameters, and is in training mode as that of MoCo."""
+    target = copy.deepcopy(model).requires_grad_(False)
+
+    def encode() -> None:
+        with torch.no_grad():
+            target(X)
+        follows(target, model)
+
+    train(model, forwards, after=encode)
+    return target
+
+
+def test_a_key_encoder_whose_bank_never_moves_warns_once() -> None:
+    model = make()
+    messages = warned(lambda: key_encoder(model, 25))
+    assert len(messages) == 1
+    assert "sums to 0.00 and has not moved in 10 forwards without gradients" in messages[0]
+    assert "while its experts changed" in messages[0]
+    early = make()
+    train(early, 3)
+    (message,) = warned(lambda: key_encoder(early, 25))
+    assert "sums to 0.14 and has not moved" in message
+
+
+def test_key_encoders_whose_bank_moves_is_nearly_full_or_whose_weights_are_dense_do_not_warn() -> (
+    None
+):
+    def both(target: nn.Module, model: nn.Module) -> None:
+        average(target, model)
+        average_banks(target, model, decay=0.9)
+
+    assert not warned(lambda: key_encoder(make(), 25, follows=both))
+    assert not warned(lambda: key_encoder(make(momentum=0.2), 1))
+    full = make(momentum=0.2)
+    train(full, 3)
+    assert not warned(lambda: key_encoder(full, 25))
+    assert not warned(lambda: key_encoder(make(fuse_on="step"), 25))
+
+
+@torch.no_grad()
+def test_evaluating_a_model_that_trains_or_has_trained_does_not_warn() -> None:
+    model = make()
+    with torch.enable_grad():
+        train(model, 3, after=lambda: model(X))
+    assert not warned(lambda: [model(X) for _ in range(25)])
+    assert not warned(lambda: [copy.deepcopy(model)(X) for _ in range(25)])
+    kept = copy.deepcopy(model).eval()
+    assert not warned(lambda: [kept(X) for _ in range(25)])
+
+
+def test_an_average_of_dense_weights_ships_without_a_warning() -> None:
+    model = make(fuse_on="step")
+    target = copy.deepcopy(model)
+    train(model, after=lambda: average(target, model))
+    weight = target.blocks[0].fc1.weight.detach().clone()
+    assert weight.any()
+    assert not warned(lambda: exf.fused_state_dict(target))
+    assert not warned(lambda: exf.fuse(target))
+    assert torch.equal(target.blocks[0].fc1.weight, weight)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_loop_without_an_optimizer_whose_weights_stay_zero_is_told(bias: bool) -> None:
+    model = exf.wrap(FFNs(bias=bias).double(), seed=0, fuse_on="step")
+
+    def loop() -> None:
+        for _ in range(20):
+            loss_of(model, X).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+        model.eval()(X)
+
+    messages = warned(loop)
+    assert messages
+    assert any("torch.optim.Optimizer" in each or "optimizer steps" in each for each in messages)

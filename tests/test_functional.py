@@ -159,3 +159,41 @@ def test_meta_tensors_fuse_to_meta_tensors() -> None:
     fused = functional.fuse(torch.empty(4, 3, 2, device="meta"), torch.ones(4, device="meta"))
     assert fused.is_meta
     assert fused.shape == (3, 2)
+
+
+def test_second_derivatives_of_a_low_precision_stack_are_those_of_the_formula() -> None:
+    """Of `<G_E, v> + <G_w, u>`, where `G_E = w G` and `G_w = <E, G>` are the first ones."""
+    e, g, v = draw(0, (4, 3, 2), (3, 2), (4, 3, 2), dtype=torch.bfloat16)
+    w, u = draw(1, (4,), (4,), dtype=torch.float32)
+    leaves = [e.requires_grad_(), w.requires_grad_(), g.requires_grad_()]
+    loss = (functional.fuse(e, w) * g).sum()
+    of_e, of_w = torch.autograd.grad(loss, leaves[:2], create_graph=True)
+    second = torch.autograd.grad((of_e * v).sum() + (of_w * u).sum(), leaves)
+    e, g, v, w, u = (tensor.detach().double() for tensor in (e, g, v, w, u))
+    expected = [
+        torch.einsum("n,oi->noi", u, g),
+        torch.einsum("noi,oi->n", v, g),
+        torch.einsum("n,noi->oi", w, v) + torch.einsum("n,noi->oi", u, e),
+    ]
+    for ours, right in zip(second, expected, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("of_experts", "of_gradient", "of_products"),
+    [
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+    ],
+)
+def test_products_are_as_exact_as_the_more_exact_of_experts_and_gradient(
+    of_experts: torch.dtype, of_gradient: torch.dtype, of_products: torch.dtype
+) -> None:
+    e, g = draw(0, (4, 30, 20), (30, 20))
+    e, g = e.to(of_experts), g.to(of_gradient)
+    products = sliced_sums.products_with(e, g)
+    assert products.dtype == of_products
+    expected = torch.einsum("noi,oi->n", e.double(), g.double())
+    tolerance = 1e-12 if of_products == torch.float64 else 1e-4
+    torch.testing.assert_close(products.double(), expected, rtol=0, atol=tolerance)

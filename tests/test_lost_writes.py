@@ -125,3 +125,34 @@ def test_clipping_between_the_steps_of_a_compiled_model_is_seen_at_the_next_step
     loss_of(compiled, x()).backward()
     with pytest.raises(RuntimeError, match=LOST):
         optimizer.step()
+
+
+def copy_of_itself(linear: Any) -> None:
+    with torch.no_grad():
+        linear.weight.copy_(torch.ones_like(linear.weight))
+
+
+def through_views(linear: Any) -> None:
+    rows = linear.weight.detach()[:2]
+    assert linear.weight.isfinite().all()
+    rows.fill_(1)
+
+
+@pytest.mark.parametrize("write", [copy_of_itself, through_views])
+def test_a_write_to_what_was_read_before_raises_in_the_next_forward(write: Any) -> None:
+    model = wrapped("sw").eval()
+    write(model.blocks[0].fc1)
+    with pytest.raises(RuntimeError, match=LOST), torch.no_grad():
+        model(x())
+
+
+def test_data_that_is_assigned_to_what_was_read_before_is_seen() -> None:
+    """As peft merges DoRA: it reads the weight again before it assigns to `.data`."""
+    model = wrapped()
+    linear = model.blocks[0].fc1
+    weight = linear.weight
+    merged = 2 * linear.weight.detach()
+    weight.data = merged
+    del weight
+    with pytest.raises(RuntimeError, match=LOST):
+        exf.fuse(model)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exfusion_param.meo.gating import noisy_top_k, softmax_gates, squared_variation
+from exfusion_testing.meo_models import gate_of, wrapped
 
 
 def logits(batch: int, n: int, seed: int) -> Tensor:
@@ -91,3 +92,15 @@ def test_load_and_gates_send_finite_gradients_for_vanishing_noise(k: int) -> Non
     assert values.grad is not None
     assert values.grad.isfinite().all()
     assert gates.load.isfinite().all()
+
+
+def test_the_deviation_of_a_gates_noise_is_the_softplus_of_its_logits() -> None:
+    gate = gate_of(wrapped(num_experts=5, top_k=2).blocks[0].fc1)
+    (pooled,) = torch.randn(1, 7, 4, dtype=torch.float64)
+    deviation = (1 + (pooled @ gate.noise.mT).exp()).log()
+    torch.manual_seed(0)
+    expected = noisy_top_k(pooled @ gate.gate.mT, 2, deviation)
+    torch.manual_seed(0)
+    chosen = gate.choose(pooled, is_noisy=True)
+    torch.testing.assert_close(chosen.gates, expected.gates, rtol=0, atol=1e-12)
+    torch.testing.assert_close(chosen.load, expected.load, rtol=0, atol=1e-12)
