@@ -189,3 +189,20 @@ def test_other_dtypes_are_refused(make: Any) -> None:
         make(parameters, state_dtype=torch.int8)
     with pytest.raises(ValueError, match="expert_dtype must be None, .* got torch.float16"):
         make(parameters, expert_dtype=torch.float16)
+
+
+def test_learned_weights_get_the_exact_products_with_experts_in_bfloat16() -> None:
+    model = wrapped(variant="dw")
+    optimizer = exf.ExpertSGD(model.parameters(), lr=0.1, **SMALL)
+    train(model, optimizer, range(2))
+    (learned, *_) = [p for name, p in model.named_parameters() if name.endswith(".weights")]
+    before = learned.detach().double()
+    loss_of(model, inputs(32).float()).backward()
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for parameter in model.blocks[0].parameters():
+        if "experts" in optimizer.state[parameter]:
+            stack = optimizer.state[parameter]["experts"].double()
+            assert optimizer.state[parameter]["experts"].dtype == torch.bfloat16
+            gradient += stack.flatten(1) @ parameter.grad.double().flatten()
+    optimizer.step()
+    torch.testing.assert_close(learned.double(), before - 0.1 * gradient, rtol=0, atol=2e-7)
