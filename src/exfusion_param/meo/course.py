@@ -21,7 +21,7 @@ class Recorder(Protocol):
     """A gate."""
 
     group: str
-    recorded: Sequence[Any]
+    recorded: tuple[Any, ...]
 
     def forget(self) -> None:
         """Give up what is kept."""
