@@ -16,11 +16,13 @@ and all that works with a wrapped model works with this one. These parts are spe
   batch dimension by the modules around an FFN;
 - the linears: `gated_forward` is their forward, `merging` multiplies by a weight for each sample,
   `token_block` precedes a linear at the token level, `per_sample` stands in for `linear.weight`;
-- the model: `hooks` keeps it off its fast paths and its cache.
+- the model: `hooks` keeps it off its fast paths and its cache; `tasks` sets its task, and makes it
+  the dense model of one.
 """
 
-from .api import fuse, fused_state_dict, set_task, wrap
+from .api import wrap
 from .balance import balance_loss
 from .config import MEOConfig
+from .tasks import fuse, fused_state_dict, set_task
 
 __all__ = ["MEOConfig", "balance_loss", "fuse", "fused_state_dict", "set_task", "wrap"]

@@ -1,22 +1,19 @@
-"""`meo.wrap`, and what a model at the task level can do besides."""
+"""`meo.wrap`: gates and experts into a dense model."""
 
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import api, state_dict
 from ..finding.discovery import FFNGroup
 from ..finding.projections import projection_of
 from ..finding.selection import Filter
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype
 from ..wrapping.wrap_linears import wrap_linears
-from .balance import gates_of
 from .config import MEOConfig
 from .course import Course
 from .gate import Gate
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=nn.Module)
-Task = int | Tensor
 
 
 def wrap(
@@ -98,93 +94,6 @@ def wrap(
     return model
 
 
-def set_task(model: nn.Module, task: Task) -> None:
-    """Name the task whose gates the model is to use from now on.
-
-    The task is the model's, whichever thread calls it: threads that serve several tasks at a time
-    need a copy of the model for each, or the dense models of `meo.fuse`.
-
-    Args:
-        model: wrapped with `level="task"`.
-        task: a number below `task_dim`, or an embedding of the task, shape (task_dim,).
-
-    Raises:
-        ValueError: the model is not wrapped so, or the task does not fit.
-
-    Examples:
-        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        >>> model = meo.wrap(model, level="task", task_dim=3)
-        >>> meo.set_task(model, 1)
-        >>> meo.set_task(model, torch.tensor([0.2, 0.0, 0.8]))  # an embedding of a task
-        >>> model(torch.randn(2, 3, 8)).shape
-        torch.Size([2, 3, 8])
-    """
-    gates = gates_of(model)
-    embeddings = [_embedding(gate, task) for gate in gates]
-    for gate, embedding in zip(gates, embeddings, strict=True):
-        gate.task = embedding
-
-
-def fuse(model: Model, *, task: Task | None = None) -> Model:
-    """Give the dense model of one task back, in place; see `exfusion_param.fuse`.
-
-    Args:
-        model: wrapped with `level="task"`. Fuse a `copy.deepcopy(model)` for each task.
-        task: as for `set_task`; None takes the one that is set.
-
-    Returns:
-        `model`, the same object.
-
-    Raises:
-        ValueError: as for `exfusion_param.fuse`, or the task does not fit, or is not set. The model
-            is then unchanged.
-
-    Examples:
-        >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        >>> model = meo.wrap(model, level="task", task_dim=3)
-        >>> model = meo.fuse(model, task=1)
-        >>> model.linear1
-        Linear(in_features=8, out_features=16, bias=True)
-    """
-    before = [gate.task for gate in gates_of(model)]
-    if task is not None:
-        set_task(model, task)
-    try:
-        return api.fuse(model)
-    except ValueError:
-        for gate, previous in zip(gates_of(model), before, strict=True):
-            gate.task = previous
-        raise
-
-
-def fused_state_dict(model: nn.Module, *, task: Task | None = None) -> OrderedDict[str, Any]:
-    """The state dict that `meo.fuse(model, task=task)` would have; the model is left as it is.
-
-    Args:
-        model: wrapped with `level="task"`.
-        task: as for `set_task`; None takes the one that is set.
-
-    Raises:
-        ValueError: the model is not wrapped so, or the task does not fit, or is not set.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-        >>> model = meo.wrap(model, level="task", task_dim=3)
-        >>> by_task = [meo.fused_state_dict(model, task=task) for task in range(3)]
-        >>> list(by_task[0])
-        ['0.weight', '0.bias', '2.weight', '2.bias']
-    """
-    gates = gates_of(model)
-    before = [gate.task for gate in gates]
-    if task is not None:
-        set_task(model, task)
-    try:
-        return state_dict.fused_state_dict(model)
-    finally:
-        for gate, previous in zip(gates, before, strict=True):
-            gate.task = previous
-
-
 def _gate_for(model: nn.Module, group: FFNGroup, config: MEOConfig, seed: int) -> Gate:
     if config.level != "task":
         _refuse_more_than_linears(group)
@@ -229,25 +138,3 @@ _PLAIN_FORWARDS = tuple(
 
 def _flat(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _embedding(gate: Gate, task: Task) -> Tensor:
-    """A task as the gate takes it, shape (task_dim,)."""
-    size = gate.config.task_dim
-    if size is None:
-        raise ValueError(
-            f'The model is wrapped with level="{gate.config.level}", which knows no tasks. '
-            'Wrap it with level="task".'
-        )
-    if isinstance(task, Tensor):
-        if task.shape != (size,) or not task.is_floating_point():
-            raise ValueError(
-                f"task must have shape ({size},) and a floating dtype, got {tuple(task.shape)} "
-                f"and {task.dtype}."
-            )
-        return task.detach().to(gate.gate.device, gate.gate.dtype)
-    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < size:
-        raise ValueError(f"task must be an int from 0 to {size - 1} or an embedding, got {task!r}.")
-    one_hot = torch.zeros(size, device=gate.gate.device, dtype=gate.gate.dtype)
-    one_hot[task] = 1
-    return one_hot
