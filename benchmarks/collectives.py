@@ -1,8 +1,8 @@
 """Counts what ranks send each other: the collectives of processes with gloo.
 
-Counted are the operators that reach torch's process groups, whoever calls them: FSDP2, DTensor, a
-pipeline or an optimizer's hook. Each backend numbers its collectives, and as many have to be
-counted.
+Counted are the calls that reach torch's process groups, whoever makes them: FSDP2, a pipeline, an
+optimizer's hook, or DTensor, whose collectives are operators. Each backend numbers its collectives,
+and as many have to be counted.
 
 Bytes are those of one rank, for any backend that sends no more than it has to:
 - all-gather: what the rank receives, the whole less its own part;
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
@@ -26,12 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "send", "receive"]
 Seen = list[tuple[Kind, int]]
 
-KINDS: dict[str, Kind] = {
-    "c10d::_allgather_base_": "all-gather",
-    "c10d::_reduce_scatter_base_": "reduce-scatter",
-    "c10d::allreduce_": "all-reduce",
-    "c10d::send": "send",
-    "c10d::recv_": "receive",
+METHODS: dict[str, Kind] = {  # of torch's process group, under the names of several versions
+    "all_gather_single": "all-gather",
+    "_allgather_base": "all-gather",
+    "reduce_scatter_single": "reduce-scatter",
+    "_reduce_scatter_base": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "send": "send",
+    "recv": "receive",
+}
+OPERATORS: dict[str, Kind] = {  # which DTensor uses, and which reach a group without its methods
     "_c10d_functional::all_gather_into_tensor": "all-gather",
     "_c10d_functional::reduce_scatter_tensor": "reduce-scatter",
     "_c10d_functional::all_reduce": "all-reduce",
@@ -63,59 +67,70 @@ def ring(ranks: int, size: int) -> int:
     return 2 * (ranks - 1) * size // ranks
 
 
-class _Counter(TorchDispatchMode):
+class _Operators(TorchDispatchMode):
     """Notes the collectives among the operators that run within it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Seen) -> None:
         super().__init__()
-        self.seen: Seen = []
+        self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its own operators and collectives come next
         result = func(*args, **kwargs or {})
-        if (kind := KINDS.get(func.name().split(".")[0])) is not None:
-            self.seen.append((kind, _size_of(kind, args, result)))
+        if (kind := OPERATORS.get(func.name().split(".")[0])) is not None:
+            find: Any = vars(distributed_c10d)["_resolve_process_group"]
+            self.seen.append((kind, size_of(kind, find(args[-1]).size(), args[0], result)))
         return result
 
 
-def _size_of(kind: Kind, args: Any, result: Any) -> int:
-    """The bytes of a collective as this module counts them."""
+def _noting(kind: Kind, method: Callable[..., Any], seen: Seen) -> Callable[..., Any]:
+    def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((kind, size_of(kind, group.size(), *args[:2])))
+        return method.__get__(group)(*args, **kwargs)
+
+    return call
+
+
+def size_of(kind: Kind, ranks: int, one: Any, other: Any) -> int:
+    """The bytes of a collective as this module counts them.
+
+    Args:
+        kind: of the collective.
+        ranks: how many take part.
+        one: the tensor that is given, or a list of several; or that is gathered into.
+        other: of a gather or a scatter the other tensor.
+    """
     if kind == "receive":
         return 0
-    given = args[0] if isinstance(args[0], list) else [args[0]]
-    size: int = sum(tensor.nbytes for tensor in given)
-    if kind == "send":
-        return size
-    if kind == "all-reduce":
-        return ring(_ranks_in(args), size)
-    # The operators of c10d get the output as well, those of functional collectives return it.
-    other = args[1] if isinstance(args[1], Tensor) else result
-    return abs(other.nbytes - size)
-
-
-def _ranks_in(args: Any) -> int:
-    """The size of the process group, or of the named one, that an operator was called with."""
-    group = args[1] if isinstance(args[1], torch.ScriptObject) else args[-1]
-    find: Any = vars(distributed_c10d)["_resolve_process_group"]
-    return (find(group) if isinstance(group, str) else distributed.ProcessGroup.unbox(group)).size()
+    if kind in ("all-gather", "reduce-scatter"):
+        return abs(one.nbytes - other.nbytes)
+    size: int = sum(tensor.nbytes for tensor in (one if isinstance(one, list) else [one]))
+    return size if kind == "send" else ring(ranks, size)
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Seen]:
-    """The collectives that this thread starts within, in order.
+    """The collectives that this process starts within, in order.
 
     Raises:
         RuntimeError: the backends have run others too.
     """
+    group_type: Any = distributed.ProcessGroup
+    seen: Seen = []
+    methods = {name: vars(group_type)[name] for name in METHODS if name in vars(group_type)}
     before = _numbers()
-    with _Counter() as counter:
-        yield counter.seen
+    for name, method in methods.items():
+        setattr(group_type, name, _noting(METHODS[name], method, seen))
+    try:
+        with _Operators(seen):
+            yield seen
+    finally:
+        for name, method in methods.items():
+            setattr(group_type, name, method)
     ran = sum(number - before.get(group, 0) for group, number in _numbers().items())
-    if ran != len(counter.seen):
-        raise RuntimeError(
-            f"The backends ran {ran} collectives, and {len(counter.seen)} were counted."
-        )
+    if ran != len(seen):
+        raise RuntimeError(f"The backends ran {ran} collectives, and {len(seen)} were counted.")
 
 
 def _numbers() -> dict[Any, int]:

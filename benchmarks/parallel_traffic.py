@@ -25,9 +25,14 @@ from support.llama_parts import TOKENS, loss_of, schedule_of
 from tables import environment, markdown_table, write_csv
 from traffic import Case, Variant, spread, statistics_of
 
-Layout = Literal["TP x FSDP2", "PP x FSDP2"]
+Layout = Literal["FSDP2", "TP x FSDP2", "PP x FSDP2"]
 
 LAYOUTS: tuple[Layout, ...] = ("TP x FSDP2", "PP x FSDP2")
+SHAPES: dict[Layout, tuple[int, int, int]] = {  # of the mesh: stages, data, tensors
+    "FSDP2": (1, 4, 1),
+    "TP x FSDP2": (1, 2, 2),
+    "PP x FSDP2": (2, 2, 1),
+}
 VARIANTS: tuple[Variant, ...] = ("sw", "dw", "mb")
 PHASES = ("forward_and_backward", "step")
 RANKS, BATCH = 4, 8
@@ -67,8 +72,7 @@ class Row:
 
 def mesh_of(layout: Layout) -> DeviceMesh:
     """Of a pipeline's stages, of the data and of tensors."""
-    shape = (1, 2, 2) if layout == "TP x FSDP2" else (2, 2, 1)
-    return init_device_mesh("cpu", shape, mesh_dim_names=("pp", "dp", "tp"))
+    return init_device_mesh("cpu", SHAPES[layout], mesh_dim_names=("pp", "dp", "tp"))
 
 
 def build(settings: Settings, mesh: DeviceMesh, case: Case) -> Llama:
@@ -95,9 +99,10 @@ def build(settings: Settings, mesh: DeviceMesh, case: Case) -> Llama:
     return model
 
 
-def count_step(settings: Settings, mesh: DeviceMesh, model: Llama) -> dict[str, Seen]:
+def count_step(
+    settings: Settings, mesh: DeviceMesh, model: Llama, optimizer: torch.optim.Optimizer
+) -> dict[str, Seen]:
     """The collectives of the forward and backward of a step, and of its optimizer's step."""
-    optimizer = torch.optim.AdamW(model.parameters())
     stage, stages = mesh["pp"].get_local_rank(), mesh["pp"].size()
     words = torch.randint(WORDS, (BATCH // mesh["dp"].size(), TOKENS + 1))
     schedule: Any = schedule_of(model, mesh, BATCH, settings.dim) if stages > 1 else None
@@ -126,8 +131,9 @@ def count_cases(
     meshes = {layout: mesh_of(layout) for layout in LAYOUTS}
     results = []
     for layout, case in cases:
-        mesh = meshes[layout]
-        results.append(count_step(settings, mesh, build(settings, mesh, case)))
+        model = build(settings, meshes[layout], case)
+        optimizer = torch.optim.AdamW(model.parameters())
+        results.append(count_step(settings, meshes[layout], model, optimizer))
     return results
 
 
