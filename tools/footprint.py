@@ -126,7 +126,7 @@ class Wire:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A model, its layout and its method, of which a rank of one pipeline stage is looked at."""
+    """A model with its layout and its method, as a rank of one pipeline stage sees them."""
 
     model: Llama = Llama()
     layout: Layout = Layout()
