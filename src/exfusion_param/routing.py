@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .finding.outer_modules import unwrapped
 from .finding.place import input_of
-from .finding.projections import projection_of
+from .finding.projections import projections_of
 from .fusion.lookup import groups_of, labels_of
 from .fusion_weights.memory_bank import MemoryBank
 
@@ -182,9 +182,7 @@ def _record(
     args: Any,
     kwargs: dict[str, Any],
 ) -> None:
-    projection = projection_of(linear)
-    assert projection is not None
-    x = input_of(args, kwargs)
-    x = x.detach().movedim(projection.feature_dim, -1)
+    (projection,) = projections_of([linear])
+    x = input_of(args, kwargs).detach().movedim(projection.feature_dim, -1)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         shares[name] = (x.to(bank.router.dtype) @ bank.router.T).softmax(-1)

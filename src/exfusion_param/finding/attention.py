@@ -12,7 +12,7 @@ import re
 from torch import nn
 
 from .ffn_shapes import FFN_NAME, class_name
-from .projections import one_projection, projection_of
+from .projections import one_projection, projections_of
 
 _QKV = re.compile(
     r"^(to_?|w_?|in_proj_|proj_|linear_?|lin_|fc_)?(q|k|v|qk|kv|qkv|query|key|value|queries|keys|values"
@@ -42,7 +42,7 @@ def _widths(module: nn.Module) -> set[int]:
     children = [child for name, child in module.named_children() if _QKV.search(name)]
     linears = [linear for linear in map(one_projection, children) if linear is not None]
     own = dict(module.named_parameters(recurse=False))
-    widths = {p.in_features for p in map(projection_of, linears) if p is not None}
+    widths = {p.in_features for p in projections_of(linears)}
     named = [own[name] for name in own if _QKV.search(name) and own[name].ndim > 1]
     if isinstance(module, nn.MultiheadAttention) or len(named) > 1:
         widths |= {size for tensor in named for size in tensor.shape} or {0}
@@ -54,7 +54,7 @@ def _ffns_of_width(module: nn.Module, widths: set[int]) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for name, inner in module.named_modules():
         if inner is not module and (_is_ffn(inner) or FFN_NAME.search(name.rpartition(".")[2])):
-            linears = [p for p in map(projection_of, inner.modules()) if p is not None]
+            linears = projections_of(inner.modules())
             if linears and linears[0].in_features in widths:
                 found.update(inner.modules())
     return found

@@ -1,17 +1,14 @@
-"""What a linear is to its FFN, and what makes its `forward` from that."""
+"""What a linear is to its FFN."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .projections import Projection
-
-MakeForward = Callable[[Any, Projection], Callable[..., Any]]
-"""Makes a `forward` from the dense class and what the linear maps; hashable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +16,14 @@ class PlaceInGroup:
     """What a linear is to its FFN group.
 
     Args:
+        projection: what it maps.
         index: which of them it is, in the order in which they run.
         is_first: runs first, and its weight owns the fusion weights.
         reads_input: reads the FFN's input, as the first one does, and gate and value alike.
         is_last: runs last.
     """
 
+    projection: Projection
     index: int
     is_first: bool
     reads_input: bool
@@ -33,5 +32,4 @@ class PlaceInGroup:
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The input of a linear's call."""
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return x
+    return args[0] if args else next(iter(kwargs.values()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -53,6 +53,11 @@ def projection_of(module: nn.Module) -> Projection | None:
     if (adapted := dict(module.named_children()).get(ADAPTED)) is not None:
         return projection_of(adapted)
     return None
+
+
+def projections_of(modules: Iterable[nn.Module]) -> list[Projection]:
+    """What the modules map, but for those that are no projections."""
+    return [p for p in map(projection_of, modules) if p is not None]
 
 
 def one_projection(module: nn.Module | None) -> nn.Module | None:

@@ -11,7 +11,7 @@ from torch import nn
 from .discovery import FFNGroup, candidate_linears, ffns_in_module, find_ffns, named_apart
 from .mixtures import refuse_mixtures
 from .outer_modules import globs_of, listed
-from .projections import one_projection, projection_of
+from .projections import one_projection, projections_of
 from .structure import is_ffn
 
 MOST = 8  # linears that a message lists
@@ -119,7 +119,7 @@ def _together(linears: NamedLinears, filter_fn: Filter) -> list[FFNGroup]:
 def _as_group(names: Sequence[str], linears: NamedLinears) -> FFNGroup:
     levels = zip(*(fqn.split(".")[:-1] for fqn in names), strict=False)
     around = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
-    maps = [p for p in (projection_of(linears[fqn]) for fqn in names) if p is not None]
+    maps = projections_of(linears[fqn] for fqn in names)
     inputs = names[:-1] if len(names) > 1 and is_ffn(maps) else names[:1]
     return FFNGroup(".".join(around), {fqn: linears[fqn] for fqn in names}, tuple(inputs))
 

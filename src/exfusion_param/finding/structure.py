@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from .ffn_shapes import FFN_NAME, FFN_SHAPES, OTHER_NAME, FFNShape, class_name
-from .projections import CONVOLUTIONS, Projection, one_projection, projection_of
+from .projections import CONVOLUTIONS, Projection, one_projection, projection_of, projections_of
 
 Linears = Mapping[str, nn.Module]
 
@@ -74,7 +74,7 @@ class Holder:
         names = (*shape.inputs, shape.output)
         found = [one_projection(_descendant(self.module, name)) for name in names]
         linears = {self._path(linear): linear for linear in found if linear is not None}
-        if len(linears) < len(names) or not self._fits(_maps(linears.values())):
+        if len(linears) < len(names) or not self._fits(projections_of(linears.values())):
             return {}
         # An adapter's down_proj is registered before its up_proj.
         first, last = self._positions(linears)
@@ -96,7 +96,7 @@ class Holder:
         return next(path for path, module in self.module.named_modules() if module is linear)
 
     def _is_ffn(self, linears: Linears) -> bool:
-        maps = _maps(linears.values())
+        maps = projections_of(linears.values())
         # With H < D it may be an adapter, or squeeze-and-excitation.
         is_wide = maps[0].out_features > maps[0].in_features
         return is_wide and is_ffn(maps) and self._may_mix(linears)
@@ -168,10 +168,6 @@ def is_ffn(maps: Sequence[Projection], any_output: bool = False) -> bool:
 def is_spatial(module: nn.Module) -> bool:
     """Whether a module is a convolution over more than one token."""
     return isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
-
-
-def _maps(linears: Iterable[nn.Module]) -> list[Projection]:
-    return [p for p in map(projection_of, linears) if p is not None]
 
 
 def _descendant(module: nn.Module, name: str) -> nn.Module | None:

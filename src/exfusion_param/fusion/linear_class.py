@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finding.place import MakeForward
-from ..finding.projections import projection_of
+from ..finding.place import PlaceInGroup
+from ..fusion_weights.routed_forward import routed_forward
 from ..tensors.precision import leaves_memory_unset
 from ..tensors.shards import is_sharded
 from . import outside_access
@@ -43,22 +43,20 @@ _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
 
 def share_class(
-    linear: nn.Module, dense_order: tuple[str, ...], make_forward: MakeForward | None
+    linear: nn.Module, dense_order: tuple[str, ...], place: PlaceInGroup | None
 ) -> None:
     """Give a linear, fresh from `register_parametrization`, the class of its kind.
 
     Args:
         linear: the parametrized linear.
         dense_order: the names of the dense linear's parameters, in their order.
-        make_forward: makes the class's `forward`; None leaves the dense one's. Linears share a
-            class if theirs are equal.
+        place: where its fusion weights follow its input; None leaves the dense class's `forward`.
     """
-    made, projection = type(linear), projection_of(linear)
+    made = type(linear)
     dense: Any
     (dense,) = made.__bases__  # torch has just made it, a subclass of the linear's dense class
-    assert projection is not None
     fused = tuple(name for name, member in vars(made).items() if isinstance(member, property))
-    kind = (dense, fused, dense_order, make_forward, projection)
+    kind = (dense, fused, dense_order, place)
     shared = _shared.get(kind)
     if shared is None:
         # torch's members stay (among them those that deepcopy and pickle ask for), ours override.
@@ -67,7 +65,7 @@ def share_class(
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
         members["extra_repr"] = _describe
-        forward = dense.forward if make_forward is None else make_forward(dense, projection)
+        forward = dense.forward if place is None else routed_forward(dense, place)
         members["forward"] = outside_access.watched(forward)
         members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
         members["_save_to_state_dict"] = _saving(dense)
@@ -80,8 +78,7 @@ def share_class(
 
 def dense_order(linear: nn.Module) -> tuple[str, ...]:
     """The names of a wrapped linear's parameters, in the order of the dense one."""
-    order: tuple[str, ...] = type(linear)._dense_order  # type: ignore[attr-defined]
-    return order
+    return type(linear)._dense_order  # type: ignore[attr-defined]
 
 
 class _SharedClass(type):
@@ -208,8 +205,7 @@ def _describe(self: Any) -> str:
     shapes = {name: self.parametrizations[name].original.shape[1:] for name in self._fused}
     like = {name: nn.Parameter(torch.empty(s, device="meta")) for name, s in shapes.items()}
     scratch._parameters.update(like)
-    text: str = scratch.extra_repr()
-    return text
+    return scratch.extra_repr()
 
 
 def _dense_without_tensors(self: Any) -> Any:

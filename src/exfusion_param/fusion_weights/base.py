@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..expert_config import ExpertConfig
-from ..finding.place import MakeForward, PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import leaves_memory_unset, raise_precision
@@ -112,10 +111,6 @@ class FusionWeights(SingleInstance):
     def reported(self) -> Tensor:
         """What `metrics` reports of the fusion weights, shape (N,)."""
         return full_tensor(self())
-
-    def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
-        """What makes the `forward` of a linear of the group; None leaves it as it is."""
-        return None
 
     def start(self) -> Tensor:
         """The weights that upcycled experts are to fuse under, shape (N,), of non-zero sum."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ExFusionConfig
-from ..finding.place import MakeForward, PlaceInGroup
+from ..finding.place import PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
@@ -19,7 +19,6 @@ from ..tensors.shards import assign, local
 from . import bank_problems
 from .base import Linears
 from .empty_banks import StillBank
-from .routed_forward import Observed
 from .token_pool import TokenPool
 from .votes.custom_ops import current_backward
 from .votes.ordered_sums import text_of_difference
@@ -112,16 +111,21 @@ class MemoryBank(TokenPool):
             self.still.warn_if_zero(self)
         return super().fuse(experts)
 
-    def forward_of(self, place: PlaceInGroup) -> MakeForward | None:
-        """Observes each forward."""
-        return Observed(place)
-
     def start(self) -> Tensor:
         """The bank, whatever it sums to, or 1/N while it is empty, shape (N,)."""
         bank = self.bank
-        if bank.is_meta or self.is_empty():
-            return uniform_weights(len(bank), bank.device, bank.dtype)
-        return bank
+        is_unset = bank.is_meta or self.is_empty()
+        return uniform_weights(len(bank), bank.device, bank.dtype) if is_unset else bank
+
+    def run(
+        self, linear: nn.Module, x: Tensor, place: PlaceInGroup, run_dense: Callable[[], Any]
+    ) -> Any:
+        """Observe the group's input before its dense forward."""
+        if place.is_first or (place.reads_input and self.current is None):
+            self.observe(x.movedim(place.projection.feature_dim, -1))
+        else:
+            self.require_observed()
+        return run_dense()
 
     def observe(self, x: Tensor) -> None:
         """Take the FFN's input, shape (..., D), at the start of a forward; ignored in eval."""
@@ -141,12 +145,11 @@ class MemoryBank(TokenPool):
             raise bank_problems.offloaded_in_training(self.group)
         counts = torch.is_grad_enabled() and self._anchor() is not None
         if x.numel() == 0:  # no token, no vote; other ranks may have some
-            weights = self.bank + 0 * self.router.sum(dim=1)  # FSDP2 counts on every gradient
-            weights = self.votes.mark(weights, 0.0, counts)
+            vote, weights = 0.0, self.bank + 0 * self.router.sum(dim=1)  # FSDP2 awaits gradients
         else:
-            weights = functional.route(x, self.router, self.mask_for(x))
+            vote, weights = 1.0, functional.route(x, self.router, self.mask_for(x))
             refuse_torch_func(weights, self.group)
-            weights = self.votes.mark(weights, 1.0, counts)
+        weights = self.votes.mark(weights, vote, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)
 
     def require_observed(self) -> None:
@@ -195,7 +198,7 @@ class MemoryBank(TokenPool):
         if total is None:
             return
         bank = self.bank
-        weights = mean_of(total)[: bank.shape[0]].to(bank)  # under "step" more is behind them
+        weights = mean_of(total)[: len(bank)].to(bank)  # under "step" more is behind them
         moved = functional.update_bank(bank, weights, self.config.momentum)
         is_uncounted = (total[-1] == 0).to(bank.device)
         stays = is_uncounted if skipped is None else skipped.to(bank.device) | is_uncounted

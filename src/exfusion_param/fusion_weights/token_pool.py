@@ -6,12 +6,13 @@ import dataclasses
 import math
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..finding.place import PlaceInGroup
 from .base import FusionWeights
 
 
@@ -80,8 +81,20 @@ class TokenPool(FusionWeights):
             self._by_thread()[threading.get_ident()] = value
 
     def _by_thread(self) -> dict[int, Tensor]:
-        running: dict[int, Tensor] = self.__dict__.setdefault("_running", {})
-        return running
+        return self.__dict__.setdefault("_running", {})
+
+    def run(
+        self, linear: nn.Module, x: Tensor, place: PlaceInGroup, run_dense: Callable[[], Any]
+    ) -> Any:
+        """The output of a linear of the group, with fusion weights for its input.
+
+        Args:
+            linear: the module.
+            x: its input.
+            place: what it is to the group.
+            run_dense: its dense forward, whose weight and bias are fused.
+        """
+        raise NotImplementedError
 
     def end_forward(self) -> None:
         """The group's forward is over."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import ExFusionConfig
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
-from ..finding.projections import projection_of
+from ..finding.projections import projections_of
 from ..tensors import functional
 from ..tensors.expert_starts import named_generator, uniform_weights
 from ..tensors.precision import accumulation_dtype
@@ -32,8 +32,7 @@ def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> Fu
     linears = tuple(group.linears.values())
     first = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
     shared = (group.name, first, config, linears)
-    weight, projection = linears[0].get_parameter("weight"), projection_of(linears[0])
-    assert projection is not None
+    weight, (projection, *_) = linears[0].get_parameter("weight"), projections_of(linears)
     device, dtype = weight.device, accumulation_dtype(weight.dtype)
     if config.variant == "sw":
         return StaticWeights(*shared)

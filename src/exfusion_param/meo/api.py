@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..finding.discovery import FFNGroup
-from ..finding.projections import projection_of
+from ..finding.projections import projections_of
 from ..finding.selection import Filter
 from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype
@@ -98,7 +98,6 @@ def _gate_for(model: nn.Module, group: FFNGroup, config: MEOConfig, seed: int) -
     if config.level != "task":
         _refuse_more_than_linears(group)
     linears = tuple(group.linears.values())
-    projections = [projection_of(linear) for linear in linears]
     weight, first = linears[0].get_parameter("weight"), next(iter(group.linears))
     causal = is_causal(model, first) if config.causal is None else config.causal
     samples = batch_dim(model, first) if config.batch_dim is None else config.batch_dim
@@ -107,7 +106,7 @@ def _gate_for(model: nn.Module, group: FFNGroup, config: MEOConfig, seed: int) -
         first.removeprefix(group.name).lstrip("."),
         config,
         linears,
-        in_features=tuple(p.in_features for p in projections if p is not None),
+        in_features=tuple(p.in_features for p in projections_of(linears)),
         is_causal=causal and config.level != "task",
         batch_dim=samples,
         device=weight.device,

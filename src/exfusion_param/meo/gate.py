@@ -10,13 +10,14 @@ Storage: `gate`, the W_g of the gating, and `noise`, its W_noise, both (N, D) an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..finding.place import MakeForward, PlaceInGroup
+from ..finding.place import PlaceInGroup
 from ..fusion_weights.base import Linears
 from ..fusion_weights.token_pool import TokenPool
 from ..fusion_weights.votes.custom_ops import current_backward
@@ -24,7 +25,7 @@ from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from .config import MEOConfig
 from .course import Course
-from .gated_forward import GatedBySample, GatedByTask
+from .gated_forward import gated_by_sample
 from .gating import Gates, noisy_top_k, softmax_gates
 from .per_sample import per_sample_weight
 from .token_block import TokenBlock
@@ -131,9 +132,17 @@ class Gate(TokenPool):
         if self.task is None:
             raise ValueError("No task is set. Call meo.fuse(model, task=...).")
 
-    def forward_of(self, place: PlaceInGroup) -> MakeForward:
-        """Fuses for the batch, or merges for each sample."""
-        return GatedByTask(place) if self.config.level == "task" else GatedBySample(place)
+    def run(
+        self, linear: nn.Module, x: Tensor, place: PlaceInGroup, run_dense: Callable[[], Any]
+    ) -> Any:
+        """Merge for each sample, or run the dense forward on what is fused under one gate."""
+        if self.config.level != "task":
+            return gated_by_sample(linear, self, place, x)
+        if place.is_first or self.current is None:
+            chosen = self.choose_for_task(is_noisy=self.training)
+            self.record(chosen)
+            self.current = chosen.gates[0]
+        return run_dense()
 
     def choose_for_task(self, is_noisy: bool = False) -> Gates:
         """The gates for the task that is set, as for one sample."""

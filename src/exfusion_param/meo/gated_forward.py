@@ -1,82 +1,31 @@
-"""The `forward` of linears under a gate, see fusion/linear_class.py."""
+"""The outputs of linears whose experts a gate merges for each sample."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..finding.place import PlaceInGroup, input_of
-from ..finding.projections import Projection
+from ..finding.place import PlaceInGroup
 from ..fusion.outside_access import require_sound
 from .merging import merged_linear
 from .pooling import Segments, mean_of_tokens, segments_of
 
 
-@dataclasses.dataclass(frozen=True)
-class GatedByTask:
-    """The dense forward, on a weight and bias that are fused under the same gates.
-
-    Args:
-        place: of the linear in its group.
-    """
-
-    place: PlaceInGroup
-
-    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
-        """The forward for a dense class."""
-        dense_forward, place = dense.forward, self.place
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            gate = self.parametrizations.weight[0].fusion_weights
-            if place.is_first or gate.current is None:
-                chosen = gate.choose_for_task(is_noisy=gate.training)
-                gate.record(chosen)
-                gate.current = chosen.gates[0]
-            try:
-                return dense_forward(self, *args, **kwargs)
-            finally:
-                if place.is_last:
-                    gate.end_forward()
-
-        return forward
+def gated_by_sample(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Tensor:
+    """The output of a linear that merges its experts for each sample, or each segment of it."""
+    feature_dim = place.projection.feature_dim
+    features_last = x.movedim(feature_dim, -1)
+    is_moved = gate.batch_dim > 0 and features_last.ndim > 2
+    samples_first = features_last.movedim(gate.batch_dim, 0) if is_moved else features_last
+    y = _gated(linear, gate, place, samples_first)
+    y = y.movedim(0, gate.batch_dim) if is_moved else y
+    return y.movedim(-1, feature_dim)
 
 
-@dataclasses.dataclass(frozen=True)
-class GatedBySample:
-    """Merges the experts for each sample, or each segment of it.
-
-    Args:
-        place: of the linear in its group.
-    """
-
-    place: PlaceInGroup
-
-    def __call__(self, dense: Any, projection: Projection) -> Callable[..., Any]:
-        """The forward for a dense class, which computes no more than its weight and bias."""
-        place, feature_dim = self.place, projection.feature_dim
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-            x = input_of(args, kwargs)
-            gate = self.parametrizations.weight[0].fusion_weights
-            features_last = x.movedim(feature_dim, -1)
-            is_moved = gate.batch_dim > 0 and features_last.ndim > 2
-            samples_first = features_last.movedim(gate.batch_dim, 0) if is_moved else features_last
-            try:
-                y = _gated(self, gate, place, projection, samples_first)
-            finally:
-                if place.is_last:
-                    gate.end_forward()
-            y = y.movedim(0, gate.batch_dim) if is_moved else y
-            return y.movedim(-1, feature_dim)
-
-        return forward
-
-
-def _gated(linear: Any, gate: Any, place: PlaceInGroup, projection: Projection, x: Tensor) -> Any:
+def _gated(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Any:
     """The output, shape (B, ..., out), for an input of shape (B, ..., D)."""
     tokens, mask = _in_samples(gate, x)
     segments = segments_of(tokens, gate.config.segment_length, mask) if gate.is_causal else None
@@ -95,7 +44,7 @@ def _gated(linear: Any, gate: Any, place: PlaceInGroup, projection: Projection, 
         "experts": stacks["weight"].flatten(2),  # of a convolution with a kernel of one
         "bias": stacks.get("bias"),
         "kept": gate.config.kept,
-        "is_transposed": projection.weight_out == 1,
+        "is_transposed": place.projection.weight_out == 1,
     }
     if segments is None:
         y = merged_linear(tokens, **arguments)
@@ -110,15 +59,13 @@ def _gates(
 ) -> Tensor:
     """Gates of the samples or segments, shape (B, N): those of the FFN's input if it has one."""
     if not place.is_first and gate.current is not None:
-        shared: Tensor = gate.current
-        return shared
+        return gate.current
     pooled = mean_of_tokens(tokens, mask) if segments is None else segments.pooled.flatten(0, 1)
     chosen = gate.choose(pooled, is_noisy=gate.training)
     gate.record(chosen)
     if not place.is_last:
         gate.current = chosen.gates
-    gates: Tensor = chosen.gates
-    return gates
+    return chosen.gates
 
 
 def _in_samples(gate: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from ..fusion.expert_fusion import ExpertFusion
 from ..fusion.linear_class import dense_order, share_class
 from ..fusion.lookup import fused_names, fusion_of, fusion_weights_of, original, parametrized_names
 from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.token_pool import TokenPool
 from ..step.hooks import outdate
 
 
@@ -39,7 +40,7 @@ def attach(
         original(linear, name).grad = None
         if fusion_weights.own_tensors():
             _take_place_of(linear, name)
-    share_class(linear, order, fusion_weights.forward_of(place))
+    share_class(linear, order, place if isinstance(fusion_weights, TokenPool) else None)
 
 
 def _take_place_of(linear: nn.Module, name: str) -> None:

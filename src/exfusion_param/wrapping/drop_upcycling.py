@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..finding.discovery import FFNGroup
-from ..finding.projections import Projection, projection_of
+from ..finding.projections import Projection, projections_of
 from ..tensors.expert_starts import Dropped
 
 
@@ -56,6 +56,4 @@ class DroppedUnits:
         return self._projection(fqn).out_features in (self.hidden, 2 * self.hidden)
 
     def _projection(self, fqn: str) -> Projection:
-        projection = projection_of(self.group.linears[fqn])
-        assert projection is not None
-        return projection
+        return projections_of([self.group.linears[fqn]])[0]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
 from ..finding.place import PlaceInGroup
+from ..finding.projections import projections_of
 from ..fusion_weights.base import FusionWeights
 from ..step.attach import attach_fused
 from ..tensors.expert_starts import ExpertStart, named_generator
@@ -53,6 +54,7 @@ class GroupPlan:
             return
         for index, (fqn, linear) in enumerate(self.group.linears.items()):
             place = PlaceInGroup(
+                projections_of([linear])[0],
                 index=index,
                 is_first=index == 0,
                 reads_input=fqn in self.group.inputs,
