@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from ..fusion_weights.base import FusionWeights
 from ..tensors import functional
 from ..tensors.expert_starts import upcycled_experts
-from ..tensors.shards import assign, full_tensor, is_sharded, local, with_all_experts
+from ..tensors.shards import as_expert, assign, full_tensor, is_sharded, local, with_all_experts
 
 
 class ExpertFusion(nn.Module):
@@ -60,36 +56,12 @@ class ExpertFusion(nn.Module):
 
     def dense(self, stack: Tensor) -> Tensor:
         """The fused tensor as the stack has it now, shape (*S); a DTensor if the stack is one."""
-        return _fuse(stack, self.fusion_weights())
+        weights = self.fusion_weights()
+        if not is_sharded(stack):
+            return functional.fuse(stack, weights)
+        stack = with_all_experts(stack)  # each rank fuses its own part
+        return as_expert(functional.fuse(local(stack), full_tensor(weights)), stack)
 
     def start_from(self, stack: Tensor, experts: Tensor) -> None:
         """Start over from whole experts, shape (N, *S)."""
         assign(stack, experts)
-
-
-def _fuse(stack: Tensor, weights: Tensor) -> Tensor:
-    """The fused tensor, shape (*S), spread over the ranks as the experts are.
-
-    Args:
-        stack: shape (N, *S).
-        weights: shape (N,); gathered if it is a DTensor.
-
-    Returns:
-        A DTensor for a DTensor, each rank's part from its own part of the experts.
-    """
-    if not is_sharded(stack):
-        return functional.fuse(stack, weights)
-    tensor = sys.modules["torch.distributed.tensor"]
-    sharded: Any = with_all_experts(stack)
-    fused: Tensor = tensor.DTensor.from_local(
-        functional.fuse(local(sharded), full_tensor(weights)),
-        sharded.device_mesh,
-        [
-            tensor.Shard(place.dim - 1) if place.is_shard() else place
-            for place in sharded.placements
-        ],
-        run_check=False,
-        shape=stack.shape[1:],
-        stride=torch.empty(stack.shape[1:], device="meta").stride(),
-    )
-    return fused

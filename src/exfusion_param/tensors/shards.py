@@ -31,8 +31,7 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.detach()
     sharded: Any = tensor
     with torch.no_grad():  # else a view comes, whose version says nothing of the tensor's
-        part: Tensor = sharded.to_local()
-    return part
+        return sharded.to_local()
 
 
 def local_to_differentiate(tensor: Tensor) -> Tensor:
@@ -52,11 +51,8 @@ def plus(tensor: Tensor, number: Tensor) -> Tensor:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all ranks; they have to call this together."""
-    if is_sharded(tensor):
-        sharded: Any = tensor.detach()
-        gathered: Tensor = sharded.full_tensor()
-        return gathered
-    return tensor
+    sharded: Any = tensor.detach()
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
@@ -73,16 +69,8 @@ def with_memory_of(part: Tensor, like: Tensor) -> Tensor:
     if not is_sharded(like):
         return part
     sharded: Any = like
-    module = sys.modules["torch.distributed.tensor"]
-    result: Tensor = module.DTensor.from_local(
-        part,
-        sharded.device_mesh,
-        sharded.placements,
-        run_check=False,
-        shape=sharded.shape,
-        stride=sharded.stride(),
-    )
-    return result.to(like.device)  # CPU offload: from_local moves to the mesh's device
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return _from_local(part, mesh, placements, like.shape, like.stride())
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
@@ -90,11 +78,9 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
     sharded: Any = like
-    module = sys.modules["torch.distributed.tensor"]
-    result: Tensor = module.distribute_tensor(
+    return sys.modules["torch.distributed.tensor"].distribute_tensor(
         tensor.to(local(like).device), sharded.device_mesh, sharded.placements, src_data_rank=None
     )
-    return result
 
 
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:
@@ -102,10 +88,10 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     if is_sharded(tensor):
         return tensor
     module = sys.modules["torch.distributed.tensor"]
-    mesh: Any = like
-    places = [module.Replicate()] * mesh.device_mesh.ndim
-    result: Tensor = module.DTensor.from_local(tensor, mesh.device_mesh, places, run_check=False)
-    return result
+    sharded: Any = like
+    mesh = sharded.device_mesh
+    places = [module.Replicate()] * mesh.ndim
+    return module.DTensor.from_local(tensor, mesh, places, run_check=False)
 
 
 def assign(target: Tensor, tensor: Tensor) -> None:
@@ -123,8 +109,7 @@ def with_all_experts(stack: Tensor) -> Tensor:
     tensor = sys.modules["torch.distributed.tensor"]
     sharded: Any = stack.detach()
     placements = [tensor.Shard(1) if p.is_shard(0) else p for p in sharded.placements]
-    result: Tensor = sharded.redistribute(placements=placements)
-    return result
+    return sharded.redistribute(placements=placements)
 
 
 def room_for_experts(stack: Tensor, count: int) -> Tensor:
@@ -169,11 +154,19 @@ def unstacked(stack: Tensor) -> list[Tensor]:
     """The tensors, shape (*S), of a stack, shape (N, *S), in its memory."""
     if not is_sharded(stack):
         return list(stack.detach())
-    sharded: Any = stack
+    return [as_expert(part, stack) for part in local(stack)]
+
+
+def as_expert(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor, shape (*S), spread over the ranks as a DTensor of a stack, shape (N, *S), is.
+
+    Args:
+        part: what this rank holds of the tensor.
+        like: the stack, of which each rank has a part of every expert.
+    """
+    sharded: Any = like
     placements = [_moved(place, -1) for place in sharded.placements]
-    return [
-        _from_local(part, sharded.device_mesh, placements, stack.shape[1:]) for part in local(stack)
-    ]
+    return _from_local(part, sharded.device_mesh, placements, like.shape[1:])
 
 
 def as_stack(part: Tensor, like: Tensor) -> Tensor:
@@ -226,15 +219,16 @@ def _moved(place: Any, by: int) -> Any:
     return type(place)(place.dim + by)
 
 
-def _from_local(part: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
-    module = sys.modules["torch.distributed.tensor"]
-    tensor: Tensor = module.DTensor.from_local(
-        part,
-        mesh,
-        placements,
-        run_check=False,
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
+def _from_local(
+    part: Tensor,
+    mesh: Any,
+    placements: Sequence[Any],
+    shape: torch.Size,
+    stride: tuple[int, ...] | None = None,
+) -> Tensor:
+    stride = stride or torch.empty(shape, device="meta").stride()
+    tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return tensor.to(part.device)  # CPU offload: from_local moves to the mesh's device
 
