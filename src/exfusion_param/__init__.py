@@ -12,7 +12,7 @@ The method is ExFusion (Ruan et al., 2026, arXiv 2603.27965).
 
 from .api import fuse, wrap
 from .config import ExFusionConfig
-from .fusion_weights.token_masks import token_mask
+from .fusion_weights.token_pool import token_mask
 from .measures import metrics
 from .optim import no_weight_decay_names, param_groups
 from .sharding.fsdp import expert_placement, fully_shard

@@ -10,14 +10,13 @@ The method is that of He et al., EMNLP 2023 (arXiv 2310.09832). As in ExFusion a
 linear, and the activation stays outside: it is the same parametrization with other fusion weights,
 and all that works with a wrapped model works with this one. These parts are specific to MEO:
 
-- gates: `gating` has their mathematics, `gate` is the module, `course` tells the model's forwards
-  apart for what gates record, and `balance` is the loss that keeps their choices even;
+- gates: `gating` has their mathematics, `gate` is the module, and `balance` is the loss that keeps
+  their choices even;
 - what gates read: `pooling`, by samples or by segments; `surroundings` tells causal models and the
   batch dimension by the modules around an FFN;
-- the linears: `gated_forward` is their forward, `merging` multiplies by a weight for each sample,
-  `token_block` precedes a linear at the token level, `per_sample` stands in for `linear.weight`;
-- the model: `hooks` keeps it off its fast paths and its cache; `tasks` sets its task, and makes it
-  the dense model of one.
+- the linears: `gated_forward` merges for each sample, by the products in `merging`;
+- the model: `course` tells its forwards apart for what gates record, and keeps it off fast paths and
+  its cache; `tasks` sets its task, and makes it the dense model of one.
 """
 
 from .api import wrap

@@ -10,6 +10,7 @@ Storage: `gate`, the W_g of the gating, and `noise`, its W_noise, both (N, D) an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,11 @@ from ..fusion_weights.token_pool import TokenPool
 from ..fusion_weights.votes.custom_ops import current_backward
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
+from ..tensors.shards import assign
 from .config import MEOConfig
-from .course import Course
-from .gated_forward import gated_by_sample
+from .gated_forward import gated_by_sample, per_sample_weight
 from .gating import Gates, noisy_top_k, softmax_gates
-from .per_sample import per_sample_weight
-from .token_block import TokenBlock
+from .hooks import Course
 
 
 class Gate(TokenPool):
@@ -87,10 +87,9 @@ class Gate(TokenPool):
         """Zero the gate and its noise, and draw the token blocks."""
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
-        for block in self.children():
-            for each in block.children():
-                if isinstance(each, TokenBlock):
-                    each.reset_parameters(generator)
+        for block in self.modules():
+            if isinstance(block, TokenBlock):
+                block.reset_parameters(generator)
 
     def forward(self) -> Tensor:
         """The gates of the whole batch, shape (N,); outside of a forward without noise.
@@ -181,3 +180,37 @@ class Gate(TokenPool):
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Forget the recorded gates: their graph is not needed again."""
         self.forget()
+
+
+REDUCTION = 64
+"""How much narrower than its input the block is."""
+
+
+class TokenBlock(nn.Module):
+    """What each token goes through at the token level: `x + W_up relu(W_down x)`.
+
+    That is x at the start, as W_up is zero.
+
+    Args:
+        features: D.
+        device: of its weights.
+        dtype: of its weights.
+    """
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        width = max(1, features // REDUCTION)
+        self.down = nn.Parameter(torch.empty(width, features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(features, width, device=device, dtype=dtype))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw W_down as `nn.Linear` does, and set W_up to zero."""
+        down = torch.empty(self.down.shape, dtype=self.down.dtype, device=self.down.device)
+        bound = 1 / math.sqrt(down.shape[1])
+        assign(self.down, nn.init.uniform_(down, -bound, bound, generator=generator))
+        nn.init.zeros_(self.up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (..., D) to the same shape."""
+        hidden = F.linear(x, self.down.to(x.dtype)).relu()
+        return x + F.linear(hidden, self.up.to(x.dtype)).to(x.dtype)

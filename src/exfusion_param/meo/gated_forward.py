@@ -1,4 +1,4 @@
-"""The outputs of linears whose experts a gate merges for each sample."""
+"""Linears whose experts a gate merges for each sample: outputs, and no weight to read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..finding.place import PlaceInGroup
@@ -80,3 +81,38 @@ def _in_samples(gate: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if x.ndim == 1:
         return x.view(1, 1, -1), None
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), None
+
+
+_HARMLESS = {
+    Tensor.size,
+    Tensor.stride,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.__repr__,
+}
+
+
+class PerSampleWeight(Tensor):
+    """Says its shape, dtype and device, which some models ask for, and computes nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let questions through, and raise for everything else."""
+        if func in _HARMLESS or getattr(func, "__name__", "") == "__get__":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise RuntimeError(
+            "This linear merges its experts again for each sample, so that it has no weight to "
+            "compute with. Call the linear itself; or leave it out with filter_fn; or wrap with "
+            'level="task".'
+        )
+
+
+def per_sample_weight(experts: Tensor) -> Tensor:
+    """A stand-in for the weight, shape (*S), of the stack `experts`, shape (N, *S)."""
+    stand_in = experts[0]
+    if torch.compiler.is_compiling():  # a model asks for its dtype; what is wrong, eager mode says
+        return stand_in
+    return stand_in.detach().as_subclass(PerSampleWeight)

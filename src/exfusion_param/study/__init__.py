@@ -10,8 +10,8 @@ its learning rate by as many runs as any other, with seeds of their own.
 
 `runs` does one run and records it, `processes` does several at once, `rates` chooses learning
 rates, `statistics` says what a few seeds can tell, `comparison` puts any arms side by side,
-`settings` remembers what a folder is for, `figure` draws the arms, `models` makes those of a user's
-model, and `user_code` finds it for the command line.
+`figure` draws them, `models` makes those of a user's model, and `user_code` finds it for the
+command line.
 """
 
 from .comparison import Comparison, compare

@@ -12,8 +12,7 @@ from typing import Any
 
 from .processes import finish
 from .rates import Better, Grid, choose_rates
-from .runs import Result, Run, Trial, error_of
-from .settings import require_same
+from .runs import Result, Run, Trial, error_of, require_same
 from .statistics import CONFIDENCE, Spread, paired, smallest_told
 
 

@@ -20,8 +20,7 @@ from ..config import ExFusionConfig, Variant
 from .comparison import Comparison, compare
 from .figure import plot
 from .rates import Better
-from .runs import Numbers, Run, as_numbers
-from .settings import remembered
+from .runs import Numbers, Run, as_numbers, remembered
 
 Build = Callable[[], nn.Module]
 Train = Callable[..., Numbers]

@@ -1,6 +1,7 @@
 """One run of a study, and its record: a file with one JSON line, which appears when it has ended.
 
-A run that has a record is not done again, so a study that was killed continues.
+A run that has a record is not done again, so a study that was killed continues. What the results
+depend on besides is remembered by the study's folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -130,3 +131,23 @@ def as_numbers(found: Numbers) -> dict[str, float]:
 
 def _as_float(value: float | torch.Tensor) -> float:
     return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def remembered(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write down the settings of a new study; those that it was begun with, as JSON has them."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(settings, indent=1).encode())
+    return json.loads(path.read_text())
+
+
+def require_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a folder holds a study with other settings."""
+    before = remembered(folder / "settings.json", settings)
+    now: dict[str, Any] = json.loads(json.dumps(settings))
+    keys = sorted(before.keys() | now.keys())
+    if changed := [key for key in keys if before.get(key) != now.get(key)]:
+        raise ValueError(
+            f"{folder} holds a study with other settings ({', '.join(changed)} differ). "
+            "Take another folder for out."
+        )
