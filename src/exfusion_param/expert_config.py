@@ -9,7 +9,6 @@ from typing import Any, Literal, Self, get_args
 ExpertInit = Literal["independent", "upcycle", "drop_upcycle"]
 FuseOn = Literal["forward", "step"]
 
-
 ENTRY = "exfusion"
 """The key of the settings in config.json, or in a torch file beside its tensors."""
 
@@ -18,18 +17,7 @@ ENTRY = "exfusion"
 class ExpertConfig:
     """Settings of the experts. Immutable, checked when it is made.
 
-    Args:
-        num_experts: N, the experts of each linear, at least 2.
-        expert_init: `"independent"`: expert 0 keeps the model's own weight, the others have its
-            rows and columns in random order, so the same distribution and singular values;
-            `"upcycle"`: every expert is the model's weight plus noise that leaves the fused weight
-            as it was, for pretrained models; `"drop_upcycle"`: every expert is the model's weight,
-            but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
-        upcycle_noise: standard deviation of that noise, as a share of the weight's own.
-        drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
-        layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
-            from the end; None wraps all.
-        seed: makes the draws reproducible; None draws on torch's global generator.
+    `ExFusionConfig` and `MEOConfig` say what each field is.
 
     Raises:
         TypeError: a field has the wrong type.

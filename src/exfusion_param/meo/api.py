@@ -15,8 +15,8 @@ from ..tensors.expert_starts import named_generator
 from ..tensors.precision import accumulation_dtype
 from ..wrapping.wrap_linears import wrap_linears
 from .config import MEOConfig
+from .course import Course, kept_off_fast_paths, refuse_cache
 from .gate import Gate
-from .hooks import Course, kept_off_fast_paths, refuse_cache
 from .surroundings import batch_dim, is_causal
 
 if TYPE_CHECKING:

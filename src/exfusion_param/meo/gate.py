@@ -26,9 +26,9 @@ from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from ..tensors.shards import assign
 from .config import MEOConfig
+from .course import Course
 from .gated_forward import gated_by_sample, per_sample_weight
 from .gating import Gates, noisy_top_k, softmax_gates
-from .hooks import Course
 
 
 class Gate(TokenPool):
