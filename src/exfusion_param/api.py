@@ -113,17 +113,17 @@ def fuse(model: Model) -> Model:
     """
     linears = wrapped_linears(model)
     groups = groups_of(model)
-    for weights in groups:
-        weights.end_forward()
+    for group in groups:
+        group.end_forward()
     check_fusable(model, linears, groups)
     refuse_half_done(groups)
     warn_of_empty_banks(groups)
     _warn_of_experts_that_never_moved(groups)
     for linear in linears.values():
         detach(linear)
-    for weights in groups:
-        detach_fused(model, weights)
-        weights.remove_hooks()
+    for group in groups:
+        detach_fused(model, group)
+        group.remove_hooks()
     config = getattr(model, "config", None)
     if isinstance(getattr(config, ENTRY, None), dict):  # read back from a config.json
         delattr(config, ENTRY)
@@ -133,9 +133,9 @@ def fuse(model: Model) -> Model:
 def _warn_of_experts_that_never_moved(groups: Iterable[FusionWeights]) -> None:
     """Warn if weights under `fuse_on="step"` were trained by something else than an optimizer."""
     still = [
-        weights.group
-        for weights in groups
-        if not weights.was_loaded and any(_is_trained_without_experts(f) for f in weights.fused)
+        group.group
+        for group in groups
+        if not group.was_loaded and any(_is_trained_without_experts(f) for f in group.fused)
     ]
     if still:
         warnings.warn(

@@ -50,14 +50,14 @@ def metrics(model: nn.Module) -> dict[str, float]:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to measure.")
     values: dict[str, Tensor] = {}
     distances = iter(_distances(groups))
-    for weights, name in groups.items():
-        fusing = full_tensor(weights.reported()).float()
+    for group, name in groups.items():
+        fusing = full_tensor(group.reported()).float()
         values |= {f"fusion_weights/{name}/{i}": weight for i, weight in enumerate(fusing)}
         values[f"entropy/{name}"] = entropy = _entropy(fusing)
         values[f"effective_experts/{name}"] = entropy.exp()
         values[f"expert_distance/{name}"] = next(distances)
-        if isinstance(weights, MemoryBank):
-            values[f"bank_mass/{name}"] = weights.bank.float().sum()
+        if isinstance(group, MemoryBank):
+            values[f"bank_mass/{name}"] = group.bank.float().sum()
     device = next(iter(values.values())).device  # a model may lie on several
     numbers = torch.stack([value.to(device) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))
@@ -72,20 +72,20 @@ def _entropy(weights: Tensor) -> Tensor:
 def _distances(groups: Iterable[FusionWeights]) -> list[Tensor]:
     """The distance between the experts of each group."""
     sums, ranks = [], ALONE
-    for weights in groups:
-        weights.end_forward()
-        stacks = _weight_stacks(weights)
+    for group in groups:
+        group.end_forward()
+        stacks = _weight_stacks(group)
         parts = [local(with_all_experts(stack)) for stack in stacks]
         sums.append(torch.stack([_sums_of_squares(part) for part in parts]).sum(dim=0))
         ranks = holders_of(stacks[0])
     return [(within / across).sqrt() for within, across in sum_together(ranks, sums)]
 
 
-def _weight_stacks(weights: FusionWeights) -> list[Tensor]:
+def _weight_stacks(group: FusionWeights) -> list[Tensor]:
     """The experts of a group's weights, each of shape (N, *S)."""
-    if weights.fused:
-        return [fused.experts() for fused in weights.fused if fused.name == "weight"]
-    return [original(linear, "weight") for linear in weights.linears]
+    if group.fused:
+        return [fused.experts() for fused in group.fused if fused.name == "weight"]
+    return [original(linear, "weight") for linear in group.linears]
 
 
 def _sums_of_squares(stack: Tensor) -> Tensor:

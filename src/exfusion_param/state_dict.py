@@ -60,9 +60,9 @@ def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
         {'0.weight': (16, 8), '0.bias': (16,), '2.weight': (8, 16), '2.bias': (8,)}
     """
     groups = groups_of(model)
-    for weights in groups:
-        weights.require_fusable()
-        for fused in weights.fused:
+    for group in groups:
+        group.require_fusable()
+        for fused in group.fused:
             fused.require_own()
     refuse_half_done(groups)
     warn_of_empty_banks(groups)
@@ -124,8 +124,8 @@ def load_dense_state_dict(
         for key, value in fused.items()
         if fusion_weights_of(value.linear) in touched
     }
-    for weights in touched:
-        weights.reset_parameters(generator)
+    for group in touched:
+        group.reset_parameters(generator)
     for value, tensor in starts.items():
         _start_from(value, tensor, generator)
     plain = {
@@ -134,8 +134,8 @@ def load_dense_state_dict(
         if key in given and not isinstance(tensor, _Fused)
     }
     model.load_state_dict(plain, strict=False)
-    for weights in touched:
-        weights.was_loaded = False  # experts start around these weights on purpose
+    for group in touched:
+        group.was_loaded = False  # experts start around these weights on purpose
     warn_of_empty_banks(touched)
     return keys
 
@@ -148,18 +148,18 @@ def dense_keys(model: nn.Module) -> list[str]:
 
 def _dense_view(model: nn.Module) -> OrderedDict[str, Tensor | _Fused]:
     """The dense model's keys in its order, each with its tensor or where to fuse it."""
-    for weights in groups_of(model):
-        weights.end_forward()  # a training forward that was cut short may have left its own
+    for group in groups_of(model):
+        group.end_forward()  # a training forward that was cut short may have left its own
     kept = model.state_dict(keep_vars=True)
     linear_at = _linears_by_prefix(kept, model)
     dense: OrderedDict[str, Tensor | _Fused] = OrderedDict()
-    groups = [weights for weights in groups_of(model) if weights.fused]
+    groups = [group for group in groups_of(model) if group.fused]
     by_step = {
         id(fused.parameter): _Fused(fused.linear, fused.name)
-        for weights in groups
-        for fused in weights.fused
+        for group in groups
+        for fused in group.fused
     }
-    taken_off = {id(tensor) for weights in groups for tensor in weights.own_tensors()}
+    taken_off = {id(tensor) for group in groups for tensor in group.own_tensors()}
     state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kept.items()}
     for key, value in kept.items():
         if id(value) in taken_off:
@@ -220,15 +220,15 @@ def _check_dense(
 
 
 def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None) -> None:
-    weights = fusion_weights_of(fused.linear)
-    if weights.fused:  # experts follow what is written
+    group = fusion_weights_of(fused.linear)
+    if group.fused:  # experts follow what is written
         parameter = fused.linear.get_parameter(fused.name)
         assign(parameter, full_tensor(tensor).to(parameter.device, parameter.dtype))
         return
     stack, fusion = original(fused.linear, fused.name), fusion_of(fused.linear, fused.name)
     tensor = full_tensor(tensor).to(stack.device, stack.dtype)
-    noise = weights.config.upcycle_noise
-    fusion.start_from(stack, upcycled_experts(tensor, weights.start(), noise, generator))
+    noise = group.config.upcycle_noise
+    fusion.start_from(stack, upcycled_experts(tensor, group.start(), noise, generator))
 
 
 def _shape(value: Any) -> torch.Size | None:

@@ -146,21 +146,21 @@ def _summary(model: nn.Module) -> Summary:
     groups = labels_of(model)
     linears = []
     for fqn, linear in wrapped_linears(model).items():
-        weights = fusion_weights_of(linear)
+        group = fusion_weights_of(linear)
         shapes = {name: _dense_shape(linear, name) for name in fused_names(linear)}
-        linears.append(LinearSummary(fqn, groups[weights], weights.config.num_experts, shapes))
-    fusion = [parameter for weights in groups for parameter in weights.parameters()]
+        linears.append(LinearSummary(fqn, groups[group], group.config.num_experts, shapes))
+    fusion = [parameter for group in groups for parameter in group.parameters()]
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    experts = [tensor for weights in groups for tensor in _experts_in_optimizers(weights)]
+    experts = [tensor for group in groups for tensor in _experts_in_optimizers(group)]
     surplus: list[Tensor] = []
-    for weights in groups:  # all but one expert
-        if weights.config.ships_dense:
-            surplus += weights.parameters()
-            surplus += [stack[1:] for stack in weights.expert_stacks()]
-    fused = [fused.parameter for weights in groups for fused in weights.fused]
+    for group in groups:  # all but one expert
+        if group.config.ships_dense:
+            surplus += group.parameters()
+            surplus += [stack[1:] for stack in group.expert_stacks()]
+    fused = [fused.parameter for group in groups for fused in group.fused]
     return Summary(
-        tuple(dict.fromkeys(weights.config for weights in groups)),
+        tuple(dict.fromkeys(group.config for group in groups)),
         tuple(linears),
         fusion_parameters=_count(fusion),
         training_parameters=_count(parameters) - _count(fused) + _count(experts),
@@ -179,11 +179,11 @@ def _dense_shape(linear: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(linear.get_parameter(name).shape)
 
 
-def _experts_in_optimizers(weights: FusionWeights) -> Iterator[Tensor]:
+def _experts_in_optimizers(group: FusionWeights) -> Iterator[Tensor]:
     """Tensors like the experts that an optimizer holds, without memory."""
-    for fused in weights.fused:
+    for fused in group.fused:
         parameter = fused.parameter
-        shape = (weights.config.num_experts, *parameter.shape)
+        shape = (group.config.num_experts, *parameter.shape)
         yield torch.empty(shape, dtype=parameter.dtype, device="meta")
 
 

@@ -52,9 +52,9 @@ def fusion_weights_of(linear: nn.Module) -> FusionWeights:
     """The fusion weights of a wrapped linear."""
     if not parametrized_names(linear):
         return _weights_by_step()[id(linear)]
-    weights = linear.get_submodule("parametrizations.weight.0").fusion_weights
-    assert isinstance(weights, FusionWeights)
-    return weights
+    group = linear.get_submodule("parametrizations.weight.0").fusion_weights
+    assert isinstance(group, FusionWeights)
+    return group
 
 
 def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
@@ -63,31 +63,30 @@ def groups_of(model: nn.Module) -> dict[FusionWeights, str]:
     first_of: dict[FusionWeights, str] = {}
     by_step = _weights_by_step()
     for fqn, linear in wrapped_linears(model).items():
-        weights = by_step.get(id(linear)) or fusion_weights_of(linear)
+        group = by_step.get(id(linear)) or fusion_weights_of(linear)
         fqn = clean_name(fqn)
-        if linear is weights.linears[0]:
-            names[weights] = fqn.removesuffix(weights.first_linear).rstrip(".")
-            first_of[weights] = fqn
+        if linear is group.linears[0]:
+            names[group] = fqn.removesuffix(group.first_linear).rstrip(".")
+            first_of[group] = fqn
         else:
-            names.setdefault(weights, weights.group)
+            names.setdefault(group, group.group)
     taken = Counter(names.values())  # siblings that were wrapped apart have one parent
     return {
-        weights: name if taken[name] == 1 else first_of.get(weights, f"{name}.{i}")
-        for i, (weights, name) in enumerate(names.items())
+        group: name if taken[name] == 1 else first_of.get(group, f"{name}.{i}")
+        for i, (group, name) in enumerate(names.items())
     }
 
 
 def labels_of(model: nn.Module) -> dict[FusionWeights, str]:
     """As `groups_of`, for columns and tables: a model that is one FFN goes by its class."""
     return {
-        weights: name or type(unwrapped(model)).__name__
-        for weights, name in groups_of(model).items()
+        group: name or type(unwrapped(model)).__name__ for group, name in groups_of(model).items()
     }
 
 
 def fused_parameter(parameter: nn.Parameter) -> Fused | None:
     """What is known of a parameter that is fused at each step; None for any other."""
-    every = (fused for weights in live_groups() for fused in weights.fused)
+    every = (fused for group in live_groups() for fused in group.fused)
     return next((fused for fused in every if fused.parameter is parameter), None)
 
 
@@ -95,8 +94,8 @@ def fused_names(linear: nn.Module) -> list[str]:
     """The names of the tensors that are fused, such as ["weight", "bias"]."""
     if names := parametrized_names(linear):
         return names
-    weights = _weights_by_step().get(id(linear))
-    return [] if weights is None else [f.name for f in weights.fused if f.linear is linear]
+    group = _weights_by_step().get(id(linear))
+    return [] if group is None else [f.name for f in group.fused if f.linear is linear]
 
 
 def parametrized_names(linear: nn.Module) -> list[str]:
@@ -109,4 +108,4 @@ def parametrized_names(linear: nn.Module) -> list[str]:
 
 def _weights_by_step() -> dict[int, FusionWeights]:
     """The fusion weights of all linears that live under `fuse_on="step"`, by the linears' ids."""
-    return {id(fused.linear): weights for weights in live_groups() for fused in weights.fused}
+    return {id(fused.linear): group for group in live_groups() for fused in group.fused}

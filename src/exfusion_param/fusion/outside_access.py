@@ -64,9 +64,9 @@ def read(linear: Any, name: str) -> Tensor:
     require_sound(linear, name, is_own_forward=is_own)
     fused = computed(linear, name)
     if not is_own:
-        weights = parametrized[0].fusion_weights
-        is_in_forward = getattr(weights, "current", None) is not None
-        is_empty = not is_in_forward and weights.is_empty()
+        group = parametrized[0].fusion_weights
+        is_in_forward = getattr(group, "current", None) is not None
+        is_empty = not is_in_forward and group.is_empty()
         remember(parametrized[0], fused, is_in_forward=is_in_forward, is_empty=is_empty)
     return fused
 

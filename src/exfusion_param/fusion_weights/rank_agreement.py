@@ -31,15 +31,15 @@ def agree(groups: Iterable[FusionWeights]) -> None:
         ValueError: on every rank, if they differ in more than their draws.
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
-    for weights in groups:
-        if weights not in _agreed:
-            for fused in weights.fused:
+    for group in groups:
+        if group not in _agreed:
+            for fused in group.fused:
                 fused.refuse_flat()
-            by_ranks[weights.ranks].append(weights)
+            by_ranks[group.ranks].append(group)
     for ranks, new in by_ranks.items():
         if ranks is not ALONE:
             await_ranks(ranks, "optimizer step")
-            require_agreement({weights: weights.name for weights in new}, ranks)
+            require_agreement({group: group.name for group in new}, ranks)
         _agreed.update(new)
 
 
@@ -54,7 +54,7 @@ def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None
         ValueError: on every rank, with what differs.
     """
     number = distributed.get_rank() if ranks is not ALONE else 0
-    described = {name: _fingerprint(weights) for weights, name in groups.items()}
+    described = {name: _fingerprint(group) for group, name in groups.items()}
     (first_number, first), *others = ranks.gather((number, described))
     for number, other in others:
         for name in dict.fromkeys([*first, *other]):
@@ -67,33 +67,33 @@ def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None
                     "wrap(..., process_group=group)."
                 )
     every = [first, *(other for _, other in others)]
-    for weights, name in groups.items():
-        _share_draws(weights, [fingerprints[name][_SEEDS] for fingerprints in every], ranks)
+    for group, name in groups.items():
+        _share_draws(group, [fingerprints[name][_SEEDS] for fingerprints in every], ranks)
     _agreed.update(groups)
 
 
-def _share_draws(weights: FusionWeights, seeds: Sequence[Sequence[int]], ranks: Ranks) -> None:
+def _share_draws(group: FusionWeights, seeds: Sequence[Sequence[int]], ranks: Ranks) -> None:
     """Take the seeds of the first rank; where they differed, its bases as well."""
-    for fused, seed in zip(weights.fused, seeds[0], strict=True):
+    for fused, seed in zip(group.fused, seeds[0], strict=True):
         fused.start = dataclasses.replace(fused.start, seed=seed)
         is_alike = all(other == seeds[0] for other in seeds)
         if not is_alike and fused.base is not None and not is_sharded(fused.parameter):
             ranks.broadcast(fused.base)
 
 
-def _fingerprint(weights: FusionWeights) -> dict[str, Any]:
+def _fingerprint(group: FusionWeights) -> dict[str, Any]:
     """What ranks can compare without sending tensors."""
-    stacks = [stack for stack in weights.expert_stacks() if _is_whole(stack)]
-    dense = [fused.parameter for fused in weights.fused if not is_sharded(fused.parameter)]
-    parameters = [parameter for parameter in weights.parameters() if _is_whole(parameter)]
-    settings = dataclasses.asdict(weights.config)
+    stacks = [stack for stack in group.expert_stacks() if _is_whole(stack)]
+    dense = [fused.parameter for fused in group.fused if not is_sharded(fused.parameter)]
+    parameters = [parameter for parameter in group.parameters() if _is_whole(parameter)]
+    settings = dataclasses.asdict(group.config)
     return {
-        "its settings": settings | ({"seed": None} if weights.fused else {}),
+        "its settings": settings | ({"seed": None} if group.fused else {}),
         "its shapes": [tuple(tensor.shape) for tensor in [*stacks, *dense]],
         "its experts": [_checksum(stack) for stack in stacks],
         "its weights": [_checksum(tensor[None]) for tensor in dense],
         "its fusion weights": [_checksum(parameter) for parameter in parameters],
-        _SEEDS: [fused.start.seed for fused in weights.fused],
+        _SEEDS: [fused.start.seed for fused in group.fused],
     }
 
 

@@ -33,7 +33,7 @@ def check_shardable(
             "torch.distributed.fsdp.fully_shard for a dense model."
         )
     _refuse_sharded(model, groups)
-    by_forward = any(not weights.fused for weights in groups)
+    by_forward = any(not group.fused for group in groups)
     if settings.get("dp_mesh_dims") is None:
         _check_mesh(mesh)
     elif by_forward:
@@ -77,7 +77,7 @@ def check_placement(name: str, parameter: nn.Parameter, placement: Any, shards: 
 
 def _refuse_sharded(model: nn.Module, groups: Collection[FusionWeights]) -> None:
     sharded = [name for name, module in model.named_modules() if _is_by_fsdp(module)]
-    stacks = {stack for weights in groups for stack in weights.expert_stacks() if not weights.fused}
+    stacks = {stack for group in groups for stack in group.expert_stacks() if not group.fused}
     spread = [name for name, p in model.named_parameters() if p in stacks and is_sharded(p)]
     if sharded or spread:
         first = [*spread, *filter(None, sharded), "all of it"][0]

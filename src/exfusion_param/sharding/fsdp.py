@@ -90,7 +90,7 @@ def fully_shard(
     chosen = transformer_blocks(model) if blocks is None else list(blocks)
     modules = check_shardable(model, groups, mesh, chosen, settings)
     placement = _placements(model, mesh, shard_placement_fn)
-    by_forward = {weights: name for weights, name in groups.items() if not weights.fused}
+    by_forward = {group: name for group, name in groups.items() if not group.fused}
     if by_forward:
         ranks = ranks_in(mesh)
         require_agreement(by_forward, ranks)
@@ -105,11 +105,11 @@ def fully_shard(
             shard_placement_fn=placement,
             **settings,
         )
-    for weights in by_forward:
-        weights.given_ranks = ranks
-    for weights in groups:
-        if isinstance(weights, MemoryBank):
-            weights.votes.follow_anchor()
+    for group in by_forward:
+        group.given_ranks = ranks
+    for group in groups:
+        if isinstance(group, MemoryBank):
+            group.votes.follow_anchor()
     return model
 
 
@@ -129,7 +129,7 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
         >>> exf.expert_placement(model.norm1.weight)  # None: dimension 0
         >>> torch.distributed.destroy_process_group()
     """
-    every = (stack for weights in live_groups() for stack in weights.expert_stacks())
+    every = (stack for group in live_groups() for stack in group.expert_stacks())
     if not any(parameter is stack for stack in every):
         return None
     return _even(parameter, torch.distributed.get_world_size())
@@ -142,7 +142,7 @@ def _placements(
     from torch.distributed.tensor import Shard
 
     chosen: dict[nn.Parameter, Any] = {}
-    stacks = {stack for weights in groups_of(model) for stack in weights.expert_stacks()}
+    stacks = {stack for group in groups_of(model) for stack in group.expert_stacks()}
     for name, parameter in model.named_parameters():
         is_stack = parameter in stacks
         chosen[parameter] = own = _even(parameter, mesh.size(-1)) if is_stack else None

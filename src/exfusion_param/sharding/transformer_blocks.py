@@ -35,7 +35,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
 def _first_linears(model: nn.Module) -> list[str]:
     """The name of the first linear of each FFN group."""
-    firsts = {weights.linears[0] for weights in groups_of(model)}
+    firsts = {group.linears[0] for group in groups_of(model)}
     return [fqn for fqn, linear in wrapped_linears(model).items() if linear in firsts]
 
 

@@ -58,11 +58,11 @@ def detach(linear: nn.Module) -> None:
     """Leave the fused tensors as the linear's own parameters, in their first order."""
     if not parametrized_names(linear):  # they are
         return
-    order, fused, weights = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
+    order, fused, group = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
     for name in fused:
         fusion = fusion_of(linear, name)
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
-        weights.fusions[:] = [entry for entry in weights.fusions if entry[1] is not fusion]
+        group.fusions[:] = [entry for entry in group.fusions if entry[1] is not fusion]
         linear.get_parameter(name).grad = None  # it has the stack's shape
     linear._parameters = dict(linear._parameters)  # see refused_edits.py
     held = dict(linear.named_parameters(recurse=False))

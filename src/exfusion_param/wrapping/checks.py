@@ -94,9 +94,9 @@ def check_fusable(
     """Raise a ValueError unless `fuse` can leave plain weights in all of the wrapped linears."""
     if not linears:
         raise ValueError(f"{type(model).__name__} has no wrapped linear, so nothing to fuse.")
-    for weights in groups:
-        weights.require_fusable()
-        for fused in weights.fused:
+    for group in groups:
+        group.require_fusable()
+        for fused in group.fused:
             fused.require_own()
     _refuse(
         linears,
@@ -114,11 +114,11 @@ def check_fusable(
     )
     inside = set(map(id, linears.values()))
     for fqn, linear in linears.items():
-        weights = fusion_weights_of(linear)
-        if any(id(other) not in inside for other in weights.linears):
+        group = fusion_weights_of(linear)
+        if any(id(other) not in inside for other in group.linears):
             raise ValueError(
                 f"{fqn!r} shares its fusion weights with linears outside of "
-                f"{type(model).__name__}. Fuse a module that holds all of {weights.group!r}. If a "
+                f"{type(model).__name__}. Fuse a module that holds all of {group.group!r}. If a "
                 "linear was replaced after wrap(), as by modules_to_save of peft, put the wrapped "
                 "one back, or load fused_state_dict(model) into a dense model."
             )

@@ -11,22 +11,20 @@ from ..fusion.lookup import fused_names
 from ..fusion_weights.base import FusionWeights
 
 
-def guard_loading(
-    model: nn.Module, weights: FusionWeights, linears: Mapping[str, nn.Module]
-) -> None:
+def guard_loading(model: nn.Module, group: FusionWeights, linears: Mapping[str, nn.Module]) -> None:
     """Let `model.load_state_dict` refuse what does not fit the stacks, before it copies anything.
 
     Args:
         model: the module that `load_state_dict` is called on.
-        weights: the fusion weights of the group; their handles remove the guard.
+        group: its fusion weights; their handles remove the guard.
         linears: the wrapped linears of the group by their names in `model`.
     """
-    count = weights.config.num_experts
+    count = group.config.num_experts
     guard = _LoadGuard([f"{fqn}.".lstrip(".") for fqn in linears], count)
-    weights.handles.append(model.register_load_state_dict_pre_hook(guard))
+    group.handles.append(model.register_load_state_dict_pre_hook(guard))
     for linear in linears.values():  # for `load_state_dict` of a module within the model
         hook = linear.register_load_state_dict_pre_hook(_LoadGuard([""], count))
-        weights.handles.append(hook)
+        group.handles.append(hook)
 
 
 class _LoadGuard:

@@ -96,16 +96,16 @@ def plan_groups(
     for group in groups:
         starts = _starts(group, config, seed)
         for part in _routed_together(group, config):
-            weights = make_weights(part, config, seed)
-            weights.seed = seed
+            fusion_weights = make_weights(part, config, seed)
+            fusion_weights.seed = seed
             tensors = {
                 fqn: {
-                    name: _planned(tensor, starts[fqn][name], weights)
+                    name: _planned(tensor, starts[fqn][name], fusion_weights)
                     for name, tensor in dense_tensors(linear).items()
                 }
                 for fqn, linear in part.linears.items()
             }
-            plans.append(GroupPlan(part, weights, starts, tensors))
+            plans.append(GroupPlan(part, fusion_weights, starts, tensors))
     return plans
 
 
@@ -135,13 +135,13 @@ def _starts(group: FFNGroup, config: ExpertConfig, seed: int) -> dict[str, dict[
 
 
 @torch.no_grad()
-def _planned(tensor: Tensor, start: ExpertStart, weights: FusionWeights) -> Tensor | None:
+def _planned(tensor: Tensor, start: ExpertStart, group: FusionWeights) -> Tensor | None:
     """The stack of a tensor; under `fuse_on="step"` what it fuses to, or None if that is known."""
-    config = weights.config
+    config = group.config
     if config.fuse_on == "forward":
         return start.draw(tensor)
-    if tensor.is_meta or (config.expert_init == "upcycle" and not weights.is_empty()):
+    if tensor.is_meta or (config.expert_init == "upcycle" and not group.is_empty()):
         return None
     fused = torch.empty_like(tensor)
-    fuse_into(fused, start.draw(tensor), weights.current_weights())
+    fuse_into(fused, start.draw(tensor), group.current_weights())
     return fused

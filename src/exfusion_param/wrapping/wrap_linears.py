@@ -63,16 +63,16 @@ def wrap_linears(
         plan.carry_out(model)
         if config.fuse_on == "forward":
             guard_loading(model, plan.fusion_weights, plan.group.linears)
-    weights = [plan.fusion_weights for plan in plans]
-    _follow_masks(model, weights)
+    new = [plan.fusion_weights for plan in plans]
+    _follow_masks(model, new)
     if filter_fn is None and config.layers is None:
         warn_of_left_out(model, groups)
-    return weights
+    return new
 
 
-def _follow_masks(model: nn.Module, weights: Iterable[FusionWeights]) -> None:
+def _follow_masks(model: nn.Module, new: Iterable[FusionWeights]) -> None:
     """Let routers follow attention masks; imports transformers only for its models."""
-    pools = [each for each in weights if isinstance(each, TokenPool)]
+    pools = [each for each in new if isinstance(each, TokenPool)]
     _note_tokens_first(model, pools)
     if pools and "transformers" in sys.modules:
         from .attention_masks import follow_attention_masks

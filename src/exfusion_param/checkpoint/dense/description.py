@@ -37,15 +37,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     model = unwrapped(model)
     group_names = groups_of(model)
     wraps: list[dict[str, Any]] = []
-    for weights, linears in _linears_of_groups(model).items():
-        config = weights.config.to_dict()
+    for fusion_weights, linears in _linears_of_groups(model).items():
+        config = fusion_weights.config.to_dict()
         wrap = next((wrap for wrap in wraps if wrap["config"] == config), None)
         if wrap is None:
-            method = weights.config.label.split()[0]
+            method = fusion_weights.config.label.split()[0]
             wraps.append(wrap := {"method": method, "config": config, "groups": []})
-        group: dict[str, Any] = {"name": group_names[weights], "linears": linears}
-        if weights.fused:
-            group["fusion_weights"] = _names_of(model, weights)
+        group: dict[str, Any] = {"name": group_names[fusion_weights], "linears": linears}
+        if fusion_weights.fused:
+            group["fusion_weights"] = _names_of(model, fusion_weights)
         wrap["groups"].append(group)
     if not wraps:
         raise ValueError(f"{type(model).__name__} has no wrapped linear to describe.")
@@ -62,9 +62,9 @@ def _linears_of_groups(model: nn.Module) -> dict[FusionWeights, dict[str, list[s
     return groups
 
 
-def _names_of(model: nn.Module, weights: FusionWeights) -> list[str]:
+def _names_of(model: nn.Module, group: FusionWeights) -> list[str]:
     """The names in the state dict of a group's fusion weights, which a dense model lacks."""
-    ids = set(map(id, weights.own_tensors()))
+    ids = set(map(id, group.own_tensors()))
     kept = model.state_dict(keep_vars=True)
     return [clean_name(name) for name, value in kept.items() if id(value) in ids]
 
