@@ -75,14 +75,7 @@ _OWN_REFERENCES = 2
 
 
 def remember(fusion: nn.Module, fused: Tensor, *, is_in_forward: bool, is_empty: bool) -> None:
-    """Remember a fused tensor that is about to be handed out.
-
-    Args:
-        fusion: its parametrization.
-        fused: the tensor.
-        is_in_forward: whether a forward of the FFN group runs.
-        is_empty: whether its fusion weights are all zero.
-    """
+    """Remember a fused tensor that is about to be handed out."""
     is_plain = type(fused) is Tensor or is_sharded(fused)
     if not is_plain or fused.is_meta or torch.func.debug_unwrap(fused) is not fused:
         return

@@ -95,11 +95,7 @@ class FusionWeights(SingleInstance):
         raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start over, as `wrap` does.
-
-        Args:
-            generator: draws a router; None takes torch's global one.
-        """
+        """Start over, as `wrap` does; the generator draws a router."""
 
     def fuse(self, experts: Tensor) -> Tensor:
         """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
@@ -167,11 +163,7 @@ class FusionWeights(SingleInstance):
         return products.new_empty(0)
 
     def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Under `fuse_on="step"`: the gradients of the group's own parameters.
-
-        Args:
-            sums: the statistics, summed over all ranks.
-        """
+        """Under `fuse_on="step"`: gradients of its own parameters, from the ranks' summed statistics."""
         return {}
 
     def follow_forward(

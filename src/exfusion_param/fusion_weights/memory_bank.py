@@ -32,16 +32,6 @@ class MemoryBank(TokenPool):
     In training `observe` is given the input before the group's linears run, and they fuse with
     `delta m + (1 - delta) w`. The bank itself moves when the optimizer steps (votes/). In eval,
     and outside of a forward, the group fuses with the bank as it is.
-
-    Args:
-        group: name of the FFN group.
-        first_linear: name of the first linear within the FFN.
-        config: the settings of the parametrization.
-        linears: the linears that fuse with these weights.
-        in_features: D, features of the FFN's input.
-        device: where the router and the bank live.
-        dtype: float32 or float64.
-        generator: draws the router; None takes torch's global one.
     """
 
     config: ExFusionConfig

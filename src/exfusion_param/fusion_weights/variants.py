@@ -22,13 +22,7 @@ from .zero_gradients import with_zero_gradient
 
 
 def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
-    """The fusion weights of the config's variant for linears that share them.
-
-    Args:
-        group: the linears.
-        config: the settings.
-        seed: of the router's draws.
-    """
+    """The fusion weights of the config's variant for linears that share them."""
     linears = tuple(group.linears.values())
     first = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
     shared = (group.name, first, config, linears)

@@ -51,12 +51,7 @@ def is_transformed(y: Tensor) -> bool:
 
 
 def refuse_torch_func(weights: Tensor, group: str) -> None:
-    """Raise if `torch.func` or forward-mode differentiation differentiates a router's output.
-
-    Args:
-        weights: `w`, shape (N,).
-        group: name of the FFN group.
-    """
+    """Raise if `torch.func` or forward-mode differentiation differentiates a router's output."""
     if not torch.compiler.is_compiling() and is_transformed(weights) and _has_derivative(weights):
         raise RuntimeError(
             f"torch.func or forward-mode differentiation reached the router of {group!r} in "

@@ -28,11 +28,7 @@ class Recorder(Protocol):
 
 
 class Course:
-    """The forwards of the model that `meo.wrap` was called on.
-
-    Args:
-        gates: the model's new gates.
-    """
+    """The forwards of the model that `meo.wrap` was called on."""
 
     def __init__(self, gates: Sequence[Recorder]) -> None:
         self.gates = gates

@@ -32,20 +32,7 @@ from .gating import Gates, noisy_top_k, softmax_gates
 
 
 class Gate(TokenPool):
-    """Chooses k of N experts.
-
-    Args:
-        group: name of the FFN group, or of the linear.
-        first_linear: name of the first linear within the FFN.
-        config: the settings.
-        linears: the linears that this gate is for.
-        in_features: D of the gate, and of each linear's token block.
-        is_causal: whether tokens must not see later ones.
-        batch_dim: dimension of the input that runs over samples.
-        device: where the gate lives.
-        dtype: float32 or float64.
-        generator: draws the token blocks.
-    """
+    """Chooses k of N experts."""
 
     config: MEOConfig
     task: Tensor | None
@@ -58,9 +45,9 @@ class Gate(TokenPool):
         config: MEOConfig,
         linears: Linears,
         *,
-        in_features: tuple[int, ...],
-        is_causal: bool,
-        batch_dim: int,
+        in_features: tuple[int, ...],  # D of the gate, and of each linear's token block
+        is_causal: bool,  # whether tokens must not see later ones
+        batch_dim: int,  # of the input, that runs over samples
         device: torch.device,
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
@@ -190,11 +177,6 @@ class TokenBlock(nn.Module):
     """What each token goes through at the token level: `x + W_up relu(W_down x)`.
 
     That is x at the start, as W_up is zero.
-
-    Args:
-        features: D.
-        device: of its weights.
-        dtype: of its weights.
     """
 
     def __init__(self, features: int, device: torch.device, dtype: torch.dtype) -> None:

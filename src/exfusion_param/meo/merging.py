@@ -70,14 +70,7 @@ def combines_outputs(tokens: int, num_experts: int) -> bool:
 
 
 def combined_outputs(x: Tensor, gates: Tensor, experts: Tensor, is_transposed: bool) -> Tensor:
-    """The gated sum of the experts' outputs, shape (B, T, out).
-
-    Args:
-        x: shape (B, T, in).
-        gates: shape (B, N).
-        experts: shape (N, out, in), or (N, in, out) if transposed.
-        is_transposed: which of them.
-    """
+    """The gated sum of the experts' outputs; shapes as for `merged_linear`."""
     spec = "bti,nio->btno" if is_transposed else "bti,noi->btno"
     outputs = torch.einsum(spec, x, experts.to(x.dtype))
     return torch.einsum("bn,btno->bto", gates, outputs.to(gates.dtype)).to(x.dtype)

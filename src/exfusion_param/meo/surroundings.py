@@ -15,10 +15,6 @@ def is_causal(model: nn.Module, ffn: str) -> bool:
 
     Attention modules of transformers say so in `is_causal` or `is_decoder`, others by their name or
     that of the model. torch's `nn.TransformerDecoderLayer` is made for masks that hide later ones.
-
-    Args:
-        model: any module.
-        ffn: name of the FFN in it.
     """
     for parent in _parents(model, ffn):
         if isinstance(parent, nn.TransformerDecoderLayer):
@@ -30,12 +26,7 @@ def is_causal(model: nn.Module, ffn: str) -> bool:
 
 
 def batch_dim(model: nn.Module, ffn: str) -> int:
-    """Dimension of the FFN's input that runs over samples: 0, but for torch's layers as they are.
-
-    Args:
-        model: any module.
-        ffn: name of the FFN in it.
-    """
+    """Dimension of an FFN's input that runs over samples: 0, but for some of torch's layers."""
     for parent in _parents(model, ffn):
         if isinstance(parent, _TORCH_LAYERS):
             return 0 if parent.self_attn.batch_first else 1

@@ -32,9 +32,6 @@ def curves(
         x: the column of the horizontal axis.
         ax: axes to draw on; None makes new ones.
 
-    Returns:
-        The axes.
-
     Raises:
         ValueError: a history lacks one of the columns.
 
@@ -65,9 +62,6 @@ def fusion_weights(
         x: the column of the horizontal axis.
         ax: axes to draw on; None makes new ones.
 
-    Returns:
-        The axes.
-
     Raises:
         ValueError: the history has no such group or no column `x`.
 
@@ -95,9 +89,6 @@ def over_groups(history: History, measure: str, *, x: str = "step", ax: Axes | N
         measure: "effective_experts", "entropy", "expert_distance" or "bank_mass".
         x: the column of the horizontal axis.
         ax: axes to draw on; None makes new ones.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: the history has no such measure or no column `x`.
@@ -129,9 +120,6 @@ def router_load(history: History, group: str, *, ax: Axes | None = None) -> Axes
         history: holds the columns `router_load/{group}/{label}/{i}` of `routing.router_load`.
         group: name of the FFN group.
         ax: axes to draw on; None makes new ones.
-
-    Returns:
-        The axes.
 
     Raises:
         ValueError: the history has no such group.

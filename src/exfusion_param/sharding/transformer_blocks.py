@@ -15,9 +15,6 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     the largest element that holds no more FFNs than the smallest one. Where FFNs of a block have
     elements of their own in it, as in MobileBERT, the block is one.
 
-    Args:
-        model: a wrapped model.
-
     Returns:
         The blocks in the order of the model, none twice and none within another.
     """

@@ -63,12 +63,7 @@ def smallest_told(difference: Spread, comparisons: int = 1) -> float:
 
 
 def student_t(confidence: float, freedom: int) -> float:
-    """The t with `P(|T| < t) = confidence`, by bisection.
-
-    Args:
-        confidence: in (0, 1).
-        freedom: degrees of freedom, at least 1.
-    """
+    """The t with `P(|T| < t) = confidence`, by bisection."""
     low, high = 0.0, math.pi / 2  # of atan(t / sqrt(freedom))
     for _ in range(60):
         middle = (low + high) / 2

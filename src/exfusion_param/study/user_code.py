@@ -12,10 +12,6 @@ Function = Callable[..., Any]
 def functions_of(train: str, build: str) -> tuple[Function, Function]:
     """Import what makes a model, and what trains it.
 
-    Args:
-        train: `MODULE:FUNCTION`.
-        build: a function of the same module.
-
     Returns:
         The functions, `build` first.
 

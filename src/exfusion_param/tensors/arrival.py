@@ -25,10 +25,6 @@ _meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def await_ranks(ranks: Ranks, where: str) -> None:
     """Wait until all ranks are here.
 
-    Args:
-        ranks: those that are to come.
-        where: "optimizer step" or "forward".
-
     Raises:
         RuntimeError: some have not come in time.
     """

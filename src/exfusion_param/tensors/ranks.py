@@ -131,12 +131,7 @@ def ranks_of_ddp() -> Ranks | None:
 
 
 def require_known(ranks: Ranks, group: str) -> Ranks:
-    """The ranks, unless a pickle has left them out in a job of several ranks.
-
-    Args:
-        ranks: the ranks.
-        group: name of the FFN group that they train.
-    """
+    """The ranks, unless a pickle has left them out in a job of several ranks."""
     if ranks is not _LOST or all_ranks() is ALONE:
         return ALONE if ranks is _LOST else ranks
     raise RuntimeError(

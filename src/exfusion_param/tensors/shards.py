@@ -158,24 +158,14 @@ def unstacked(stack: Tensor) -> list[Tensor]:
 
 
 def as_expert(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor, shape (*S), spread over the ranks as a DTensor of a stack, shape (N, *S), is.
-
-    Args:
-        part: what this rank holds of the tensor.
-        like: the stack, of which each rank has a part of every expert.
-    """
+    """A tensor, shape (*S), of this rank's part, spread as a DTensor of shape (N, *S) is."""
     sharded: Any = like
     placements = [_moved(place, -1) for place in sharded.placements]
     return _from_local(part, sharded.device_mesh, placements, like.shape[1:])
 
 
 def as_stack(part: Tensor, like: Tensor) -> Tensor:
-    """A stack, shape (N, *S), spread over the ranks as a tensor of shape (*S) is.
-
-    Args:
-        part: what this rank holds of the stack.
-        like: the tensor.
-    """
+    """A stack, shape (N, *S), of this rank's part, spread as a tensor of shape (*S) is."""
     if not is_sharded(like):
         return part
     sharded: Any = like

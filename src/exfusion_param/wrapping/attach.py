@@ -22,14 +22,7 @@ def attach(
     stacks: Mapping[str, Tensor],
     place: PlaceInGroup,
 ) -> None:
-    """Parametrize a linear's tensors with expert stacks.
-
-    Args:
-        linear: the module.
-        fusion_weights: the group's fusion weights.
-        stacks: the expert stack for each tensor's name.
-        place: the linear's place in the group.
-    """
+    """Parametrize a linear's tensors with expert stacks."""
     order = tuple(name for name, _ in linear.named_parameters(recurse=False))
     for name, experts in stacks.items():
         owns_weights = place.is_first and name == "weight"

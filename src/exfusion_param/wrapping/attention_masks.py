@@ -28,12 +28,7 @@ _TOKENS_FIRST = {"xlnet", "fsmt"}
 
 
 def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -> None:
-    """Let fusion weights that pool over tokens follow the attention masks of a model's calls.
-
-    Args:
-        model: the wrapped model.
-        new_pools: those of its fusion weights that do not follow them yet.
-    """
+    """Let fusion weights that pool over tokens follow the attention masks of a model's calls."""
     module_of: dict[TokenPool, tuple[nn.Module, list[str]] | None] = {}
     for module in model.modules():  # an outer one comes before those inside of it
         if not isinstance(module, PreTrainedModel):

@@ -12,13 +12,7 @@ from ..fusion_weights.base import FusionWeights
 
 
 def guard_loading(model: nn.Module, group: FusionWeights, linears: Mapping[str, nn.Module]) -> None:
-    """Let `model.load_state_dict` refuse what does not fit the stacks, before it copies anything.
-
-    Args:
-        model: the module that `load_state_dict` is called on.
-        group: its fusion weights; their handles remove the guard.
-        linears: the wrapped linears of the group by their names in `model`.
-    """
+    """Let `model.load_state_dict` refuse what does not fit the stacks, and then change nothing."""
     count = group.config.num_experts
     guard = _LoadGuard([f"{fqn}.".lstrip(".") for fqn in linears], count)
     group.handles.append(model.register_load_state_dict_pre_hook(guard))

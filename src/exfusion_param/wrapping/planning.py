@@ -83,12 +83,6 @@ def plan_groups(
 ) -> list[GroupPlan]:
     """Draw the experts and fusion weights of all groups.
 
-    Args:
-        groups: those to wrap.
-        config: the settings.
-        seed: of all draws.
-        make_weights: makes the fusion weights for linears that share them.
-
     Raises:
         ValueError: drop-upcycling is asked for in a group that is not a whole FFN.
     """

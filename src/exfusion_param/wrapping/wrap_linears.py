@@ -32,15 +32,7 @@ def wrap_linears(
     generator: torch.Generator | None,
     process_group: ProcessGroup | DeviceMesh | None,
 ) -> list[FusionWeights]:
-    """Parametrize linears of a model with expert stacks, in place.
-
-    Args:
-        model: any module.
-        config: the settings.
-        make_weights: makes the fusion weights for linears that share them.
-        filter_fn: as for `wrap`.
-        generator: as for `wrap`.
-        process_group: as for `wrap`.
+    """Parametrize linears of a model with expert stacks, in place; arguments as for `wrap`.
 
     Returns:
         The new fusion weights, in the order of the model.

@@ -44,10 +44,6 @@ class FusedTensor(NamedTuple):
 class WrappedLayout:
     """The dense tensors of a wrapped checkpoint.
 
-    Args:
-        reader: the checkpoint.
-        entry: what `checkpoint.describe` gave for the model.
-
     Attributes:
         dense: every dense tensor, without memory.
         fused: those of them that are fused.

@@ -98,10 +98,6 @@ def _of_numpy(value: Any, name: str) -> Any:
 def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """What `split` was given.
 
-    Args:
-        value: as JSON gives it.
-        tensors: by their names.
-
     Raises:
         CheckpointError: the value is not of `split`, or a tensor is missing.
     """

@@ -23,11 +23,7 @@ REPLACED = ".replaced"
 
 
 class RunFolder:
-    """The checkpoints of a run on disk. One process at a time changes them.
-
-    Args:
-        path: of the folder, which need not exist.
-    """
+    """The checkpoints of a run on disk. One process at a time changes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -35,11 +35,7 @@ class Resize(NamedTuple):
 
 
 def resize(weights: Tensor, count: int) -> Resize:
-    """How the experts of fusion weights become another number.
-
-    Args:
-        weights: `w`, shape (N,).
-        count: M.
+    """How the experts of fusion weights, shape (N,), become `count`, M.
 
     Raises:
         ValueError: fused experts would have no weight, as theirs cancel each other out.

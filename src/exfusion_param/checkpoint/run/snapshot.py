@@ -22,13 +22,7 @@ from .running_parts import RANDOM_NUMBERS, Accumulated, RandomNumbers
 
 
 class Plan(NamedTuple):
-    """What a part is to load.
-
-    Args:
-        part: itself.
-        tensors: room to read its tensors into.
-        values: its other values.
-    """
+    """What a part is to load."""
 
     part: Part
     tensors: dict[str, Tensor]
