@@ -63,16 +63,8 @@ def append_row(path: str | Path, row: Mapping[str, float]) -> None:
         >>> read_history("metrics.csv")["loss"]
         [1.0, 0.5, nan]
     """
-    path = Path(path)
-    if not path.exists():
-        write_history(path, [row])
-        return
-    columns, rows = _read_lines(path)
-    if set(row) <= set(columns):
-        with open(path, "a", newline="") as file:
-            csv.DictWriter(file, columns).writerow(row)
-    else:
-        write_history(path, [*rows, row])
+    rows = _read_lines(Path(path))[1] if Path(path).exists() else []
+    write_history(path, [*rows, row])
 
 
 def drop_rows_after(path: str | Path, step: float) -> None:
@@ -114,13 +106,10 @@ def set_aside(path: str | Path) -> None:
 
 
 def _read_lines(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows as text; drops a line without an end from the file."""
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or ()), list(reader)
+    """Columns and rows as text, without a last line that has no end."""
+    text = path.read_bytes().decode()
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    return list(reader.fieldnames or ()), list(reader)
 
 
 def _number(path: str | Path, column: str, text: Any) -> float:

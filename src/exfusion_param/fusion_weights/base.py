@@ -163,7 +163,7 @@ class FusionWeights(SingleInstance):
         return products.new_empty(0)
 
     def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Under `fuse_on="step"`: gradients of its own parameters, from the ranks' summed statistics."""
+        """Under `fuse_on="step"`: gradients of its own parameters, from statistics of all ranks."""
         return {}
 
     def follow_forward(

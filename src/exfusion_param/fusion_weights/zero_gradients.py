@@ -36,8 +36,7 @@ def with_zero_gradient(y: Tensor, parameter: Tensor | None, note: Note | None = 
         return y
     if torch.compiler.is_compiling() and note is None:
         return plus(y, 0 * parameter.flatten()[:1].to(y.dtype))
-    result: Tensor = _ZeroGradient.apply(y, _Token.apply(parameter, note))
-    return result
+    return _ZeroGradient.apply(y, _Token.apply(parameter, note))
 
 
 def is_transformed(y: Tensor) -> bool:

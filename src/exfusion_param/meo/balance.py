@@ -86,8 +86,7 @@ def _statistics(gate: Gate) -> Tensor:
 def _summed(values: Tensor, ranks: Ranks) -> Tensor:
     if ranks is ALONE:
         return values
-    summed: Tensor = _SumOverRanks.apply(values, ranks)
-    return summed
+    return _SumOverRanks.apply(values, ranks)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -36,8 +36,7 @@ def fuse(experts: Tensor, weights: Tensor) -> Tensor:
         if is_sharded(experts):  # between forwards, in which FSDP2 has the whole stack
             weights = replicated(weights, experts)
         elif experts.dtype != dtype and not torch.compiler.is_compiling():
-            fused: Tensor = _FuseLowPrecision.apply(experts, weights)
-            return fused
+            return _FuseLowPrecision.apply(experts, weights)
         # tensordot is a matrix-vector product over the flat stack: ten times faster on a CPU than
         # a broadcast product and a sum, and its backward keeps no copy of the stack.
         return torch.tensordot(weights, experts.to(dtype), dims=1).to(experts.dtype)

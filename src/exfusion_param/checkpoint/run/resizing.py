@@ -131,8 +131,7 @@ def resized_stack(matrix: Tensor, stack: Tensor, target: Tensor) -> Tensor:
         return part
     sharded: Any = with_memory_of(part, with_all_experts(target))
     goal: Any = target
-    result: Tensor = sharded.redistribute(placements=goal.placements)
-    return result
+    return sharded.redistribute(placements=goal.placements)
 
 
 def _resize_of(group: str, weights: Tensor, count: int) -> Resize:
