@@ -15,8 +15,8 @@ and all that works with a wrapped model works with this one. These parts are spe
 - what gates read: `pooling`, by samples or by segments; `surroundings` tells causal models and the
   batch dimension by the modules around an FFN;
 - the linears: `gated_forward` merges for each sample, by the products in `merging`;
-- the model: `course` tells its forwards apart for what gates record, and keeps it off fast paths and
-  its cache; `tasks` sets its task, and makes it the dense model of one.
+- the model: `course` tells its forwards apart for what gates record, and keeps it off fast paths
+  and its cache; `tasks` sets its task, and makes it the dense model of one.
 """
 
 from .api import wrap
