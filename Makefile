@@ -4,7 +4,7 @@ PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file 
 ARGS ?=
 TESTS :=
 
-.PHONY: help demo test lint types unit quick nightly docs package bench gpu gpu-dry faults borders coverage recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly docs package bench bench-quick gpu gpu-dry faults borders coverage recipes evidence clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ bench: .venv/installed  ## time, memory and precision against dense and peers; a
 	$(BIN)/python benchmarks/scaling.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/low_precision.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/meo.py
+
+bench-quick: .venv/installed  ## the figures to check a change against; about four minutes
+	$(BIN)/python benchmarks/quick.py
 
 GPU := PYTHONPATH=src:tests:examples:benchmarks $(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import exfusion_param as exf
-from gpu_lines.vit import plain_vit
+from gpu_lines.vit import SIZES, plain_vit
 from peers import PEERS, replace_ffns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +40,7 @@ class Task:
     """What is trained.
 
     Args:
-        model: a ViT of timm, for 224 pixels, or a T5.
+        model: a ViT of timm, for 224 pixels, or of `SIZES`, or a T5.
         batch_size: samples of a step.
         bf16: compute in bfloat16.
         compile: each block.
@@ -69,14 +69,15 @@ class Task:
                 for length in (SOURCE, TARGET)
             )
             return lambda model: model(input_ids=source, labels=target).loss
-        images = torch.randn(self.batch_size, 3, 224, 224, device=DEVICE)
+        size = SIZES.get(self.model, {}).get("size", 224)
+        images = torch.randn(self.batch_size, 3, size, size, device=DEVICE)
         labels = torch.randint(1000, (self.batch_size,), device=DEVICE)
         return lambda model: F.cross_entropy(model(images), labels)
 
 
 def new_vit(name: str) -> nn.Module:
     """A ViT of timm; without timm one of torch.nn of the same shape."""
-    if name == "toy" or importlib.util.find_spec("timm") is None:
+    if name in ("toy", "demo") or importlib.util.find_spec("timm") is None:
         return plain_vit(name)
     import timm
 

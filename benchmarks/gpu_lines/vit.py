@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 SIZES = {
     "toy": {"patch": 56, "dim": 16, "depth": 2, "heads": 2},
+    "demo": {"size": 28, "patch": 7, "dim": 96, "depth": 6, "heads": 3},
     "deit_tiny_patch16_224": {"dim": 192, "heads": 3},
     "vit_base_patch16_224": {"dim": 768, "heads": 12},
 }
