@@ -74,8 +74,8 @@ class BankOnStep(MemoryBank):
         total = self.votes.total if self.votes.total is not None else self._step_total
         if total is None:
             count, features = self.router.shape
-            pairs = count * (count + 1) // 2 if functional.is_exact(count, features) else count
-            total = products.new_zeros(count + pairs * features + 1)
+            rows = functional.rows_of_statistics(count, features)
+            total = products.new_zeros(count + rows * features + 1)
         return torch.cat([products, total.to(products)])
 
     def gradients(self, sums: Tensor) -> dict[nn.Parameter, Tensor]:

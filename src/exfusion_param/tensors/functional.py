@@ -10,6 +10,7 @@ fused weight summed in it would lose what the experts differ by. The sum is cast
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ def is_exact(num_experts: int, features: int) -> bool:
     return num_experts**2 * features <= EXACT_ROUTER_STATISTICS
 
 
+def rows_of_statistics(num_experts: int, features: int) -> int:
+    """How many means of products with the inputs `router_statistics` takes, each of shape (D,)."""
+    return math.comb(num_experts, 2) if is_exact(num_experts, features) else num_experts
+
+
 def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
     """What a step keeps of the router's inputs in place of the inputs themselves.
 
@@ -110,22 +116,21 @@ def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> 
 
     Returns:
         `w`, the mean over tokens t of the shares `s_t = softmax(G(x_t))`, shape (N,), followed by
-        means of products with the inputs, flattened: `B_ij = mean s_ti s_tj x_t` for i <= j, shape
-        (N (N + 1) / 2, D), where `is_exact`; otherwise `A_i = mean s_ti x_t`, shape (N, D).
+        means of products with the inputs, flattened: `B_ij = mean s_ti s_tj x_t` for i < j, shape
+        (N (N - 1) / 2, D), where `is_exact`; otherwise `A_i = mean s_ti x_t`, shape (N, D).
     """
     with without_autocast(x.device):
-        shares = _shares(x, router)  # (tokens, N)
+        shares = _shares(x, router).mT  # (N, tokens)
         tokens = x.reshape(-1, x.shape[-1]).to(shares.dtype)  # (tokens, D)
         factors = shares
         if is_exact(*router.shape):
-            i, j = torch.triu_indices(len(router), len(router), device=x.device)
-            factors = shares[:, i] * shares[:, j]  # (tokens, pairs)
+            i, j = torch.triu_indices(len(router), len(router), offset=1, device=x.device)
+            factors = shares[i] * shares[j]  # (pairs, tokens)
         if mask is None:
-            sums = torch.cat([shares.sum(dim=0), (factors.mT @ tokens).flatten()])
+            sums = torch.cat([shares.sum(dim=1), (factors @ tokens).flatten()])
             return sums / len(tokens)
-        weights = _token_weights(mask, shares).unsqueeze(1)
-        weighted = (factors * weights).mT @ tokens
-        return torch.cat([(shares * weights).sum(dim=0), weighted.flatten()])
+        weights = _token_weights(mask, shares)
+        return torch.cat([shares @ weights, ((factors * weights) @ tokens).flatten()])
 
 
 def router_gradient(statistics: Tensor, gradient: Tensor, features: int) -> Tensor:
@@ -145,12 +150,11 @@ def router_gradient(statistics: Tensor, gradient: Tensor, features: int) -> Tens
         Shape (N, D).
     """
     count = len(gradient)
-    exact = is_exact(count, features)
-    rows = count * (count + 1) // 2 if exact else count
+    rows = rows_of_statistics(count, features)
     weights, inputs = statistics[:count], statistics[count:].view(rows, features)
-    if not exact:
+    if not is_exact(count, features):
         return (gradient - weights @ gradient).unsqueeze(1) * inputs
-    i, j = torch.triu_indices(count, count, device=statistics.device)
+    i, j = torch.triu_indices(count, count, offset=1, device=statistics.device)
     moves = (gradient[i] - gradient[j]).unsqueeze(1) * inputs  # (pairs, D)
     zeros = inputs.new_zeros(count, features)
     return zeros.index_add(0, i, moves).index_add(0, j, moves, alpha=-1)
