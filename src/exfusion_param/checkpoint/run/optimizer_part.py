@@ -9,9 +9,8 @@ and with states that such a step would not create (lists, states of only some pa
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,20 +22,6 @@ from ..files.errors import CheckpointError
 from ..files.plain_values import is_quantized
 from .fitting import like
 from .parts import Part
-
-
-class _Held(NamedTuple):
-    """A parameter that the optimizer holds.
-
-    Args:
-        key: by which the optimizer's state dict names it.
-        name: in the model.
-        parameter: itself.
-    """
-
-    key: Any
-    name: str
-    parameter: nn.Parameter
 
 
 class OptimizerPart(Part):
@@ -55,42 +40,33 @@ class OptimizerPart(Part):
         super().__init__(name)
         self._optimizer = optimizer
         self._names = names
-        for _ in self._held(optimizer.state_dict()):
-            pass
+        self._groups()
 
     def tensors(self) -> dict[str, Tensor]:
         """The states that have their parameter's shape, or that of a stack of such."""
         return {
-            f"{held.name}/{key}": value
-            for held, states in self._states(self._optimizer.state_dict())
+            f"{name}/{key}": value
+            for name, parameter, states in self._states()
             for key, value in states.items()
-            if _is_spread(value, held.parameter)
+            if _is_spread(value, parameter)
         }
 
     def values(self) -> Any:
         """The settings of the groups, and all other states."""
-        state_dict = self._optimizer.state_dict()
         rest = {
-            held.name: {
-                key: _part(value)
-                for key, value in states.items()
-                if not _is_spread(value, held.parameter)
-            }
-            for held, states in self._states(state_dict)
+            name: {k: _part(value) for k, value in states.items() if not _is_spread(value, of)}
+            for name, of, states in self._states()
         }
-        groups = [
-            {**group, "params": [held.name for held in members]}
-            for group, members in zip(
-                state_dict["param_groups"], self._members(state_dict), strict=True
-            )
-        ]
+        state_dict = self._optimizer.state_dict()
         more = {k: v for k, v in state_dict.items() if k not in ("state", "param_groups")}
+        pairs = zip(state_dict["param_groups"], self._groups(), strict=True)
+        groups = [{**settings, "params": list(group)} for settings, group in pairs]
         return {"rest": rest, "groups": groups, "more": more}
 
     def allocate(self, stored: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters that the states are of."""
         self._refuse_other_groups(values["groups"])
-        parameters = {held.name: held.parameter for held in self._held_now()}
+        parameters = self._parameters()
         room = {}
         for name, spec in stored.items():
             parameter = parameters.get(name.rpartition("/")[0])
@@ -107,41 +83,41 @@ class OptimizerPart(Part):
         self._optimizer.load_state_dict(self._state_dict(tensors, values))
 
     def _state_dict(self, tensors: Mapping[str, Tensor], values: Any) -> dict[str, Any]:
-        now = self._optimizer.state_dict()
-        by_parameter: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        now, parameters = self._optimizer.state_dict(), self._parameters()
+        state: dict[str, dict[str, Any]] = {
+            name: {key: _whole(value, parameters[name]) for key, value in states.items()}
+            for name, states in values["rest"].items()
+        }
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
-            by_parameter[parameter][key] = tensor
-        state = {}
-        for held in self._held(now):
-            if held.name in by_parameter or held.name in values["rest"]:
-                rest = values["rest"].get(held.name, {}).items()
-                entries = {key: _whole(value, held.parameter) for key, value in rest}
-                state[held.key] = entries | by_parameter[held.name]
+            state.setdefault(parameter, {})[key] = tensor
         groups = [
             {**group, "params": current["params"]}
             for group, current in zip(values["groups"], now["param_groups"], strict=True)
         ]
-        return {**values["more"], "state": state, "param_groups": groups}
+        by_key = {key: state[name] for name, key in self._keys(now).items() if name in state}
+        return {**values["more"], "state": by_key, "param_groups": groups}
 
-    def _states(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[_Held, dict[str, Any]]]:
-        for held in self._held(state_dict):
-            if held.key in state_dict["state"]:
-                yield held, state_dict["state"][held.key]
+    def _states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """The name and the states of each parameter that has some."""
+        state_dict = self._optimizer.state_dict()
+        keys = self._keys(state_dict)
+        for name, parameter in self._parameters().items():
+            if keys[name] in state_dict["state"]:
+                yield name, parameter, state_dict["state"][keys[name]]
 
-    def _held_now(self) -> Iterator[_Held]:
-        return self._held(self._optimizer.state_dict())
+    def _keys(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """By which a state dict of the optimizer knows each parameter, by the names."""
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        return dict(zip(self._parameters(), keys, strict=True))
 
-    def _held(self, state_dict: Mapping[str, Any]) -> Iterator[_Held]:
-        return itertools.chain.from_iterable(self._members(state_dict))
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for group in self._groups() for name, parameter in group.items()}
 
-    def _members(self, state_dict: Mapping[str, Any]) -> Iterator[list[_Held]]:
-        """The parameters of each group."""
-        for group, saved in zip(
-            self._optimizer.param_groups, state_dict["param_groups"], strict=True
-        ):
-            pairs = zip(saved["params"], group["params"], strict=True)
-            yield [_Held(key, self._name_of(parameter), parameter) for key, parameter in pairs]
+    def _groups(self) -> list[dict[str, nn.Parameter]]:
+        """The parameters of each group by their names."""
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        return [{self._name_of(parameter): parameter for parameter in group} for group in groups]
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         if id(parameter) not in self._names:
@@ -152,25 +128,20 @@ class OptimizerPart(Part):
         return self._names[id(parameter)]
 
     def _refuse_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        saved = [list(group["params"]) for group in groups]
-        members = self._members(self._optimizer.state_dict())
-        here = [[held.name for held in group] for group in members]
-        if saved == here:
-            return
-        nothing: list[str] = []
-        pairs = itertools.zip_longest(saved, here, fillvalue=nothing)
-        for i, (theirs, ours) in enumerate(pairs):
-            differing = next((n for n in [*theirs, *ours] if (n in theirs) != (n in ours)), None)
-            if differing is not None:
-                where = "as saved" if differing in theirs else "here"
+        saved, here = [list(group["params"]) for group in groups], list(map(list, self._groups()))
+        for i, pair in enumerate(itertools.zip_longest(saved, here, fillvalue=())):
+            theirs, ours = map(set, pair)
+            if differing := sorted(theirs ^ ours):
+                where = "as saved" if differing[0] in theirs else "here"
                 raise CheckpointError(
-                    f"{self.name}: {differing} is in group {i} only {where}. Make the optimizer "
+                    f"{self.name}: {differing[0]} is in group {i} only {where}. Make the optimizer "
                     "as it was made then, or resume without it: "
                     f"resume(leave_out=[{self.name!r}])."
                 )
-        raise CheckpointError(
-            f"{self.name} holds its parameters in another order than when it was saved."
-        )
+        if saved != here:
+            raise CheckpointError(
+                f"{self.name} holds its parameters in another order than when it was saved."
+            )
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from ...config import ExFusionConfig
 from ...fusion.lookup import groups_of
 from ...fusion_weights.base import FusionWeights
-from ...fusion_weights.memory_bank import MemoryBank
-from ...fusion_weights.variants import LearnedWeights
 from ...tensors.expert_starts import uniform_weights
 from ...tensors.shards import (
     full_tensor,
     is_sharded,
-    like,
     local,
     room_for_experts,
     spread,
@@ -35,7 +32,7 @@ from .fitting import like as room_like
 from .fitting import refuse_other_shape
 from .optimizer_part import OptimizerPart, room_of_state
 from .parts import Module
-from .resize_math import Resize, apply, resize
+from .resize_math import apply, resize
 
 
 class ResizedModule(Module):
@@ -45,7 +42,7 @@ class ResizedModule(Module):
         super().__init__(name, module)
         names, groups = self._names(), groups_of(self.module)
         self._of_experts = {
-            names[id(tensor)] for weights in groups for tensor in _tensors_of_experts(weights)
+            names[id(tensor)] for group in groups for tensor in _tensors_of_experts(group)
         }
 
     def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
@@ -57,36 +54,40 @@ class ResizedModule(Module):
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Resize what was read, and load it."""
         resized = dict(tensors)
-        for weights, name in groups_of(self.module).items():
-            resized |= self._resized(weights, name, tensors)
+        for group, name in groups_of(self.module).items():
+            resized |= self._resized(group, name, tensors)
         super().load(resized, values)
 
     def _resized(
-        self, weights: FusionWeights, group: str, tensors: Mapping[str, Tensor]
+        self, group: FusionWeights, called: str, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        names = self._names()
-        count = weights.config.num_experts
-        counted = [names[id(tensor)] for tensor in _tensors_of_experts(weights)]
+        names, count = self._names(), group.config.num_experts
+        counted = [names[id(tensor)] for tensor in _tensors_of_experts(group)]
         if not counted or (old := len(tensors[counted[0]])) == count:
             return {}
-        if not isinstance(weights.config, ExFusionConfig):
-            raise CheckpointError(f"The experts of {group!r} are merged by gates, not resized.")
-        vector = _own_weights(weights)
+        if not isinstance(group.config, ExFusionConfig):
+            raise CheckpointError(f"The experts of {called!r} are merged by gates, not resized.")
+        vector = next(
+            (own for own in group.own_tensors() if own.ndim == 1), None
+        )  # bank or learned
         saved = (
             uniform_weights(old, torch.device("cpu"), torch.float64)
             if vector is None
             else full_tensor(tensors[names[id(vector)]]).cpu()
         )
-        how = _resize_of(group, saved, count)
+        try:
+            how = resize(saved, count)
+        except ValueError as error:
+            message = f"The {old} experts of {called!r} cannot become {count}: {error}."
+            raise CheckpointError(message) from error
         resized = {}
-        if vector is not None:
-            resized[names[id(vector)]] = like(vector, _part_of(vector, how.weights))
-        if isinstance(weights, MemoryBank):
-            router = tensors[names[id(weights.router)]]
-            resized[names[id(weights.router)]] = resized_stack(how.shares, router, weights.router)
-        for stack in weights.expert_stacks():
-            name = names[id(stack)]
-            resized[name] = resized_stack(how.experts, tensors[name], stack)
+        for tensor in _tensors_of_experts(group):
+            if tensor is vector:
+                resized[names[id(tensor)]] = spread(how.weights.to(local(tensor)), tensor)
+                continue
+            is_router = any(tensor is own for own in group.own_tensors())
+            name, matrix = names[id(tensor)], how.shares if is_router else how.experts
+            resized[name] = resized_stack(matrix, tensors[name], tensor)
         return resized
 
     def _names(self) -> dict[int, str]:
@@ -106,11 +107,10 @@ class ResizedOptimizer(OptimizerPart):
         Averages of experts under `fuse_on="step"` fuse to other weights, but what the model's
         weights hold when a step begins is what its experts fuse to.
         """
-        ours = {held.name: held.parameter for held in self._held_now()}
+        ours = self._parameters()
         resized = dict(tensors)
         for name, tensor in tensors.items():
-            parameter = ours[name.rpartition("/")[0]]
-            target = room_like(room_of_state(parameter, tensor), tensor)
+            target = room_of_state(ours[name.rpartition("/")[0]], tensor)
             if (old := len(tensor)) != len(target):
                 shares = resize(torch.ones(old), len(target)).shares
                 resized[name] = resized_stack(shares, tensor, target)
@@ -134,27 +134,6 @@ def resized_stack(matrix: Tensor, stack: Tensor, target: Tensor) -> Tensor:
     return sharded.redistribute(placements=goal.placements)
 
 
-def _resize_of(group: str, weights: Tensor, count: int) -> Resize:
-    try:
-        return resize(weights, count)
-    except ValueError as error:
-        raise CheckpointError(
-            f"The {len(weights)} experts of {group!r} cannot become {count}: {error}."
-        ) from error
-
-
-def _own_weights(group: FusionWeights) -> Tensor | None:
-    """The tensor that holds what a group is fused with; None for static weights."""
-    if isinstance(group, MemoryBank):
-        return group.bank
-    return group.weights if isinstance(group, LearnedWeights) else None
-
-
 def _tensors_of_experts(group: FusionWeights) -> Iterator[Tensor]:
     yield from group.expert_stacks()
     yield from group.own_tensors()
-
-
-def _part_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, which every rank has."""
-    return local(spread(tensor.to(local(like)), like))

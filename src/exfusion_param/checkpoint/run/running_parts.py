@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ...fusion.lookup import groups_of
-from ...fusion_weights.base import FusionWeights
 from ...fusion_weights.memory_bank import MemoryBank
 from ...tensors.shards import is_sharded
 from ..files.errors import CheckpointError
@@ -90,61 +89,55 @@ class Accumulated(Part):
     def merged(self, values: Sequence[Any], rank: int) -> Any:
         """Gradients that all ranks had; sums of the banks, if they differ, spread evenly."""
         plain = common(self.name, [value["plain"] for value in values])
-        counted = [value["counted"] for value in values]
-        both = {"plain": plain, "experts": values[0].get("experts", {})}
-        if all(same(other, counted[0]) for other in counted):
-            return both | {"counted": counted[0]}
-        means = {name: _mean(value[name] for value in counted) for name in counted[0]}
-        return both | {"counted": means}
+        every = [value["counted"] for value in values]
+        counted = every[0]
+        if not all(same(other, counted) for other in every):
+            counted = {name: _mean(value[name] for value in every) for name in counted}
+        return {"plain": plain, "experts": values[0]["experts"], "counted": counted}
 
     def allocate(self, stored: Mapping[str, Tensor], values: Any) -> dict[str, Tensor]:
         """Tensors like the parameters."""
         parameters = dict(self._module.named_parameters())
         if unknown := [n for n in (*stored, *values["plain"]) if n not in parameters]:
             raise CheckpointError(f"{self.name}: the model has no parameter {unknown[0]}.")
-        if values.get("experts", self._experts()) != self._experts():
+        if values["experts"] != self._experts():
             self._drops_sharded = bool(stored)
             return {}
         return {name: self.room(name, parameters[name], spec) for name, spec in stored.items()}
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Set the gradients and the sums."""
-        if values.get("experts", self._experts()) != self._experts():
-            tensors, values = {}, self._none_instead_of(values)
+        plain, counted = values["plain"], values["counted"]
+        if values["experts"] != self._experts():
+            votes = any(total is not None and total[-1] > 0 for total in counted.values())
+            if self._drops_sharded or plain or votes:
+                warnings.warn(
+                    f"{self.name}: gradients and router outputs that waited for an optimizer's "
+                    "step are dropped, as the model has another number of experts than the "
+                    "checkpoint. The first step applies only what is accumulated from now on.",
+                    stacklevel=2,
+                )
+            tensors, plain, counted = {}, {}, {}
         for name, parameter in self._module.named_parameters():
-            gradient = tensors.get(name, values["plain"].get(name))
+            gradient = tensors.get(name, plain.get(name))
             # A copy, as kernels round by how memory is aligned, and a file's is aligned otherwise.
             copy = None if gradient is None else gradient.to(parameter.device, copy=True)
             parameter.grad = copy
         for name, bank in self._banks():
-            total = values["counted"].get(name)
+            total = counted.get(name)
             bank.votes.resume(None if total is None else total.to(bank.bank.device))
-
-    def _none_instead_of(self, values: Any) -> Any:
-        """Values of a run in which nothing waits; warns if something did."""
-        totals = [total for total in values["counted"].values() if total is not None]
-        if self._drops_sharded or values["plain"] or any(total[-1] > 0 for total in totals):
-            warnings.warn(
-                f"{self.name}: gradients and router outputs that waited for an optimizer's step "
-                "are dropped, as the model has another number of experts than the checkpoint. The "
-                "first step applies only what is accumulated from now on.",
-                stacklevel=2,
-            )
-        return {"plain": {}, "counted": {}}
 
     def _experts(self) -> dict[str, int]:
         """The number of experts of each group."""
-        return {name: weights.config.num_experts for weights, name in self._groups().items()}
-
-    def _groups(self) -> dict[FusionWeights, str]:
-        return groups_of(self._module)
+        groups = groups_of(self._module)
+        return {name: group.config.num_experts for group, name in groups.items()}
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
         named = self._module.named_parameters()
         return [(name, p.grad) for name, p in named if p.grad is not None]
 
     def _banks(self) -> list[tuple[str, MemoryBank]]:
-        groups = self._groups().items()
+        groups = groups_of(self._module).items()
         return [(name, bank) for bank, name in groups if isinstance(bank, MemoryBank)]
 
 
