@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .fusion.linear_class import dense_order
 from .fusion.lookup import (
+    dense_shape,
     fused_names,
     fused_tensor,
     fusion_of,
@@ -233,9 +234,7 @@ def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None
 
 def _shape(value: Any) -> torch.Size | None:
     if isinstance(value, _Fused):
-        if value.name not in parametrized_names(value.linear):
-            return value.linear.get_parameter(value.name).shape
-        return original(value.linear, value.name).shape[1:]
+        return dense_shape(value.linear, value.name)
     return getattr(value, "shape", None)
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .api import wrap
 from .config import ExFusionConfig
 from .expert_config import ExpertConfig
 from .finding.selection import Filter
-from .fusion.lookup import fused_names, fusion_weights_of, labels_of, original, wrapped_linears
+from .fusion.lookup import dense_shape, fused_names, fusion_weights_of, labels_of, wrapped_linears
 from .fusion_weights.base import FusionWeights
 
 ADAMW_TENSORS = 4  # weight, gradient and two moments for each trained parameter
@@ -147,7 +146,7 @@ def _summary(model: nn.Module) -> Summary:
     linears = []
     for fqn, linear in wrapped_linears(model).items():
         group = fusion_weights_of(linear)
-        shapes = {name: _dense_shape(linear, name) for name in fused_names(linear)}
+        shapes = {name: tuple(dense_shape(linear, name)) for name in fused_names(linear)}
         linears.append(LinearSummary(fqn, groups[group], group.config.num_experts, shapes))
     fusion = [parameter for group in groups for parameter in group.parameters()]
     parameters = list(model.parameters())
@@ -171,12 +170,6 @@ def _summary(model: nn.Module) -> Summary:
         + 3 * _bytes(experts),  # which have moments, and no gradient
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
     )
-
-
-def _dense_shape(linear: nn.Module, name: str) -> tuple[int, ...]:
-    if is_parametrized(linear, name):
-        return tuple(original(linear, name).shape[1:])
-    return tuple(linear.get_parameter(name).shape)
 
 
 def _experts_in_optimizers(group: FusionWeights) -> Iterator[Tensor]:

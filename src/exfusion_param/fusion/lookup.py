@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -29,6 +30,13 @@ def fused_tensor(linear: nn.Module, name: str) -> Tensor:
     if shards.is_sharded(stack):
         return fusion_of(linear, name).dense(stack)
     return computed(linear, name)
+
+
+def dense_shape(linear: nn.Module, name: str) -> torch.Size:
+    """The shape of a fused tensor, without computing it."""
+    if name in parametrized_names(linear):
+        return original(linear, name).shape[1:]
+    return linear.get_parameter(name).shape
 
 
 def fusion_of(linear: nn.Module, name: str) -> ExpertFusion:
