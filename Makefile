@@ -7,7 +7,7 @@ TESTS :=
 .PHONY: help demo test lint types unit quick nightly docs package bench bench-quick gpu gpu-dry faults borders coverage recipes evidence clean
 
 help:  ## this list
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/installed  ## train a small ViT three ways and ship the fused one; make demo ARGS="--help"
 	$(BIN)/python examples/demo.py $(ARGS)
