@@ -310,3 +310,25 @@ def test_a_rank_without_tokens_sends_no_gradient_to_its_router() -> None:
     sent = on_threads(3, adjoint, gradients)
     assert sent[0] == sent[2] == pytest.approx(expected)
     assert sent[1] == [0.0] * 4
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("fuse_on", MODES)
+def test_a_model_that_is_moved_between_a_dropped_backward_and_the_next_counts(
+    fuse_on: Any, frozen: bool, swaps: bool
+) -> None:
+    model, bank = of_both(fuse_on)
+    bank.router.requires_grad_(not frozen)
+    backward(model, X[0])
+    model.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+    try:
+        model.float().double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = moved(model, *X[:2])
+    backward(model, *X[:2])
+    optimizer.step()
+    assert_bank(model, expected)

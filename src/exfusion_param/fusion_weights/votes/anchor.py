@@ -87,8 +87,9 @@ class Anchor:
                 self._parameter, self._gathered = weakref.ref(parameter), self._parameter
                 self._written = None  # FSDP2 writes the sharded one's
                 return
+        if before is not None:
             self._before_switch()
-            self._is_new = True
+            self._is_new = parameter is not None
         for hook in self._hooks:
             hook.remove()
         self._parameter, self._gathered, self._hooks = None, None, []
@@ -100,6 +101,7 @@ class Anchor:
 
     def _hook(self, parameter: Tensor) -> None:
         if parameter.is_leaf:
+            _drop_cut_off_hooks(parameter)
             self._hooks += [
                 parameter.register_hook(self._computed),
                 parameter.register_post_accumulate_grad_hook(self._wrote),
@@ -203,6 +205,13 @@ class Anchor:
         now = _sample_of(gradient)
         product, norms = now @ before, now.norm() * before.norm()
         return (product < (1 - 1e-3) * norms) & (norms > 0)
+
+
+def _drop_cut_off_hooks(parameter: Any) -> None:
+    """Torch calls no new hooks where `swap_tensors`, by which it moves DTensors, left empty dicts."""
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if not getattr(parameter, hooks):
+            setattr(parameter, hooks, None)
 
 
 def _sample_of(gradient: Tensor) -> Tensor:
