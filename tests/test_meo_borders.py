@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import timm
@@ -123,3 +124,15 @@ def test_a_forward_that_failed_leaves_the_next_ones_of_parts_apart() -> None:
     for _ in range(3):
         model.blocks[1](model.blocks[0](inputs()))
         assert all(len(gate.recorded) == 1 for gate in groups_of(model))
+
+
+@pytest.mark.parametrize("fields", [{}, {"gating": "softmax", "top_k": None}, {"level": "token"}])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_batches_without_samples_or_tokens_train(shape: tuple[int, int], fields: Any) -> None:
+    model = meo.wrap(FFNs().double(), **{"num_experts": 4, "top_k": 2} | fields)
+    x = torch.ones(*shape, 4, dtype=torch.float64)
+    y = model(x)
+    assert y.shape == (*shape, 3)
+    (y.sum() + meo.balance_loss(model)).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()

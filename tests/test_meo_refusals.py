@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import exfusion_param as exf
 from exfusion_param import meo
 from exfusion_param.checkpoint import CheckpointError, fuse_checkpoint, save_config
-from exfusion_testing.meo_models import wrapped
+from exfusion_testing.meo_models import wrap, wrapped
 from exfusion_testing.models import FFNs, inputs
 
 
@@ -47,13 +48,56 @@ def test_the_weight_of_a_sample_cannot_be_read() -> None:
     assert linear.weight.dtype == torch.float64
     assert linear.weight.device.type == "cpu"
     assert "PerSampleWeight" in repr(linear.weight) or "tensor" in repr(linear.weight)
+    expert = linear.parametrizations.weight.original.clone()
     for compute in (
         lambda w: w + 1,
         lambda w: w.sum(),
+        lambda w: w.data.normal_(),
+        lambda w: w.T.fill_(1),
+        lambda w: w.detach().zero_(),
         lambda w: nn.functional.linear(inputs(), w),
     ):
         with pytest.raises(RuntimeError, match="merges its experts again for each sample"):
             compute(linear.weight)
+    assert torch.equal(linear.parametrizations.weight.original, expert)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_what_is_registered_on_a_weight_of_a_sample_is_refused(norm: str) -> None:
+    model = wrapped()
+
+    def run() -> None:
+        getattr(nn.utils.parametrizations, norm)(model.blocks[0].fc1)
+        model(inputs())
+
+    with pytest.raises(RuntimeError, match=r"for each sample.*level=\"task\""):
+        run()
+
+
+def test_a_replaced_first_linear_of_a_shared_gate_is_refused_and_the_ways_out_work() -> None:
+    square = FFNs(4, 4).double()  # where the second linear's input fits the gate, too
+    model = wrap(square, shared_gate=True)
+    first, model.blocks[0].fc1 = model.blocks[0].fc1, nn.Linear(4, 4).double()
+    with pytest.raises(RuntimeError, match="without the one whose input their shared gate reads"):
+        model(inputs())
+    model.blocks[0].fc1 = first
+    model(inputs())
+    own = wrap(FFNs(4, 4).double(), shared_gate=False)
+    own.blocks[0].fc1 = nn.Linear(4, 4).double()
+    own(inputs())
+
+
+@pytest.mark.parametrize("fields", [{}, {"level": "task", "task_dim": 2}], ids=str)
+def test_an_offloaded_model_is_refused_and_right_once_it_is_back(fields: Any) -> None:
+    model = wrapped(**fields).eval()
+    if fields:
+        meo.set_task(model, 1)
+    expected = model(inputs())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="gate of 'blocks.0.fc1' is on the meta device"):
+        model(inputs())
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model(inputs()), expected, rtol=0, atol=0)
 
 
 class Scaled(nn.Linear):

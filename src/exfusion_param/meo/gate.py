@@ -138,6 +138,13 @@ class Gate(TokenPool):
 
     def choose(self, pooled: Tensor, is_noisy: bool) -> Gates:
         """The gates for what was pooled of each sample, shape (B, D)."""
+        if self.gate.is_meta and not pooled.is_meta:
+            raise RuntimeError(
+                f"The gate of {self.group!r} is on the meta device. accelerate's offloading loads "
+                "what a module has when it is called, and linears read gates and experts without a "
+                "call. Take it off, accelerate.hooks.remove_hook_from_module(model, recurse=True), "
+                "or offload the dense model of meo.fuse(model, task=...)."
+            )
         with without_autocast(pooled.device):
             pooled = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
             if self.config.gating == "softmax":

@@ -37,9 +37,7 @@ def _gated(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Any:
         tokens = block(tokens)
         if segments is not None:
             segments = dataclasses.replace(segments, x=block(segments.x))
-    for name in linear.parametrizations:
-        require_sound(linear, name)
-    stacks = {name: fusions.original for name, fusions in linear.parametrizations.items()}
+    stacks = {name: _stack(linear, name) for name in linear.parametrizations}
     arguments: dict[str, Any] = {
         "gates": gates,
         "experts": stacks["weight"].flatten(2),  # of a convolution with a kernel of one
@@ -55,12 +53,32 @@ def _gated(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Any:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def _stack(linear: Any, name: str) -> Tensor:
+    """The experts of a weight or bias, shape (N, *S)."""
+    require_sound(linear, name)
+    fusion, *others = linear.parametrizations[name]
+    if others:
+        raise RuntimeError(
+            f"{type(others[-1]).__name__} was registered on a {name} of "
+            f"{fusion.fusion_weights.group!r} after wrap(), and would be left out where experts "
+            'are merged for each sample. Leave the linear out with filter_fn, or use level="task".'
+        )
+    stack: Tensor = linear.parametrizations[name].original
+    return stack
+
+
 def _gates(
     gate: Any, place: PlaceInGroup, tokens: Tensor, mask: Tensor | None, segments: Segments | None
 ) -> Tensor:
     """Gates of the samples or segments, shape (B, N): those of the FFN's input if it has one."""
     if not place.is_first and gate.current is not None:
         return gate.current
+    if not (place.is_first or place.reads_input):
+        raise RuntimeError(
+            f"A linear of {gate.group!r} ran without the one whose input their shared gate reads: "
+            "before it, outside of its checkpoint, or replaced after wrap(). Checkpoint the whole "
+            "FFN, put the linear back, or give each linear its own gate, shared_gate=False."
+        )
     pooled = mean_of_tokens(tokens, mask) if segments is None else segments.pooled.flatten(0, 1)
     chosen = gate.choose(pooled, is_noisy=gate.training)
     gate.record(chosen)
@@ -92,6 +110,8 @@ _HARMLESS = {
     Tensor.is_floating_point,
     Tensor.__repr__,
 }
+_TENSORS = {"data", "T", "mT", "H", "mH", "real", "imag"}
+"""The attributes that share the numbers of an expert, which are not the weight's."""
 
 
 class PerSampleWeight(Tensor):
@@ -100,7 +120,8 @@ class PerSampleWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let questions through, and raise for everything else."""
-        if func in _HARMLESS or getattr(func, "__name__", "") == "__get__":
+        is_attribute = getattr(func, "__name__", "") == "__get__"
+        if func in _HARMLESS or (is_attribute and func.__self__.__name__ not in _TENSORS):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise RuntimeError(

@@ -56,7 +56,7 @@ def noisy_top_k(logits: Tensor, k: int, deviation: Tensor | None = None) -> Gate
 def softmax_gates(logits: Tensor) -> Gates:
     """A softmax over all experts (SMEAR, arXiv 2306.03745)."""
     gates = logits.softmax(dim=1)
-    return Gates(gates, torch.full_like(gates[0], len(gates)))
+    return Gates(gates, gates.new_full(gates.shape[1:], len(gates)))
 
 
 def squared_variation(values: Tensor) -> Tensor:

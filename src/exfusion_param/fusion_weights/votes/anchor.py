@@ -208,7 +208,7 @@ class Anchor:
 
 
 def _drop_cut_off_hooks(parameter: Any) -> None:
-    """Torch calls no new hooks where `swap_tensors`, by which it moves DTensors, left empty dicts."""
+    """Hooks are not called in an empty dict that `swap_tensors`, which moves DTensors, has left."""
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if not getattr(parameter, hooks):
             setattr(parameter, hooks, None)
