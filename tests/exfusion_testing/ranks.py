@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 from torch.testing._internal.distributed.multi_threaded_pg import (
@@ -55,6 +56,8 @@ def on_threads(count: int, function: Callable[..., Any], *args: Any) -> list[Any
 
     Threads share torch's random generator: draw before, or with a generator of each rank's own.
     """
+    if torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 crashes where a thread makes a DTensor")
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     _install_threaded_pg()
     store = distributed.HashStore()
