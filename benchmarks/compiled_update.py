@@ -5,6 +5,7 @@ states and takes their weighted sum; both step in turns. A ratio is the median o
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -85,7 +86,7 @@ class Compiled:
         self.gradients = [gradient.flatten() for gradient in gradients]
         self.fused = [torch.empty_like(gradient) for gradient in self.gradients]
         self.count = torch.zeros((), device=DEVICE)
-        self.update = torch.compile(update, dynamic=False)
+        self.update: Callable[..., Tensor] = torch.compile(update, dynamic=False)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -35,8 +35,8 @@ _steps: weakref.WeakKeyDictionary[FusionWeights, weakref.ref[ExpertStep]] = (
 
 def refuse_half_done(groups: Iterable[FusionWeights]) -> None:
     """Raise if the last step on one of these groups moved some experts and not others."""
-    for weights in groups:
-        step = ref() if (ref := _steps.get(weights)) is not None else None
+    for group in groups:
+        step = ref() if (ref := _steps.get(group)) is not None else None
         if step is not None:
             step.refuse_half_done()
 
@@ -72,9 +72,9 @@ class ExpertStep:
             gather_learned(groups)
             known = _slots.setdefault(optimizer, {})
             self._slots = {}
-            for weights in groups:
-                fused_here: list[Any] = weights.fused
-                self._slots[weights] = [
+            for group in groups:
+                fused_here: list[Any] = group.fused
+                self._slots[group] = [
                     slot_of(fused, optimizer, place, known.get(fused)) for fused in fused_here
                 ]
         every = [slot for slots in self._slots.values() for slot in slots]
@@ -88,8 +88,8 @@ class ExpertStep:
         self._stand_ins = self._make_stand_ins()
         self.view = self._make_view()
         this = weakref.ref(self)
-        for weights in groups:
-            _steps[weights] = this
+        for group in groups:
+            _steps[group] = this
 
     def refuse_half_done(self) -> None:
         """Raise if the step failed when some experts had moved, and nothing was loaded since."""
@@ -141,9 +141,9 @@ class ExpertStep:
         for slot in self._held:
             if (gradient := slot.parameter.grad) is not None and gradient.requires_grad:
                 refuse_graph(self.optimizer)
-        for weights, slots in self._slots.items():
-            weights.before_step()
-            now = weights.current_weights()
+        for group, slots in self._slots.items():
+            group.before_step()
+            now = group.current_weights()
             for slot in slots:
                 slot.fused.writes.take(slot.part, slot.stack, slot.experts, now)
         self._lend_gradients()
@@ -164,12 +164,12 @@ class ExpertStep:
         self._refuse_own_lists()
         self._is_under_way = True
         copy_back(self.view, self.optimizer)
-        for weights in self.groups:
-            weights.optimizer_stepped(skipped)
+        for group in self.groups:
+            group.optimizer_stepped(skipped)
         if not self._is_prepared:  # a closure that was never called
             return
         gather_learned(self.groups)
-        now = {weights: weights.current_weights().clone() for weights in self.groups}
+        now = {group: group.current_weights().clone() for group in self.groups}
         is_fused: set[Slot] = set()
         if isinstance(self.optimizer, OnePassOptimizer):
             is_fused = self.optimizer.update_experts(self._held, now)
@@ -177,13 +177,13 @@ class ExpertStep:
             self._stand_ins.take_states()
         else:
             update_one_by_one(self.optimizer, self._settings, self._held)
-        for weights, slots in self._slots.items():
+        for group, slots in self._slots.items():
             for slot in slots:
-                if slot.group_index is None and isinstance(weights, StaticWeights):
+                if slot.group_index is None and isinstance(group, StaticWeights):
                     continue  # as it was, which an optimizer in backward relies on
                 if slot not in is_fused:
-                    fuse_into(slot.part, slot.experts, now[weights])
-                slot.fused.writes.record(slot.part, slot.stack, slot.experts, now[weights])
+                    fuse_into(slot.part, slot.experts, now[group])
+                slot.fused.writes.record(slot.part, slot.stack, slot.experts, now[group])
                 if slot.group_index is None:
                     continue
                 if (gradient := slot.parameter.grad) is not None:

@@ -38,22 +38,22 @@ def check_first_step(optimizer: Optimizer, groups: Iterable[FusionWeights]) -> N
         RuntimeError: its state is the dense model's, it flattens stacks, or the experts are not
             what the user has written to the linears.
     """
-    groups = [weights for weights in groups if not weights.fused]
+    groups = [group for group in groups if not group.fused]
     if is_any_handed_out():
-        for weights in groups:
-            for linear in weights.linears:
+        for group in groups:
+            for linear in group.linears:
                 if parametrized_names(linear):
                     require_no_writes(linear)
     seen = _seen.setdefault(optimizer, weakref.WeakSet())
-    new = [weights for weights in groups if weights not in seen]
+    new = [group for group in groups if group not in seen]
     if not new:
         return
-    for weights in new:
-        refuse_dense_state(optimizer, weights)
-        for linear in weights.linears:
+    for group in new:
+        refuse_dense_state(optimizer, group)
+        for linear in group.linears:
             for name in parametrized_names(linear):
                 require_sound(linear, name)
-    stacks = {id(stack) for weights in new for stack in weights.expert_stacks()}
+    stacks = {id(stack) for group in new for stack in group.expert_stacks()}
     _check_matrix_optimizer(optimizer, stacks)
     _warn_of_decay(optimizer, new, stacks)
     seen.update(new)
@@ -95,7 +95,7 @@ def _is_for_matrices(kind: type, group: dict[str, Any]) -> bool:
 
 def _warn_of_decay(optimizer: Optimizer, new: Sequence[FusionWeights], stacks: set[int]) -> None:
     """Warn if stacked biases or learned vectors decay, and plain vectors of the model do not."""
-    ours = {id(tensor) for weights in new for tensor in _vectors(weights)}
+    ours = {id(tensor) for group in new for tensor in _vectors(group)}
     decaying = plain = 0
     for group in optimizer.param_groups:
         decays = bool(group.get("weight_decay", 0))

@@ -35,20 +35,20 @@ def fusion_gradients(
     """
     by_ranks: dict[Ranks, list[FusionWeights]] = defaultdict(list)
     is_one_process = not has_ranks()
-    for weights, of_group in slots.items():
-        needs_all = not set(map(id, weights.own_tensors())).isdisjoint(held)
-        is_static = isinstance(weights, StaticWeights)
-        ranks = ALONE if is_static or is_one_process else weights.ranks
+    for group, of_group in slots.items():
+        needs_all = not set(map(id, group.own_tensors())).isdisjoint(held)
+        is_static = isinstance(group, StaticWeights)
+        ranks = ALONE if is_static or is_one_process else group.ranks
         if _take_gradients(of_group, needs_all, ranks) and not is_static:
-            by_ranks[ranks].append(weights)
+            by_ranks[ranks].append(group)
     for ranks, alike in by_ranks.items():
-        parts = [weights.statistics(_products(weights, slots[weights])) for weights in alike]
-        for weights, sums in zip(alike, sum_together(ranks, parts), strict=True):
-            weights.step_gradients.clear()
-            for parameter, gradient in weights.gradients(sums).items():
+        parts = [group.statistics(_products(group, slots[group])) for group in alike]
+        for group, sums in zip(alike, sum_together(ranks, parts), strict=True):
+            group.step_gradients.clear()
+            for parameter, gradient in group.gradients(sums).items():
                 if parameter.requires_grad:
-                    weights.step_gradients[parameter] = _as_gradient(parameter, gradient)
-    return {p: grad for weights in slots for p, grad in weights.step_gradients.items()}
+                    group.step_gradients[parameter] = _as_gradient(parameter, gradient)
+    return {p: grad for group in slots for p, grad in group.step_gradients.items()}
 
 
 def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> bool:
@@ -80,9 +80,9 @@ def _take_gradients(slots: Sequence[Slot], needs_all: bool, ranks: Ranks) -> boo
     return is_any
 
 
-def _products(weights: FusionWeights, slots: Sequence[Slot]) -> Tensor:
+def _products(group: FusionWeights, slots: Sequence[Slot]) -> Tensor:
     """`<E_i, G>` of this rank's share of a group's experts, shape (N,)."""
-    total = torch.zeros_like(weights.current_weights())
+    total = torch.zeros_like(group.current_weights())
     for slot in slots:
         if slot.fused.products is not None:
             total += slot.fused.products.to(total)

@@ -42,9 +42,9 @@ def check_health(groups: Iterable[FusionWeights]) -> None:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return  # a graph that is replayed runs no Python
-    looks = [(weights, health) for weights in groups if (health := weights.health()) is not None]
+    looks = [(group, health) for group in groups if (health := group.health()) is not None]
     for device in dict.fromkeys(health.device for _, health in looks):
-        here = [(weights, health) for weights, health in looks if health.device == device]
+        here = [(group, health) for group, health in looks if health.device == device]
         numbers = torch.cat([health for _, health in here])
         event = None
         if device.type == "cuda":
@@ -52,7 +52,7 @@ def check_health(groups: Iterable[FusionWeights]) -> None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
         sizes = [len(health) for _, health in here]
-        _under_way.append(_Look([weights for weights, _ in here], numbers, sizes, event))
+        _under_way.append(_Look([group for group, _ in here], numbers, sizes, event))
     if all(look.event is None for look in _under_way):
         finish_checks()
 
@@ -70,13 +70,13 @@ def finish_checks() -> None:
             look.event.synchronize()
         if not look.numbers.isfinite().all():
             _raise(look)
-        for weights, health in zip(look.groups, look.numbers.split(look.sizes), strict=True):
-            weights.warn_of(health)
+        for group, health in zip(look.groups, look.numbers.split(look.sizes), strict=True):
+            group.warn_of(health)
 
 
 def _raise(look: _Look) -> None:
     pairs = zip(look.groups, look.numbers.split(look.sizes), strict=True)
-    names = [weights.group for weights, health in pairs if not health.isfinite().all()]
+    names = [group.group for group, health in pairs if not health.isfinite().all()]
     raise RuntimeError(
         f"The fusion weights of {len(names)} FFN groups ({names[0]!r} first) became NaN or inf at "
         "this step; memory banks were not moved by it. A batch or its gradients were not finite, "

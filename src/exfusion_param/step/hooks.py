@@ -96,12 +96,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 f"{type(optimizer).__name__} was made before {call}. Make the optimizer after it."
             )
     groups = list(_groups_of(held))
-    by_step = [weights for weights in groups if weights.fused]
+    by_step = [group for group in groups if group.fused]
     refuse_closures(optimizer, by_step)
     refuse_within_backward(optimizer, by_step)
-    for weights in groups:
-        if not weights.fused:
-            weights.before_step()
+    for group in groups:
+        if not group.fused:
+            group.before_step()
     check_first_step(optimizer, groups)
     _holds[optimizer] = (held, groups)
     agree(groups)
@@ -118,11 +118,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     held, groups = _holds.pop(optimizer, (set(), []))  # none where the pre-hook never ran
     skipped = _skipped(optimizer)
-    for weights in groups:
-        if not weights.fused:
+    for group in groups:
+        if not group.fused:
             with torch.no_grad():
-                weights.optimizer_stepped(skipped)
-        _warn_if_left_out(optimizer, weights, held)
+                group.optimizer_stepped(skipped)
+        _warn_if_left_out(optimizer, group, held)
     check_health(groups)
 
 
@@ -207,25 +207,25 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
-    for weights in live_groups():
+    for group in live_groups():
         # As a rule the first is held, which is quicker than to look for all of them.
-        is_held = bool(weights.fused) and id(weights.fused[0].parameter) in held
-        if is_held or not held.isdisjoint(map(id, [*weights.own_tensors(), *weights.trained()])):
-            yield weights
+        is_held = bool(group.fused) and id(group.fused[0].parameter) in held
+        if is_held or not held.isdisjoint(map(id, [*group.own_tensors(), *group.trained()])):
+            yield group
 
 
-def _warn_if_left_out(optimizer: Optimizer, weights: FusionWeights, held: set[int]) -> None:
+def _warn_if_left_out(optimizer: Optimizer, group: FusionWeights, held: set[int]) -> None:
     """Warn once if the experts train and the group's router or learned weights do not."""
-    trained = [p for p in weights._parameters.values() if p is not None and p.requires_grad]
+    trained = [p for p in group._parameters.values() if p is not None and p.requires_grad]
     if not trained or not held.isdisjoint([id(parameter) for parameter in trained]):
-        _steps_without.pop(weights, None)
+        _steps_without.pop(group, None)
         return
-    steps = _steps_without.setdefault(weights, weakref.WeakKeyDictionary())
+    steps = _steps_without.setdefault(group, weakref.WeakKeyDictionary())
     steps[optimizer] = steps.get(optimizer, 0) + 1
-    if steps[optimizer] == PATIENCE and weights not in _warned:
-        _warned.add(weights)
+    if steps[optimizer] == PATIENCE and group not in _warned:
+        _warned.add(group)
         warnings.warn(
-            f"The fusion weights of {weights.group!r} are in no optimizer that has stepped. If the "
+            f"The fusion weights of {group.group!r} are in no optimizer that has stepped. If the "
             "optimizer was made before wrap(), make it after; otherwise freeze them.",
             stacklevel=2,
         )

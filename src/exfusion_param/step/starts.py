@@ -28,19 +28,19 @@ def warn_of_starts(optimizer: Optimizer, groups: Sequence[FusionWeights]) -> Non
     """Warn if experts have just started around other weights than those that `wrap` made."""
     if _only_makes_states(optimizer):
         return
-    changed = [weights for weights in groups if weights.starts_around_changed]
-    for weights in changed:
-        weights.starts_around_changed = False
-    if loaded := [weights for weights in changed if weights.was_loaded]:
-        for weights in loaded:
-            weights.was_loaded = False
+    changed = [group for group in groups if group.starts_around_changed]
+    for group in changed:
+        group.starts_around_changed = False
+    if loaded := [group for group in changed if group.was_loaded]:
+        for group in loaded:
+            group.was_loaded = False
         warnings.warn(
             f"The weights of {len(loaded)} FFN groups ({loaded[0].group!r} first) were loaded "
             "without their experts, which are optimizer state. New experts are drawn around the "
             "weights. To continue a run, load the optimizer's state, too.",
             stacklevel=2,
         )
-    if empty := [weights for weights in changed if weights.is_empty()]:
+    if empty := [group for group in changed if group.is_empty()]:
         warnings.warn(
             f"The memory bank of {len(empty)} FFN groups ({empty[0].group!r} first) is zero, and "
             "their weights were written after wrap(): this step scales them down to the bank's "
