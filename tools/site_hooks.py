@@ -2,7 +2,8 @@
 
 A page may link to any file of the repository by a relative link, which works on GitHub. The site
 gets a copy of that file below `source/`; a link to a file that does not exist stays, and fails the
-strict build. Formulas are MathML, which browsers show without a script.
+strict build. Formulas are MathML, which browsers show without a script. Notes in docstrings begin
+with their names.
 """
 
 import html
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = {".svg", ".png"}
 LINK = re.compile(r"(\]\()(\.\.?/[^)#\s]+)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+NOTE = re.compile(r"<p>Note \[([^]]+)]")
 
 
 def linked(page: Path, link: str) -> Path | None:
@@ -59,10 +61,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Write formulas as MathML."""
+    """Write formulas as MathML, and the names of notes in bold."""
 
     def to_mathml(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2]), display=display)
 
-    return FORMULA.sub(to_mathml, content)
+    return NOTE.sub(r"<p><strong>\1.</strong>", FORMULA.sub(to_mathml, content))

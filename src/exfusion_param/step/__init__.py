@@ -31,6 +31,7 @@ Static and learned fusion weights train as under "forward". A memory bank fuses 
 step before, and its router sends no gradient into the FFN's input.
 
 Note [The other files]
+
 - A fused weight or bias: `fused_parameter`. What an optimizer has for it: `slots`. The optimizer
   without these parameters: `view`. The state that it has from before there were experts:
   `dense_states`. Attaching all this to a model and taking it off again: `attach`.
