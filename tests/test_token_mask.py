@@ -101,6 +101,19 @@ def test_bert_counts_the_tokens_of_its_attention_mask(positional: bool) -> None:
     assert_same(masked, moves_of(unpadded, lambda: unpadded(IDS[1:, :3]).last_hidden_state))
 
 
+def test_a_mask_of_pairs_warns_and_leaves_the_choice_to_the_context() -> None:
+    model = make("bert", **BERT)
+    padded, all_tokens = copy.deepcopy(model), copy.deepcopy(model)
+    expected = moves_of(padded, lambda: padded(IDS, MASK)[0])
+    pairs = MASK[:, None, None].double().log().expand(-1, 1, 6, 6)
+    with pytest.warns(UserWarning, match="which tokens count"):
+        counted = moves_of(all_tokens, lambda: all_tokens(IDS, pairs)[0])
+    with exf.token_mask(model, MASK):
+        assert_same(moves_of(model, lambda: model(IDS, pairs)[0]), expected)
+    first = next(iter(expected))
+    assert not torch.allclose(counted[first], expected[first])
+
+
 def test_a_forward_without_a_mask_counts_all_tokens_again() -> None:
     model = make("bert", **BERT)
     plain = copy.deepcopy(model)

@@ -56,6 +56,7 @@ def laid_out(mask: Tensor, shape: Sequence[int], layout: Layout) -> Tensor | Non
 class TokenPool(FusionWeights):
     """Fusion weights that follow the input of an FFN, and leave padding out."""
 
+    has_given_mask = False  # by the `token_mask` that runs, which comes before a model's own
     token_mask: Tensor | None = None  # of the running forward
     layout: Layout = Layout()
     _traced: Tensor | None = None  # `current` while torch.compile traces
@@ -155,8 +156,9 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
             loss = loss_fn(model(x), y)
             loss.backward()
 
-    Models of transformers need no such call: the `attention_mask` that they are given counts. Under
-    activation checkpointing the backward belongs into the context too, as it runs forwards.
+    Models of transformers need no such call: the `attention_mask` that they are given counts, if it
+    has the shape (batch, tokens); this mask takes the place of it. Under activation checkpointing
+    the backward belongs into the context too, as it runs forwards.
 
     Args:
         model: a wrapped model.
@@ -176,11 +178,11 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
     pools = [module for module in model.modules() if isinstance(module, TokenPool)]
     if not pools:
         raise ValueError(f"{type(model).__name__} has no router, so nothing pools over tokens.")
-    before = [pool.token_mask for pool in pools]
+    before = [(pool.token_mask, pool.has_given_mask) for pool in pools]
     for pool in pools:
-        pool.token_mask = mask
+        pool.token_mask, pool.has_given_mask = mask, True
     try:
         yield
     finally:
         for pool, previous in zip(pools, before, strict=True):
-            pool.token_mask = previous
+            pool.token_mask, pool.has_given_mask = previous

@@ -5,6 +5,9 @@
 Each `PreTrainedModel` inside of a model has a mask of its own: the decoder of an encoder-decoder is
 one, and is called with the decoder's mask. A router follows the innermost one that holds it.
 
+Masks of another shape, such as (batch, 1, tokens, tokens), do not tell which tokens are padding.
+The model warns of one, and takes what `exf.token_mask` gives.
+
 A mask stays until the next forward, because activation checkpointing runs the layers again in the
 backward. So with activation checkpointing run each backward before the next forward.
 """
@@ -13,9 +16,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -60,6 +65,17 @@ def _layout_in(model: PreTrainedModel, layout: Layout) -> Layout:
 def _take_mask(
     pool: TokenPool, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
+    if pool.has_given_mask:
+        return
     mask = args[position] if position < len(args) else kwargs.get(MASK)
     is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
     pool.token_mask = mask if is_padding_mask else None
+    if mask is None or is_padding_mask or not module.training or torch.compiler.is_compiling():
+        return
+    kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    warnings.warn(
+        f"The {MASK} of {type(module).__name__} ({kind}) says what attends to what, not which "
+        "tokens count, so all of them count for the routers, padding too. If there is padding, run "
+        "the forward within exf.token_mask(model, mask), with a mask of (batch, tokens).",
+        stacklevel=2,
+    )
