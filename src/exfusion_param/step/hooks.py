@@ -39,6 +39,7 @@ from torch.optim.optimizer import (
 
 from ..fusion_weights.base import FusionWeights, live_groups, on_creation
 from ..fusion_weights.rank_agreement import agree
+from .custom_loops import note_step
 from .expert_step import ExpertStep
 from .first_step_checks import check_first_step
 from .health import check_health, finish_checks
@@ -118,6 +119,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     held, groups = _holds.pop(optimizer, (set(), []))  # none where the pre-hook never ran
     skipped = _skipped(optimizer)
+    note_step(optimizer, groups)
     for group in groups:
         if not group.fused:
             with torch.no_grad():
