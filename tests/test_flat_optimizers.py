@@ -122,19 +122,19 @@ def test_another_optimizer_of_other_weights_is_fine(fuse_on: str) -> None:
 
 
 @pytest.mark.parametrize("fuse_on", ["step", "forward"])
-def test_copies_of_a_model_that_trains_are_fine(fuse_on: str) -> None:
-    """As an average of it, whose outputs are differentiated, or a model that starts from it."""
+def test_averages_of_a_model_that_trains_are_fine(fuse_on: str) -> None:
+    """Their outputs are differentiated, and another optimizer trains a part of the loss."""
     model = wrapped(fuse_on=fuse_on)
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), LR)
-    other = torch.optim.AdamW(nn.Linear(2, 2).parameters())
+    of_loss = torch.optim.AdamW(nn.Linear(2, 2).parameters())
     for index in range(9):
         train(model, optimizer.step, steps=1)
-        other.step()
+        of_loss.step()
         with torch.no_grad():
             for target, source in zip(average.parameters(), model.parameters(), strict=True):
                 target.lerp_(source, 0.1)
-        average(inputs(seed=index).requires_grad_().clone()).sum()
+        loss_of(average, inputs(seed=index)).backward()
         loss_of(copy.deepcopy(model), inputs()).backward()
 
 

@@ -16,6 +16,7 @@ PATTERNS = (
     "assigned_weights",
     "bank_borders",
     "first_step",
+    "flat_optimizers",
     "foreign_edits",
     "forward_*",
     "lost_writes",

@@ -37,7 +37,7 @@ Note [The other files]
   `dense_states`. Attaching all this to a model and taking it off again: `attach`.
 - Errors: `refusals` before every step, under both settings of `fuse_on`; `starts` where experts
   start; `first_step_checks` at an optimizer's first step under "forward".
-- Warnings: `custom_loops` for loops without an optimizer; `health` checks fusion weights after each
-  step, under both settings.
+- `custom_loops` refuses engines whose optimizer holds copies of the weights, and warns of loops
+  without an optimizer; `health` checks fusion weights after each step. Both under both settings.
 - `interrupts` holds Ctrl-C back until the step is done.
 """

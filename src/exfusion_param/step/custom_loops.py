@@ -7,11 +7,11 @@ Experts under `fuse_on="step"`, and memory banks under either setting, move at t
   weights after its step: DeepSpeed's ZeRO, Megatron's distributed optimizer. They are refused.
 - Loops that write to the weights themselves. They are warned of.
 
-Only a forward hook sees both. Until the weights have had a step of their own, it samples one of an
-FFN group's tensors in a forward, and compares it in a later one after a backward. Each unchanged
-sample doubles the interval, because the comparison synchronizes a GPU. Without a step of
-an optimizer, changes are warned of after a while: SAM changes weights once before its first step.
-A compiled forward is not checked.
+Only a forward hook sees both. Until the weights have had a step of their own, it samples the
+tensors of an FFN group in a forward, and compares them in a later one after a backward. Each
+unchanged sample doubles the interval, because the comparison synchronizes a GPU. Where no other
+optimizer has stepped, changes are warned of after a while only: SAM changes weights once before its
+first step. A compiled forward is not checked.
 """
 
 from __future__ import annotations
@@ -33,54 +33,75 @@ from ..tensors.shards import local
 PATIENCE = 12
 """Backwards before a loop without an optimizer is warned of."""
 SIZE = 64
-"""Numbers in a sample, at least."""
+"""Numbers of each tensor in a sample, at least."""
 
 _stepped: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 
 
 @dataclasses.dataclass
-class _ForeignSteps:
-    """Those of optimizers that hold no wrapped parameter.
+class _Steps:
+    """How many there were in this process.
 
     Args:
-        count: how many there were.
-        last: what stepped last.
+        of_groups: of optimizers that hold wrapped parameters.
+        others: of those that hold none.
+        last: which of the others stepped last.
     """
 
-    count: int = 0
+    of_groups: int = 0
+    others: int = 0
     last: str = ""
 
 
-_foreign = _ForeignSteps()
+_steps = _Steps()
 
 
 def note_step(optimizer: Optimizer, groups: Sequence[FusionWeights]) -> None:
     """An optimizer has stepped on these groups, or on none."""
     if groups:
         _stepped.update(groups)
+        _steps.of_groups += 1
     else:
-        _foreign.count += 1
-        _foreign.last = type(optimizer).__name__
+        _steps.others += 1
+        _steps.last = type(optimizer).__name__
 
 
 class _Sample:
-    """A few numbers of a tensor that trains.
+    """A few numbers of the tensors of a group that train.
 
     Args:
         group: the FFN group.
-        numbers: themselves.
     """
 
-    def __init__(self, group: FusionWeights, numbers: Tensor) -> None:
-        self.numbers = numbers
-        self.was_loaded = group.was_loaded
-        self.foreign_steps = _foreign.count
+    def __init__(self, group: FusionWeights) -> None:
+        # Those that are here: ZeRO's third stage takes weights away between their linears.
+        parameters = [*group.trained(), *group.parameters()]
+        held = [p for p in parameters if isinstance(p, nn.Parameter) and p.requires_grad]
+        every = [local(p).flatten() for p in held if not p.is_meta]
+        self.numbers = [numbers[:: max(1, len(numbers) // SIZE)].clone() for numbers in every]
+        self._was_loaded = group.was_loaded
+        self._steps = dataclasses.replace(_steps)
 
-    def is_comparable(self, other: _Sample) -> bool:
-        """Whether a difference says that the tensor has been trained."""
-        one, two = self.numbers, other.numbers
-        is_alike = (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
-        return is_alike and self.was_loaded == other.was_loaded
+    def is_after_load(self, before: _Sample) -> bool:
+        """Whether a load has come between."""
+        return self._was_loaded != before._was_loaded
+
+    def equals(self, before: _Sample) -> bool:
+        """Whether no tensor that both have has changed."""
+        pairs = zip(before.numbers, self.numbers, strict=False)
+        return all(
+            torch.equal(one, other)
+            for one, other in pairs
+            if (one.shape, one.device) == (other.shape, other.device)
+        )
+
+    def has_only_others_since(self, before: _Sample) -> bool:
+        """Whether optimizers that hold no wrapped parameter have stepped, and no other ones.
+
+        Where one that holds some has stepped, what changed may be an average of its model.
+        """
+        now, then = self._steps, before._steps
+        return now.others > then.others and now.of_groups == then.of_groups
 
 
 class CustomLoopCheck:
@@ -119,35 +140,25 @@ class CustomLoopCheck:
         if not (group.training and output.requires_grad) or is_transformed(output):
             return
         self._forwards += 1
-        if self._forwards >= self._due and (sample := self._take_sample()) is not None:
-            self._look(sample)
+        if self._forwards >= self._due:
+            self._look()
         output.register_hook(self._note_backward)
 
     def _note_backward(self, gradient: Tensor) -> None:
         self._had_backward = True
 
     @torch.no_grad()
-    def _take_sample(self) -> _Sample | None:
-        """Of the first tensor that is here: ZeRO's third stage takes them away in between."""
+    def _look(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None
-        for tensor in (*self.fusion_weights.trained()[:1], *self.fusion_weights.own_tensors()[:1]):
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not tensor.is_meta:
-                numbers = local(tensor).flatten()
-                if len(numbers):
-                    sample = numbers[:: max(1, len(numbers) // SIZE)].clone()
-                    return _Sample(self.fusion_weights, sample)
-        return None
-
-    def _look(self, sample: _Sample) -> None:
-        before = self._sample
-        if before is None or not before.is_comparable(sample):
+            return
+        before, sample = self._sample, _Sample(self.fusion_weights)
+        if before is None or sample.is_after_load(before):
             self._changes = 0
         elif not self._had_backward:
             return
-        elif torch.equal(before.numbers, sample.numbers):
+        elif sample.equals(before):
             self._changes, self._interval = 0, 2 * self._interval
-        elif sample.foreign_steps > before.foreign_steps:
+        elif sample.has_only_others_since(before):
             raise _foreign_optimizer(self.fusion_weights)
         else:
             self._changes += 1
@@ -177,7 +188,7 @@ class CustomLoopCheck:
 def _foreign_optimizer(group: FusionWeights) -> RuntimeError:
     what = "experts" if group.fused else "memory bank"
     return RuntimeError(
-        f"The weights of {group.group!r} have changed with a step of {_foreign.last}, which holds "
+        f"The weights of {group.group!r} have changed with a step of {_steps.last}, which holds "
         "other tensors, as under DeepSpeed's ZeRO and Megatron's distributed optimizer: flat or in "
         f"another dtype, and copied into the weights. The {what} of {group.group!r} stood still. "
         "Use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP, and an optimizer of "
