@@ -16,7 +16,6 @@ PATTERNS = (
     "assigned_weights",
     "bank_borders",
     "first_step",
-    "flat_optimizers",
     "foreign_edits",
     "forward_*",
     "lost_writes",
