@@ -114,17 +114,11 @@ class ExFusionCallback(TrainerCallback):
             set_aside(path)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        logs: dict[str, float] | None = None,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Add a row to metrics.csv."""
-        if logs is None or "loss" not in logs:
+        logs, model = given.get("logs") or {}, given.get("model")
+        if "loss" not in logs:
             return
         values = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
         is_measured = any(name.startswith("fusion_weights/") for name in values)
@@ -137,17 +131,11 @@ class ExFusionCallback(TrainerCallback):
         append_row(folder / "metrics.csv", {"step": state.global_step} | values)
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Describe the checkpoint that was just written."""
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        if not state.is_world_process_zero or not folder.is_dir():
-            return
-        if model is not None and wrapped_linears(model):
+        model = given.get("model")
+        is_here = state.is_world_process_zero and folder.is_dir()
+        if is_here and model is not None and wrapped_linears(model):
             save_config(model, folder)

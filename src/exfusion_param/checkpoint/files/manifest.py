@@ -22,7 +22,8 @@ def write_manifest(folder: Path, content: Mapping[str, Any], processes: Processe
     """Write down all files of a folder that all ranks have written; they call this together."""
     files = _fingerprints(folder, _files_in(folder), processes)
     content = {"format": FORMAT, **content, "files": files}
-    processes.on_first(lambda: _write(folder, content))
+    signed = _as_json({**content, "sha256": _checksum(content)})
+    processes.on_first(lambda: write_file(folder / _FILE, signed))
 
 
 def read_manifest(folder: Path, processes: Processes) -> dict[str, Any]:
@@ -37,10 +38,6 @@ def read_manifest(folder: Path, processes: Processes) -> dict[str, Any]:
         if found[name] != fingerprint:
             raise CheckpointError(f"{folder / name} is damaged: its size or checksum is another.")
     return content
-
-
-def _write(folder: Path, content: Mapping[str, Any]) -> None:
-    write_file(folder / _FILE, _as_json({**content, "sha256": _checksum(content)}))
 
 
 def _checked(folder: Path) -> dict[str, Any]:
