@@ -150,13 +150,13 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
     also = [also] if isinstance(also, str) else list(also)
     _refuse_unmatched(model, also)
     globs = [*also, *_declared_by(model)]
-    exempt = _stacked_biases(model) | learned_fusion_weights(model)
+    learned = learned_fusion_weights(model)
     return {
         name
         for name, parameter in model.named_parameters()
         if parameter.ndim <= 1
-        or name.endswith(".bias")
-        or id(parameter) in exempt
+        or name.endswith((".bias", "parametrizations.bias.original"))
+        or id(parameter) in learned
         or any(_matches(name, glob) for glob in globs)
     }
 
@@ -176,14 +176,6 @@ def _refuse_unmatched(model: nn.Module, globs: Iterable[str]) -> None:
 def _declared_by(model: nn.Module) -> Collection[str]:
     declare = getattr(model, "no_weight_decay", None)
     return declare() if callable(declare) else ()
-
-
-def _stacked_biases(model: nn.Module) -> set[int]:
-    return {
-        id(stack)
-        for name, stack in model.named_parameters()
-        if name.endswith("parametrizations.bias.original")
-    }
 
 
 def learned_fusion_weights(model: nn.Module) -> set[int]:
