@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..expert_config import ExpertConfig
+from ..finding.discovery import FFNGroup
+from ..finding.place import PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import named_generator
-from ..tensors.precision import leaves_memory_unset, raise_precision
+from ..tensors.precision import accumulation_dtype, leaves_memory_unset, raise_precision
 from ..tensors.ranks import Ranks, all_ranks, ranks_of_ddp, require_known
 from ..tensors.shards import full_tensor, ranks_of
 from .fused import Fused
 from .single_instance import SingleInstance
-
-Linears = tuple[nn.Module, ...]
 
 # In the order of wrapping, which is the same on all ranks.
 _live_groups: weakref.WeakKeyDictionary[FusionWeights, None] = weakref.WeakKeyDictionary()
@@ -46,26 +46,25 @@ class FusionWeights(SingleInstance):
     """What all variants share. Calling the module gives the `w` to fuse with now.
 
     Args:
-        group: name of the FFN group, its FFN's name in the model that was wrapped.
-        first_linear: name of the first linear within the FFN.
+        group: the linears that fuse with these weights, named as in the model that is wrapped.
         config: the settings of the parametrization.
-        linears: the linears that fuse with these weights.
+        seed: of the draws.
     """
 
-    linears: Linears
+    drawn = "router"
+    """What draws by `reset_parameters` are named after."""
+    linears: tuple[nn.Module, ...]
     fusions: list[tuple[Any, Any]]
     """For each stack the `ParametrizationList` that holds it, and the parametrization."""
     fused: list[Fused]
     """Under `fuse_on="step"`: the weights and biases of the linears."""
 
-    def __init__(
-        self, group: str, first_linear: str, config: ExpertConfig, linears: Linears
-    ) -> None:
+    def __init__(self, group: FFNGroup, config: ExpertConfig, seed: int) -> None:
         super().__init__()
-        self.group = group
-        self.first_linear = first_linear
+        self.group = group.name
+        self.first_linear = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
         self.config = config
-        self.seed = 0  # of the draws; `wrap` sets it
+        self.seed = seed
         self.handles: list[RemovableHandle] = []  # of hooks that serve this group
         self.given_ranks: Ranks | None = None  # by `wrap` or `fully_shard`
         self._ddp_ranks: Ranks | None = None  # of the DDP that has run the last forward
@@ -74,7 +73,7 @@ class FusionWeights(SingleInstance):
         self.is_in_custom_loop = False  # which no optimizer steps in, on "step"
         self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
-        self.__dict__.update(linears=linears, fusions=[], fused=[])
+        self.__dict__.update(linears=tuple(group.linears.values()), fusions=[], fused=[])
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,12 +89,31 @@ class FusionWeights(SingleInstance):
             prepare()
         _live_groups[self] = None
 
+    def new_tensor(self, *shape: int) -> Tensor:
+        """Memory on the device of the group's first linear, in float32 at least."""
+        weight = self.linears[0].get_parameter("weight")
+        return torch.empty(shape, device=weight.device, dtype=accumulation_dtype(weight.dtype))
+
     def forward(self) -> Tensor:
         """The fusion weights to fuse with now, shape (N,)."""
         raise NotImplementedError
 
+    def runs(self, place: PlaceInGroup) -> bool:
+        """Whether `run` is the forward of a linear of the group, under "forward"."""
+        return False
+
+    def run(
+        self, linear: nn.Module, x: Tensor, place: PlaceInGroup, run_dense: Callable[[], Any]
+    ) -> Any:
+        """The output of a linear for x; `run_dense` is the dense forward, on a fused weight."""
+        return run_dense()
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Start over, as `wrap` does; the generator draws a router."""
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """For `reset_parameters`, with the same draws at each call."""
+        return named_generator(self.seed, f"{self.group}.{self.drawn}", device)
 
     def fuse(self, experts: Tensor) -> Tensor:
         """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
@@ -154,11 +172,8 @@ class FusionWeights(SingleInstance):
     def statistics(self, products: Tensor) -> Tensor:
         """Under `fuse_on="step"`: this rank's share of the step's statistics, to be summed.
 
-        Args:
-            products: `<E_i, G>` of this rank's share of the experts, shape (N,).
-
-        Returns:
-            One dimension; the same shape on all ranks.
+        They have one dimension, and one shape on all ranks; `products` are `<E_i, G>` of this
+        rank's share of the experts, shape (N,).
         """
         return products.new_empty(0)
 
@@ -214,8 +229,7 @@ class FusionWeights(SingleInstance):
 
     def expert_stacks(self) -> Iterator[nn.Parameter]:
         """The expert stacks that fuse with these weights."""
-        for parametrized, _ in self.fusions:
-            yield parametrized.original
+        return iter([parametrized.original for parametrized, _ in self.fusions])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -226,9 +240,8 @@ class FusionWeights(SingleInstance):
         has_lost = any(tensor.is_meta or leaves_memory_unset(fn) for tensor in self.own_tensors())
         super()._apply(keep_precision, recurse)
         if has_lost and not any(tensor.is_meta for tensor in self.own_tensors()):
-            # Fill what has just got memory, as nothing else knows how.
-            device = self.own_tensors()[0].device
-            self.reset_parameters(named_generator(self.seed, f"{self.group}.router", device))
+            # Nothing else knows how to fill what has just got memory.
+            self.reset_parameters(self.generator(self.own_tensors()[0].device))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

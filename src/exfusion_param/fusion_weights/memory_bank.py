@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ExFusionConfig
+from ..finding.discovery import FFNGroup
 from ..finding.place import PlaceInGroup
+from ..finding.projections import projections_of
 from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
 from ..tensors.shards import assign, local
 from . import bank_problems
-from .base import Linears
 from .empty_banks import StillBank
 from .token_pool import TokenPool
 from .votes.custom_ops import current_backward
@@ -37,29 +38,18 @@ class MemoryBank(TokenPool):
     config: ExFusionConfig
     bank: Tensor
 
-    def __init__(
-        self,
-        group: str,
-        first_linear: str,
-        config: ExFusionConfig,
-        linears: Linears,
-        *,
-        in_features: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(group, first_linear, config, linears)
-        shape = (config.num_experts, in_features)
-        self.router = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # G
-        self.register_buffer("bank", torch.empty(shape[0], device=device, dtype=dtype))  # m
+    def __init__(self, group: FFNGroup, config: ExFusionConfig, seed: int) -> None:
+        super().__init__(group, config, seed)
+        features = projections_of(self.linears)[0].in_features  # D
+        self.router = nn.Parameter(self.new_tensor(config.num_experts, features))  # G
+        self.register_buffer("bank", self.new_tensor(config.num_experts))  # m
         self.votes = self._new_votes()
         self.still = StillBank()
         self.is_bypassed = False
         self._thread: int | None = None  # that runs the forward
         self._stepped: Tensor | None = None  # what `health` gives for the step
         self._warned: set[str] = set()
-        self.reset_parameters(generator)
+        self.reset_parameters(self.generator(self.bank.device))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: not the running forward, nor what waits for a step."""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,18 +85,9 @@ class TokenPool(FusionWeights):
     def _by_thread(self) -> dict[int, Tensor]:
         return self.__dict__.setdefault("_running", {})
 
-    def run(
-        self, linear: nn.Module, x: Tensor, place: PlaceInGroup, run_dense: Callable[[], Any]
-    ) -> Any:
-        """The output of a linear of the group, with fusion weights for its input.
-
-        Args:
-            linear: the module.
-            x: its input.
-            place: what it is to the group.
-            run_dense: its dense forward, whose weight and bias are fused.
-        """
-        raise NotImplementedError
+    def runs(self, place: PlaceInGroup) -> bool:
+        """All of the group's linears."""
+        return True
 
     def end_forward(self) -> None:
         """The group's forward is over."""

@@ -10,36 +10,21 @@ from torch import Tensor, nn
 from ..config import ExFusionConfig
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
-from ..finding.projections import projections_of
 from ..tensors import functional
-from ..tensors.expert_starts import named_generator, uniform_weights
+from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import accumulation_dtype
 from ..tensors.shards import assign, local
 from .bank_on_step import BankOnStep
-from .base import FusionWeights, Linears
+from .base import FusionWeights
 from .memory_bank import MemoryBank
 from .zero_gradients import with_zero_gradient
 
 
 def fusion_weights_for(group: FFNGroup, config: ExFusionConfig, seed: int) -> FusionWeights:
     """The fusion weights of the config's variant for linears that share them."""
-    linears = tuple(group.linears.values())
-    first = next(iter(group.linears)).removeprefix(group.name).lstrip(".")
-    shared = (group.name, first, config, linears)
-    weight, (projection, *_) = linears[0].get_parameter("weight"), projections_of(linears)
-    device, dtype = weight.device, accumulation_dtype(weight.dtype)
-    if config.variant == "sw":
-        return StaticWeights(*shared)
-    if config.variant == "dw":
-        return LearnedWeights(*shared, device=device, dtype=dtype)
-    kind = BankOnStep if config.fuse_on == "step" else MemoryBank
-    return kind(
-        *shared,
-        in_features=projection.in_features,
-        device=device,
-        dtype=dtype,
-        generator=named_generator(seed, f"{group.name}.router", device),
-    )
+    bank = BankOnStep if config.fuse_on == "step" else MemoryBank
+    kinds = {"sw": StaticWeights, "dw": LearnedWeights, "mb": bank}
+    return kinds[config.variant](group, config, seed)
 
 
 class StaticWeights(FusionWeights):
@@ -62,19 +47,11 @@ class StaticWeights(FusionWeights):
 class LearnedWeights(FusionWeights):
     """`dw`: one learned vector for the whole group, from 1/N on, without softmax (Eq. 9)."""
 
-    def __init__(
-        self,
-        group: str,
-        first_linear: str,
-        config: ExpertConfig,
-        linears: Linears,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, first_linear, config, linears)
-        self.weights = nn.Parameter(uniform_weights(config.num_experts, device, dtype))
+    def __init__(self, group: FFNGroup, config: ExpertConfig, seed: int) -> None:
+        super().__init__(group, config, seed)
+        self.weights = nn.Parameter(self.new_tensor(config.num_experts))
         self.gathered: Tensor | None = None  # while an optimizer steps on a sharded vector
+        self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set the weights to 1/N."""

@@ -9,10 +9,7 @@ import torch
 from torch import nn
 
 from ..finding.discovery import FFNGroup
-from ..finding.projections import projections_of
 from ..finding.selection import Filter
-from ..tensors.expert_starts import named_generator
-from ..tensors.precision import accumulation_dtype
 from ..wrapping.wrap_linears import wrap_linears
 from .config import MEOConfig
 from .course import Course, kept_off_fast_paths, refuse_cache
@@ -96,22 +93,11 @@ def wrap(
 def _gate_for(model: nn.Module, group: FFNGroup, config: MEOConfig, seed: int) -> Gate:
     if config.level != "task":
         _refuse_more_than_linears(group)
-    linears = tuple(group.linears.values())
-    weight, first = linears[0].get_parameter("weight"), next(iter(group.linears))
+    first = next(iter(group.linears))
     causal = is_causal(model, first) if config.causal is None else config.causal
     samples = batch_dim(model, first) if config.batch_dim is None else config.batch_dim
-    return Gate(
-        group.name,
-        first.removeprefix(group.name).lstrip("."),
-        config,
-        linears,
-        in_features=tuple(p.in_features for p in projections_of(linears)),
-        is_causal=causal and config.level != "task",
-        batch_dim=samples,
-        device=weight.device,
-        dtype=accumulation_dtype(weight.dtype),
-        generator=named_generator(seed, f"{group.name}.gate", weight.device),
-    )
+    causal = causal and config.level != "task"
+    return Gate(group, config, seed, is_causal=causal, batch_dim=samples)
 
 
 def _refuse_more_than_linears(group: FFNGroup) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..finding.discovery import FFNGroup
 from ..finding.place import PlaceInGroup
-from ..fusion_weights.base import Linears
+from ..finding.projections import projections_of
 from ..fusion_weights.token_pool import TokenPool
 from ..fusion_weights.votes.custom_ops import current_backward
 from ..tensors.expert_starts import uniform_weights
@@ -35,36 +36,28 @@ class Gate(TokenPool):
     """Chooses k of N experts."""
 
     config: MEOConfig
+    drawn = "gate"
     task: Tensor | None
     course: Course | None = None
 
     def __init__(
-        self,
-        group: str,
-        first_linear: str,
-        config: MEOConfig,
-        linears: Linears,
-        *,
-        in_features: tuple[int, ...],  # D of the gate, and of each linear's token block
-        is_causal: bool,  # whether tokens must not see later ones
-        batch_dim: int,  # of the input, that runs over samples
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
+        self, group: FFNGroup, config: MEOConfig, seed: int, *, is_causal: bool, batch_dim: int
     ) -> None:
-        super().__init__(group, first_linear, config, linears)
-        self.is_causal = is_causal
-        self.batch_dim = batch_dim
+        super().__init__(group, config, seed)
+        self.is_causal = is_causal  # tokens must not see later ones
+        self.batch_dim = batch_dim  # of the input, that runs over samples
         self.recorded: tuple[Gates, ...] = ()  # in the running forward of the model
         self.mean_gates: Tensor | None = None  # of the last forward in training
-        shape = (config.num_experts, config.task_dim or in_features[0])
-        self.gate = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        features = [projection.in_features for projection in projections_of(self.linears)]
+        shape = (config.num_experts, config.task_dim or features[0])
+        self.gate = nn.Parameter(self.new_tensor(*shape))
         if config.gating == "noisy_top_k":
-            self.noise = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.noise = nn.Parameter(self.new_tensor(*shape))
         if config.level == "token":
-            self.blocks = nn.ModuleList(TokenBlock(d, device, dtype) for d in in_features)
+            device, dtype = self.gate.device, self.gate.dtype
+            self.blocks = nn.ModuleList(TokenBlock(d, device, dtype) for d in features)
         self.register_buffer("task", None, persistent=False)
-        self.reset_parameters(generator)
+        self.reset_parameters(self.generator(self.gate.device))
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deepcopy takes along: not the running forward."""

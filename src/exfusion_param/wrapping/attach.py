@@ -13,7 +13,6 @@ from ..fusion.linear_class import dense_order, share_class
 from ..fusion.lookup import fused_names, fusion_of, fusion_weights_of, original, parametrized_names
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.memory_bank import MemoryBank
-from ..fusion_weights.token_pool import TokenPool
 from ..step.custom_loops import CustomLoopCheck
 from ..step.hooks import outdate
 
@@ -35,7 +34,7 @@ def attach(
         original(linear, name).grad = None
         if fusion_weights.own_tensors():
             _take_place_of(linear, name)
-    share_class(linear, order, place if isinstance(fusion_weights, TokenPool) else None)
+    share_class(linear, order, place if fusion_weights.runs(place) else None)
     if place.is_first and isinstance(fusion_weights, MemoryBank):
         check = linear.register_forward_hook(CustomLoopCheck(fusion_weights))
         fusion_weights.handles.append(check)

@@ -91,7 +91,6 @@ def plan_groups(
         starts = _starts(group, config, seed)
         for part in _routed_together(group, config):
             fusion_weights = make_weights(part, config, seed)
-            fusion_weights.seed = seed
             tensors = {
                 fqn: {
                     name: _planned(tensor, starts[fqn][name], fusion_weights)
