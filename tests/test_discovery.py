@@ -180,10 +180,16 @@ def test_what_looks_like_an_ffn_and_is_left_warns_with_a_filter_that_takes_it() 
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([FFNs(8, 12)]), "merger": Merger()})
     with pytest.warns(UserWarning, match="leaves 1 x 8 -> 16 -> 8 dense") as caught:
-        exf.summarize(model)
+        summary = exf.summarize(model)
+    assert summary.left_dense == ("1 x 8 -> 16 -> 8, merger.one and merger.other",)
+    assert "\nleft dense: 1 x 8 -> 16 -> 8, merger.one and merger.other\n" in str(summary)
     (message,) = (str(warning.message) for warning in caught)
     assert len(message) < 400
     assert "filter_fn=[('merger.one', 'merger.other')]" in message
+    exf.wrap(model, filter_fn=[("merger.one", "merger.other")])
+    assert exf.summarize(model).left_dense == (
+        "2 x 8 -> 12 -> 8, blocks.*.blocks.*.fc1 and blocks.*.blocks.*.fc2",
+    )
     assert groups(model, filter_fn=[("merger.one", "merger.other")]) == {
         "merger": ["merger.one", "merger.other"]
     }

@@ -94,7 +94,9 @@ def outcome_of(library: str, name: str, model: nn.Module) -> Outcome:
     refused, left = "", 0
     try:
         select_groups(model, None, None)
-        left = len(left_out(model, groups))
+        left = len(
+            left_out(model, {linear for group in groups for linear in group.linears.values()})
+        )
     except ValueError as error:
         refused = _first_words(str(error))
     return Outcome(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .api import wrap
 from .config import ExFusionConfig
 from .expert_config import ExpertConfig
+from .finding.left_out import left_out
 from .finding.selection import Filter
 from .fusion.lookup import dense_shape, fused_names, fusion_weights_of, labels_of, wrapped_linears
 from .fusion_weights.base import FusionWeights
@@ -43,6 +44,7 @@ class Summary:
         training_bytes: of the weights, and of the gradients and AdamW's two moments of those that
             are trained, in the weights' own dtypes.
         shipped_bytes: of the weights after `fuse`.
+        left_dense: a line for each kind of linears that look like an FFN and are not wrapped.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -60,6 +62,7 @@ class Summary:
     shipped_parameters: int
     training_bytes: int
     shipped_bytes: int
+    left_dense: tuple[str, ...] = ()
 
     @property
     def num_groups(self) -> int:
@@ -78,6 +81,7 @@ class Summary:
             [
                 f"{methods}: {len(self.linears)} linears in {self.num_groups} FFN groups",
                 *_aligned(rows),
+                *[f"left dense: {line}" for line in self.left_dense],
                 f"router or fusion weights: {self.fusion_parameters:,} parameters",
                 f"in training: {self.training_parameters:,} parameters, "
                 f"{_size(self.training_bytes)} with gradients and AdamW's moments",
@@ -144,7 +148,9 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 def _summary(model: nn.Module) -> Summary:
     groups = labels_of(model)
     linears = []
-    for fqn, linear in wrapped_linears(model).items():
+    wrapped = wrapped_linears(model)
+    left = left_out(model, wrapped.values())
+    for fqn, linear in wrapped.items():
         group = fusion_weights_of(linear)
         shapes = {name: tuple(dense_shape(linear, name)) for name in fused_names(linear)}
         linears.append(LinearSummary(fqn, groups[group], group.config.num_experts, shapes))
@@ -169,6 +175,7 @@ def _summary(model: nn.Module) -> Summary:
         - 2 * _bytes(fused)  # which have a gradient, and no moments
         + 3 * _bytes(experts),  # which have moments, and no gradient
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
+        left_dense=tuple(f"{k.ffns} x {k.widths}, {k.first} and {k.last}" for k in left),
     )
 
 

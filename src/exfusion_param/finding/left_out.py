@@ -1,4 +1,4 @@
-"""What looks like an FFN and is not wrapped, for `wrap` to report."""
+"""What looks like an FFN and is not wrapped, for `wrap` and `summarize` to report."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import nn
 
 from .attention import attention_of
-from .discovery import FFNGroup
 from .outer_modules import globs_of
 from .projections import one_projection, projection_of
 from .structure import is_ffn, is_spatial
@@ -18,11 +18,33 @@ from .structure import is_ffn, is_spatial
 MOST = 5  # kinds that are listed one by one
 
 
-def warn_of_left_out(model: nn.Module, groups: Sequence[FFNGroup]) -> None:
-    """Warn, once for each kind, of linears that look like an FFN and are in none of the groups."""
-    kinds = left_out(model, groups)
-    for lines in kinds[:MOST]:
-        warnings.warn(lines, stacklevel=2)
+class LeftOut(NamedTuple):
+    """Linears of one kind that look like an FFN.
+
+    Args:
+        ffns: how many there are.
+        widths: "D -> H -> D".
+        first: a glob for the first linear of each.
+        last: a glob for the last one.
+        filter: takes just these, as `wrap(model, filter_fn=...)`.
+    """
+
+    ffns: int
+    widths: str
+    first: str
+    last: str
+    filter: str
+
+
+def warn_of_left_out(model: nn.Module, taken: Collection[nn.Module]) -> None:
+    """Warn, once for each kind, of linears that look like an FFN and are not among these."""
+    kinds = left_out(model, taken)
+    for kind in kinds[:MOST]:
+        warnings.warn(
+            f"wrap() leaves {kind.ffns} x {kind.widths} dense, which looks like an FFN: "
+            f"{kind.first} and {kind.last}. wrap(model, filter_fn={kind.filter}) takes these.",
+            stacklevel=2,
+        )
     if len(kinds) > MOST:
         warnings.warn(
             f"wrap() leaves {len(kinds) - MOST} more kinds of linears dense that look like FFNs.",
@@ -30,16 +52,15 @@ def warn_of_left_out(model: nn.Module, groups: Sequence[FFNGroup]) -> None:
         )
 
 
-def left_out(model: nn.Module, groups: Sequence[FFNGroup]) -> list[str]:
-    """A line for each kind of linears that look like an FFN and are in none of the groups."""
-    taken = {linear for group in groups for linear in group.linears.values()}
+def left_out(model: nn.Module, taken: Collection[nn.Module]) -> list[LeftOut]:
+    """The kinds of linears that look like an FFN and are not among these linears."""
     kinds: dict[tuple[str, str, str], list[tuple[str, str]]] = defaultdict(list)
     for pair, widths in _pairs_of(model, taken):
-        kinds[(*(globs_of([name])[0] for name in pair), widths)].append(pair)  # type: ignore[index]
+        first, last = (globs_of([name])[0] for name in pair)
+        kinds[widths, first, last].append(pair)
     return [
-        f"wrap() leaves {len(pairs)} x {widths} dense, which looks like an FFN: {first} and "
-        f"{last}. wrap(model, filter_fn={_filter_for(model, (first, last), pairs)}) takes these."
-        for (first, last, widths), pairs in kinds.items()
+        LeftOut(len(pairs), *kind, _filter_for(model, kind[1:], pairs))
+        for kind, pairs in kinds.items()
     ]
 
 

@@ -58,7 +58,7 @@ def wrap_linears(
     new = [plan.fusion_weights for plan in plans]
     _follow_masks(model, new)
     if filter_fn is None and config.layers is None:
-        warn_of_left_out(model, groups)
+        warn_of_left_out(model, {linear for group in groups for linear in group.linears.values()})
     return new
 
 
