@@ -186,13 +186,13 @@ def test_what_looks_like_an_ffn_and_is_left_warns_with_a_filter_that_takes_it() 
     (message,) = (str(warning.message) for warning in caught)
     assert len(message) < 400
     assert "filter_fn=[('merger.one', 'merger.other')]" in message
+    assert groups(model, filter_fn=[("merger.one", "merger.other")]) == {
+        "merger": ["merger.one", "merger.other"]
+    }
     exf.wrap(model, filter_fn=[("merger.one", "merger.other")])
     assert exf.summarize(model).left_dense == (
         "2 x 8 -> 12 -> 8, blocks.*.blocks.*.fc1 and blocks.*.blocks.*.fc2",
     )
-    assert groups(model, filter_fn=[("merger.one", "merger.other")]) == {
-        "merger": ["merger.one", "merger.other"]
-    }
 
 
 def test_tuples_of_globs_name_the_linears_of_each_ffn() -> None:
