@@ -206,3 +206,17 @@ def test_a_printed_model_says_what_is_attached_to_it(settings: Any) -> None:
     assert expected + (", momentum=0.95)" if variant == "mb" else ")") in text
     assert text.count("4 x (6, 4)") == (2 if settings["fuse_on"] == "forward" else 0)
     assert text.count("4 x (4,)") == (2 if settings["fuse_on"] == "forward" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrap", [*SETTINGS, meo.wrap], ids=["-".join(s.values()) for s in SETTINGS] + ["meo"]
+)
+def test_whatever_looks_at_every_attribute_meets_nothing_but_attribute_errors(wrap: Any) -> None:
+    model = wrap(FFNs()) if callable(wrap) else wrapped(FFNs(), wrap)
+    for module in model.modules():
+        for name in dir(module):
+            hasattr(module, name)  # raises whatever is not an AttributeError
+    x = torch.randn(2, 3, 4)
+    traced = torch.jit.trace(model.eval(), x)
+    torch.testing.assert_close(traced(x), model(x))
