@@ -208,7 +208,6 @@ def test_a_printed_model_says_what_is_attached_to_it(settings: Any) -> None:
     assert text.count("4 x (4,)") == (2 if settings["fuse_on"] == "forward" else 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     "wrap", [*SETTINGS, meo.wrap], ids=["-".join(s.values()) for s in SETTINGS] + ["meo"]
 )
@@ -217,6 +216,3 @@ def test_whatever_looks_at_every_attribute_meets_nothing_but_attribute_errors(wr
     for module in model.modules():
         for name in dir(module):
             hasattr(module, name)  # raises whatever is not an AttributeError
-    x = torch.randn(2, 3, 4)
-    traced = torch.jit.trace(model.eval(), x)
-    torch.testing.assert_close(traced(x), model(x))
