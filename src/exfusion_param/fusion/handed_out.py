@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fusion_weights.zero_gradients import is_capturing
 from ..tensors.shards import is_sharded, local
 
 # Not attributes of the modules, for a deepcopy not to take them along.
@@ -120,11 +121,6 @@ def forget(fusion: nn.Module) -> None:
     """What was handed out so far counts no more."""
     _fresh.pop(fusion, None)
     _held.pop(fusion, None)
-
-
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is recorded, within which nothing can be compared."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..tensors.shards import local
 from .base import FusionWeights
-from .zero_gradients import is_transformed
+from .zero_gradients import is_capturing, is_transformed
 
 PATIENCE = 10
 """Forwards without a gradient, and without a step, after which a bank ought to have moved."""
@@ -138,10 +138,8 @@ def _banks(groups: Iterable[FusionWeights]) -> list[Any]:
 
 def _can_be_read(tensor: Tensor) -> bool:
     """Whether a tensor's numbers can be looked at here without disturbing what runs."""
-    if type(tensor) is not Tensor or tensor.is_meta or is_transformed(tensor):
-        return False
-    is_capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (is_capturing or torch.jit.is_tracing())  # type: ignore[attr-defined]
+    is_plain = type(tensor) is Tensor and not tensor.is_meta
+    return is_plain and not (is_transformed(tensor) or is_capturing(tensor))
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

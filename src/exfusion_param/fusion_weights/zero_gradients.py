@@ -49,6 +49,11 @@ def is_transformed(y: Tensor) -> bool:
     return is_wrapped or forward_ad._current_level >= 0
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is recorded, within which nothing can be compared."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_torch_func(weights: Tensor, group: str) -> None:
     """Raise if `torch.func` or forward-mode differentiation differentiates a router's output."""
     if not torch.compiler.is_compiling() and is_transformed(weights) and _has_derivative(weights):
