@@ -52,14 +52,7 @@ def shares_of(bank: Tensor) -> Tensor:
 
 
 def warn_of_problems(group: str, routed: Tensor, shares: Tensor, warned: set[str]) -> None:
-    """Warn of the problems of one step, of each kind once.
-
-    Args:
-        group: name of the FFN group.
-        routed: the router's mean output at the step, shape (N,).
-        shares: of `shares_of`, shape (N,).
-        warned: the kinds that the user knows of; new ones are added.
-    """
+    """Warn of the problems of one step, each kind once; both tensors have shape (N,)."""
     for kind, problem in _problems(group, routed, shares):
         if kind not in warned:
             warned.add(kind)

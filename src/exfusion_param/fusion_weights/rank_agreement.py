@@ -44,11 +44,7 @@ def agree(groups: Iterable[FusionWeights]) -> None:
 
 
 def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None:
-    """Raise unless all ranks have the same groups, settings, weights and fusion weights.
-
-    Args:
-        groups: the fusion weights of a model, each with its FFN group's name.
-        ranks: those that train the model together; all of them have to call this.
+    """Raise unless all ranks, which call this together, have wrapped a model alike.
 
     Raises:
         ValueError: on every rank, with what differs.

@@ -31,13 +31,7 @@ class Layout:
 
 
 def laid_out(mask: Tensor, shape: Sequence[int], layout: Layout) -> Tensor | None:
-    """A mask for tokens that are laid out in another way, or None if it is not a mask of them.
-
-    Args:
-        mask: shape (batch, tokens).
-        shape: of the FFN's input without its features.
-        layout: what the shape does not tell.
-    """
+    """A mask, shape (batch, tokens), as an input of `shape` has these tokens; None if it has not."""
     if mask.ndim != 2:
         return mask if mask.shape == torch.Size(shape) else None
     batch, tokens = mask.shape

@@ -55,7 +55,7 @@ def is_capturing(tensor: Tensor) -> bool:
 
 
 def refuse_torch_func(weights: Tensor, group: str) -> None:
-    """Raise if `torch.func` or forward-mode differentiation differentiates a router's output."""
+    """Raise if `torch.func` or forward-mode AD differentiates a router's output, shape (N,)."""
     if not torch.compiler.is_compiling() and is_transformed(weights) and _has_derivative(weights):
         raise RuntimeError(
             f"torch.func or forward-mode differentiation reached the router of {group!r} in "

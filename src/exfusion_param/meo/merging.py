@@ -77,13 +77,7 @@ def combined_outputs(x: Tensor, gates: Tensor, experts: Tensor, is_transposed: b
 
 
 def merged_weights(gates: Tensor, experts: Tensor, kept: int) -> Tensor:
-    """`sum_i g_bi W_i` for each sample, shape (B, *S), in the dtype of the gates.
-
-    Args:
-        gates: shape (B, N).
-        experts: shape (N, *S).
-        kept: how many gates of a sample are not zero.
-    """
+    """`sum_i g_bi W_i`, shape (B, *S), in the gates' dtype; gates are (B, N), experts (N, *S)."""
     flat = experts.flatten(1)
     if 3 * kept * len(gates) < len(experts):  # to copy these is less than to read all
         values, index = gates.topk(kept, dim=1)

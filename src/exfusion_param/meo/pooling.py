@@ -51,14 +51,7 @@ class Segments:
     tokens: int
 
     def joined(self, y: Tensor) -> Tensor:
-        """The tokens of all segments in their first places.
-
-        Args:
-            y: shape (B, segments, length, out).
-
-        Returns:
-            Shape (B, T, out).
-        """
+        """The tokens, (B, T, out), in their first places, of (B, segments, length, out)."""
         y = y.flatten(1, 2)[:, : self.tokens]
         if self.order is None:
             return y

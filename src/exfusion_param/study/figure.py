@@ -11,15 +11,7 @@ from .statistics import Spread
 def plot(
     path: Path, values: Mapping[str, Sequence[float]], control: str, metric: str, title: str = ""
 ) -> None:
-    """Draw the mean of each arm, its standard error and every seed; a line is the control.
-
-    Args:
-        path: of the figure; its ending is the format.
-        values: one for each seed, by the names of the arms.
-        control: the arm that the others are compared with.
-        metric: what is measured, with its unit.
-        title: of the figure.
-    """
+    """Draw the mean of each arm, its standard error and the value of every seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.8 + 0.32 * len(values)), layout="constrained")

@@ -24,12 +24,6 @@ def finish(
 ) -> tuple[dict[Run, Result], dict[Run, str]]:
     """Do what has not ended yet, and read all results.
 
-    Args:
-        trial: does one run; with `at_once` above 1 importable by other processes.
-        runs: the runs, in the order in which they start.
-        folder: of the records.
-        at_once: how many processes run at once; 1 runs in this process.
-
     Returns:
         The results of all that have ended, and why others failed.
 

@@ -51,9 +51,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
 def smallest_told(difference: Spread, comparisons: int = 1) -> float:
     """The mean difference from which on one can be told from chance.
 
-    Args:
-        difference: of at least two seeds.
-        comparisons: how many are made; each gets its share of what is left to chance (Bonferroni).
+    Each comparison gets its share of what is left to chance (Bonferroni).
 
     Returns:
         Student's t for `CONFIDENCE`, times the standard error.
