@@ -31,7 +31,7 @@ class Layout:
 
 
 def laid_out(mask: Tensor, shape: Sequence[int], layout: Layout) -> Tensor | None:
-    """A mask, shape (batch, tokens), as an input of `shape` has these tokens; None if it has not."""
+    """A mask, shape (batch, tokens), as an input of `shape` has its tokens, or None."""
     if mask.ndim != 2:
         return mask if mask.shape == torch.Size(shape) else None
     batch, tokens = mask.shape
