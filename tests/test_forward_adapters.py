@@ -7,7 +7,16 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
-from peft import LoraConfig, get_peft_model
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -53,6 +62,31 @@ def test_a_lora_merge_is_refused_before_fuse_and_exact_after(variant: str, safe:
     merged = model.merge_and_unload(safe_merge=safe)
     torch.testing.assert_close(merged(x()), expected)
     assert type(merged.blocks[0].fc1) is nn.Linear
+
+
+ADAPTERS: list[Any] = [
+    LoraConfig(target_modules=["fc1", "fc2"], r=2, use_dora=True, init_lora_weights=False),
+    LoraConfig(target_modules=["fc1"], r=2, use_rslora=True, bias="all", init_lora_weights=False),
+    LoHaConfig(target_modules=["fc1", "fc2"], r=2, init_weights=False),
+    LoKrConfig(target_modules=["fc2"], r=2, init_weights=False),
+    VeraConfig(target_modules=["fc1"], r=2, init_weights=False),
+    OFTConfig(target_modules=["fc1"], r=2, oft_block_size=0, init_weights=False),
+    HRAConfig(target_modules=["fc1"], r=2, init_weights=False),
+    IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"], init_ia3_weights=False),
+]
+
+
+@pytest.mark.parametrize("config", ADAPTERS, ids=lambda config: type(config).__name__)
+def test_every_kind_of_adapter_merges_into_what_it_computed_or_is_refused(config: Any) -> None:
+    model = get_peft_model(wrapped("dw"), config).eval()
+    expected = model(x())
+    with pytest.raises(RuntimeError, match=r"is lost: .* call fuse\(model\) before merging"):
+        exf.fuse(copy.deepcopy(model).merge_and_unload())
+    exf.fuse(model)
+    torch.testing.assert_close(model.merge_and_unload()(x()), expected)
+    by_step = get_peft_model(wrapped("dw", fuse_on="step"), config).eval()
+    expected = by_step(x())
+    torch.testing.assert_close(exf.fuse(by_step.merge_and_unload())(x()), expected)
 
 
 def test_lora_under_step_merges_at_any_time() -> None:

@@ -5,6 +5,8 @@ import gc
 from typing import Any
 
 import pytest
+import timm
+import timm.utils
 import torch
 import transformers
 from timm.layers import Mlp
@@ -216,3 +218,13 @@ def test_whatever_looks_at_every_attribute_meets_nothing_but_attribute_errors(wr
     for module in model.modules():
         for name in dir(module):
             hasattr(module, name)  # raises whatever is not an AttributeError
+
+
+@pytest.mark.parametrize("settings", SETTINGS[4:])
+def test_timm_merges_the_branches_of_a_wrapped_model(settings: Any) -> None:
+    model = wrapped(timm.create_model("fastvit_t8", layers=(1, 1, 1, 1)).double(), settings).eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = model(x)
+    merged = timm.utils.reparameterize_model(model)
+    torch.testing.assert_close(merged(x), expected)
+    torch.testing.assert_close(exf.fuse(merged)(x), expected)

@@ -32,7 +32,7 @@ class ExpertFusion(nn.Module):
 
     def forward(self, experts: Tensor) -> Tensor:
         """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
-        return self.fusion_weights.fuse(experts)
+        return self.fusion_weights.fuse_stack(experts)
 
     def right_inverse(self, tensor: Tensor) -> Tensor:
         """The stack, shape (N, *S), for a dense tensor, shape (*S).

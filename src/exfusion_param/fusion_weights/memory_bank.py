@@ -85,11 +85,11 @@ class MemoryBank(TokenPool):
         self._require_own_thread()
         return self.current
 
-    def fuse(self, experts: Tensor) -> Tensor:
+    def fuse_stack(self, experts: Tensor) -> Tensor:
         """The fused tensor; warns of an empty bank in eval, unless it is compiled."""
         if not self.training:
             self.still.warn_if_zero(self)
-        return super().fuse(experts)
+        return super().fuse_stack(experts)
 
     def start(self) -> Tensor:
         """The bank, whatever it sums to, or 1/N while it is empty, shape (N,)."""

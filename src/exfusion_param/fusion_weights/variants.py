@@ -37,7 +37,7 @@ class StaticWeights(FusionWeights):
         dtype = accumulation_dtype(like.dtype)
         return uniform_weights(self.config.num_experts, local(like).device, dtype)
 
-    def fuse(self, experts: Tensor) -> Tensor:
+    def fuse_stack(self, experts: Tensor) -> Tensor:
         """The experts' mean, shape (*S), also while the group's other stacks are offloaded."""
         dtype = accumulation_dtype(experts.dtype)
         weights = uniform_weights(self.config.num_experts, local(experts).device, dtype)

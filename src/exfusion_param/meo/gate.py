@@ -97,9 +97,11 @@ class Gate(TokenPool):
         gate = self.gate
         return uniform_weights(self.config.num_experts, gate.device, gate.dtype)
 
-    def fuse(self, experts: Tensor) -> Tensor:
+    def fuse_stack(self, experts: Tensor) -> Tensor:
         """The fused tensor at the task level; what stands for it at the others, shape (*S)."""
-        return super().fuse(experts) if self.config.level == "task" else per_sample_weight(experts)
+        if self.config.level != "task":
+            return per_sample_weight(experts)
+        return super().fuse_stack(experts)
 
     def require_fusable(self) -> None:
         """Raise a ValueError unless there is one dense model to fuse to."""
