@@ -256,3 +256,16 @@ def test_forward_mode_is_refused_in_training_and_right_in_eval_and_under_step(
         (expected,) = torch.autograd.grad(other(x).sum(), x)
         for value in directional(other).values():
             torch.testing.assert_close(value, expected.sum())
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+def test_a_forward_with_two_backwards_counts_as_two_micro_batches(fuse_on: Any) -> None:
+    model = make(fuse_on=fuse_on)
+    expected = moved(model, X[0], X[0], X[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    y = model(X[0])
+    y.square().mean().backward(retain_graph=True)
+    y.sin().mean().backward()
+    backward(model, X[1])
+    optimizer.step()
+    assert_bank(model, expected)

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from peft import (
+    AdaLoraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -87,6 +88,20 @@ def test_every_kind_of_adapter_merges_into_what_it_computed_or_is_refused(config
     by_step = get_peft_model(wrapped("dw", fuse_on="step"), config).eval()
     expected = by_step(x())
     torch.testing.assert_close(exf.fuse(by_step.merge_and_unload())(x()), expected)
+
+
+def test_what_freezes_or_takes_the_weight_itself_fails_under_forward_and_works_under_step() -> None:
+    from torchao.float8 import convert_to_float8_training
+
+    config = AdaLoraConfig(target_modules=["fc1"], total_step=10)
+    with pytest.raises(RuntimeError, match="leaf"):
+        get_peft_model(wrapped(), config)
+    with pytest.raises(TypeError, match="as parameter 'weight'"):
+        convert_to_float8_training(wrapped())
+    by_step = get_peft_model(wrapped(fuse_on="step"), config).eval()
+    expected = by_step(x())
+    torch.testing.assert_close(exf.fuse(by_step.merge_and_unload())(x()), expected)
+    convert_to_float8_training(wrapped(fuse_on="step"))
 
 
 def test_lora_under_step_merges_at_any_time() -> None:
