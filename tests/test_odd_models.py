@@ -222,6 +222,7 @@ def test_whatever_looks_at_every_attribute_meets_nothing_but_attribute_errors(wr
 
 @pytest.mark.parametrize("settings", SETTINGS[4:])
 def test_timm_merges_the_branches_of_a_wrapped_model(settings: Any) -> None:
+    """It calls the method `fuse` of each module that has one, so that fusion weights have none."""
     model = wrapped(timm.create_model("fastvit_t8", layers=(1, 1, 1, 1)).double(), settings).eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     expected = model(x)

@@ -77,7 +77,7 @@ def main() -> None:
         count = results[path.stem]
         passed = count["cases"] - count["skipped"] - count["wrong"]
         link = f"[{_title(path)}](../tests/{path.name})"
-        before = RIGHT_BEFORE.get(path.stem.removeprefix("test_"), "–")
+        before = RIGHT_BEFORE.get(path.stem.removeprefix("test_"), "-")
         rows.append(
             f"| {link} | {count['cases']} | {before} | {passed} | {count['skipped']} | "
             f"{count['wrong']} |"

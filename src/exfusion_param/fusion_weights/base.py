@@ -115,7 +115,6 @@ class FusionWeights(SingleInstance):
         """For `reset_parameters`, with the same draws at each call."""
         return named_generator(self.seed, f"{self.group}.{self.drawn}", device)
 
-    # timm's `reparameterize_model` calls the method `fuse` of each module that has one.
     def fuse_stack(self, experts: Tensor) -> Tensor:
         """The fused tensor, shape (*S), of the stack `experts`, shape (N, *S)."""
         return functional.fuse(experts, self())
