@@ -42,7 +42,8 @@ that was never saved, or an error that says nothing. The run is `examples/resume
 dropout, a memory bank, ExpertAdamW, a schedule, torchdata's loader, asynchronous checkpoints;
 under FSDP2 on two processes. Of damaged checkpoints one step counts as one checkpoint further
 back. Below the faults: what a long run holds, with accumulation, clipping, an average of the
-weights, metrics, records of the routers and 1 checkpoint for 200 steps.
+weights, metrics, records of the routers and 1 checkpoint for 200 steps. What other people's code
+does to wrapped models is counted in [Borders](borders.md).
 """
 
 
