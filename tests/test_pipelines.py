@@ -88,9 +88,15 @@ def test_votes_follow_the_gradient_of_the_weights(plan: str, variant: str) -> No
 
 
 @pytest.mark.parametrize("plan", ZERO_BUBBLE)
-def test_under_forward_a_bank_refuses_zero_bubbles(plan: str) -> None:
+def test_under_forward_static_weights_follow_the_gradient_too(plan: str) -> None:
+    assert_same(by_plan(plan, "sw", "forward"), by_plan("B0 B1 B2 B3", "sw", "forward"))
+
+
+@pytest.mark.parametrize("variant", ["dw", "mb"])
+@pytest.mark.parametrize("plan", ZERO_BUBBLE)
+def test_under_forward_other_weights_refuse_zero_bubbles(plan: str, variant: str) -> None:
     with pytest.raises(RuntimeError, match='"forward". Wrap with fuse_on="step"'):
-        by_plan(plan, "mb", "forward")
+        by_plan(plan, variant, "forward")
 
 
 SCHEDULES: dict[str, tuple[Any, int]] = {

@@ -153,21 +153,26 @@ def test_the_attention_is_split_where_experts_fuse_at_each_forward(variant: str)
         torch.testing.assert_close(state, dict(expected(variant, "forward")), rtol=0, atol=1e-9)
 
 
-def split_ffn_on_forward(rank: int, is_wrapped_first: bool) -> str:
+PLANS = {"all": FFN, **{name: {name: style} for name, style in FFN.items()}}
+
+
+def split_ffn_on_forward(rank: int, plan: str | None) -> str:
     model = transformer("mb", "forward")
+    before = list(model.state_dict())
     try:
-        if is_wrapped_first:
-            parallelize_module(model.layers[0], mesh_of(2), FFN)
-        else:
+        if plan is None:
             exf.wrap(tensor_parallel(exf.fuse(model), mesh_of(2)))
+        else:
+            parallelize_module(model.layers[0], mesh_of(2), PLANS[plan])
     except (TypeError, ValueError) as error:
+        assert plan is None or list(model.state_dict()) == before
         return str(error)
     return "nothing was refused"
 
 
-@pytest.mark.parametrize("is_wrapped_first", [True, False])
-def test_splitting_the_ffn_needs_experts_that_fuse_at_the_step(is_wrapped_first: bool) -> None:
-    for said in on_threads(2, split_ffn_on_forward, is_wrapped_first):
+@pytest.mark.parametrize("plan", [*PLANS, None])
+def test_splitting_the_ffn_needs_experts_that_fuse_at_the_step(plan: str | None) -> None:
+    for said in on_threads(2, split_ffn_on_forward, plan):
         assert 'fuse_on="step"' in said
         assert "ensor parallelism" in said
 

@@ -37,7 +37,7 @@ from ..tensors.precision import leaves_memory_unset
 from ..tensors.shards import is_sharded
 from . import outside_access
 from .expert_fusion import ExpertFusion
-from .refused_edits import OwnParameters, qconfig_property, refuse_deletion
+from .refused_edits import OwnParameters, qconfig_property, refuse_deletion, split_property
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -50,7 +50,7 @@ def share_class(
     Args:
         linear: the parametrized linear.
         dense_order: the names of the dense linear's parameters, in their order.
-        place: where its fusion weights follow its input; None leaves the dense class's `forward`.
+        place: where its fusion weights run it; None leaves the dense class's `forward`.
     """
     made = type(linear)
     dense: Any
@@ -70,6 +70,7 @@ def share_class(
         members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
         members["_save_to_state_dict"] = _saving(dense)
         members["qconfig"] = qconfig_property()
+        members["_distribute_module_applied"] = split_property()
         members["__deepcopy__"] = _copying(members.get("__deepcopy__") or dense.__deepcopy__)
         shared = _shared[kind] = _metaclass(dense)(made.__name__, made.__bases__, members)
     linear.__class__ = shared  # as torch has done for `made`

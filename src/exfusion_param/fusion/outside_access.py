@@ -156,15 +156,7 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
 
 
 def require_own_parameter(linear: Any, name: str, parameter: object) -> None:
-    """Raise a TypeError for a stack or a fused tensor under a name that a linear does not have.
-
-    Tensor parallelism registers stacks by their dotted names, pruning what the experts fuse to.
-    """
-    if is_sharded(parameter) and name.startswith("parametrizations."):
-        raise TypeError(
-            "Tensor parallelism cannot split a linear that fuses at each forward; wrap with "
-            'fuse_on="step", or leave the wrapped linears out of the plan.'
-        )
+    """Raise a TypeError for a fused tensor that is to be a parameter, as pruning registers it."""
     if isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter):
         raise TypeError(
             f"{name!r} is to be a parameter and is a tensor computed from experts, as when a "

@@ -1,8 +1,9 @@
 """What code that edits a wrapped linear itself is told: weight and bias are not its parameters.
 
 `functional_call` swaps tensors by name; old-style `torch.nn.utils.weight_norm` and `spectral_norm`
-take the weight out of the linear's dict of parameters; eager quantization sets a `qconfig`; others
-delete the attribute. Each is refused where it begins, with the linear as it was.
+take the weight out of the linear's dict of parameters; eager quantization sets a `qconfig`; tensor
+parallelism asks whether the linear is split already; others delete the attribute. Each is refused
+where it begins, with the linear as it was.
 """
 
 from __future__ import annotations
@@ -69,6 +70,18 @@ def qconfig_property() -> property:
             )
 
     return property(get, set_one)
+
+
+def split_property() -> property:
+    """The attribute that torch's `distribute_module`, a private name, reads before it splits."""
+
+    def get(self: Any) -> NoReturn:
+        raise TypeError(
+            "Tensor parallelism cannot split a linear that fuses at each forward; wrap with "
+            'fuse_on="step", or leave the wrapped linears out of the plan.'
+        )
+
+    return property(get)
 
 
 def _text(name: str) -> str:

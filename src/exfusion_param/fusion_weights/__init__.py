@@ -2,7 +2,8 @@
 
 All variants share `base`: the weights of one group, a module that must exist only once
 (`single_instance`), and the protocol `fused` for the tensors that are fused from them under
-`fuse_on="step"`. `variants` has the static and the learned weights, and picks the variant.
+`fuse_on="step"`. `variants` has the static and the learned weights, and picks the variant;
+`split_backwards` refuses pipelines that learned weights cannot follow.
 
 The third variant is the memory bank, which follows a router: `memory_bank` under "forward",
 `bank_on_step` under "step".

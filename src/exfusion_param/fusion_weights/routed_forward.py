@@ -1,4 +1,4 @@
-"""The `forward` of linears whose fusion weights follow their input, see fusion/linear_class.py."""
+"""The `forward` of linears that their fusion weights run, see fusion/linear_class.py."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ..finding.place import PlaceInGroup, input_of
 
 
 def routed_forward(dense: Any, place: PlaceInGroup) -> Callable[..., Any]:
-    """The forward for a dense class, which a `TokenPool` runs, and ends after the last linear."""
+    """The forward for a dense class, which the fusion weights run, and end after the last linear."""
     dense_forward = dense.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         def run_dense() -> Any:
             return dense_forward(self, *args, **kwargs)
 
-        pool = self.parametrizations.weight[0].fusion_weights
+        weights = self.parametrizations.weight[0].fusion_weights
         try:
-            return pool.run(self, input_of(args, kwargs), place, run_dense)
+            return weights.run(self, input_of(args, kwargs), place, run_dense)
         finally:
             if place.is_last:
-                pool.end_forward()
+                weights.end_forward()
 
     return forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..config import ExFusionConfig
 from ..expert_config import ExpertConfig
 from ..finding.discovery import FFNGroup
+from ..finding.place import PlaceInGroup
 from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import accumulation_dtype
@@ -17,6 +19,7 @@ from ..tensors.shards import assign, local
 from .bank_on_step import BankOnStep
 from .base import FusionWeights
 from .memory_bank import MemoryBank
+from .split_backwards import noting_backwards, run_noting_backwards
 from .zero_gradients import with_zero_gradient
 
 
@@ -59,7 +62,17 @@ class LearnedWeights(FusionWeights):
 
     def forward(self) -> Tensor:
         """The learned vector, shape (N,)."""
-        return self.weights
+        return noting_backwards(self, self.weights)
+
+    def runs(self, place: PlaceInGroup) -> bool:
+        """The last linear, to note which backwards pass it."""
+        return place.is_last
+
+    def run(
+        self, linear: nn.Module, x: Tensor, place: PlaceInGroup, run_dense: Callable[[], Any]
+    ) -> Any:
+        """The output of a linear."""
+        return run_noting_backwards(self, x, run_dense)
 
     def health(self) -> Tensor | None:
         """The vector, or this rank's part of it."""
