@@ -8,6 +8,8 @@ limit of its collectives.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,22 +17,45 @@ from torch import distributed
 
 from .ranks import Ranks
 
-PATIENCE = {"optimizer step": 60.0, "forward": 300.0}
+PATIENCE = {"optimizer step": 60.0, "forward": 300.0, "checkpoints": 300.0}
 """Seconds. The gradients of a backward are reduced before a step, so that ranks step together."""
 
+_TEXTS = {
+    "optimizer step": (
+        "Fusion weights are reduced over",
+        "train this model, give it the group of those that do: wrap(..., process_group=group).",
+    ),
+    "checkpoints": (
+        "Checkpoints are written together by",
+        "belong to this run, give the group of those that do: Checkpoints(..., process_group=group)"
+        ", and to StopRequest too.",
+    ),
+}
+_TEXTS["forward"] = _TEXTS["optimizer step"]
+
 _own_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-_meetings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_meetings: weakref.WeakKeyDictionary[Any, Counter[Any]] = weakref.WeakKeyDictionary()
 
 
 def await_ranks(ranks: Ranks, where: str) -> None:
-    """Wait until all ranks are here.
+    """Wait until all ranks are here, see `await_members`."""
+    for group in ranks.groups:
+        await_members(distributed.get_process_group_ranks(group), where)
+
+
+def await_members(members: Sequence[int], where: str) -> None:
+    """Wait until some ranks of the job are here.
+
+    Args:
+        members: their numbers, in the same order on each of them.
+        where: "optimizer step", "forward" or "checkpoints".
 
     Raises:
         RuntimeError: some have not come in time.
     """
-    for group in ranks.groups:
-        _meetings[group] = _meetings.get(group, 0) + 1
-        _meet(distributed.get_process_group_ranks(group), where, _meetings[group])
+    counts = _meetings.setdefault(distributed.group.WORLD, Counter())
+    counts[where, *members] += 1
+    _meet(members, where, counts[where, *members])
 
 
 def apart(ranks: Ranks) -> Ranks:
@@ -52,7 +77,7 @@ def _own_group(group: Any) -> Any:
     return separate
 
 
-def _meet(members: list[int], where: str, number: int) -> None:
+def _meet(members: Sequence[int], where: str, number: int) -> None:
     store: Any = distributed.distributed_c10d._get_default_store()
     place = f"exfusion_param/{where}/{number}/{','.join(map(str, members))}"
     here = distributed.get_rank()
@@ -63,13 +88,13 @@ def _meet(members: list[int], where: str, number: int) -> None:
         store.wait([f"{place}/all"], timedelta(seconds=PATIENCE[where]))
     except RuntimeError as error:
         missing = [rank for rank in members if not store.check([f"{place}/{rank}"])]
+        what, way_out = _TEXTS[where]
         raise RuntimeError(
-            f"Fusion weights are reduced over the ranks {_listed(members)}, and of these "
-            f"{_listed(missing)} did not come to their first {where} within "
-            f"{PATIENCE[where]:.0f} s of rank {here}. If they do not train this model, give it the "
-            "group of those that do: wrap(..., process_group=group)."
+            f"{what} the ranks {_listed(members)}, and of these {_listed(missing)} did not come to "
+            f"their first {where} within {PATIENCE[where]:.0f} s of rank {here}. If they do not "
+            f"{way_out}"
         ) from error
 
 
-def _listed(ranks: list[int]) -> str:
+def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

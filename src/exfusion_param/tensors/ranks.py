@@ -116,6 +116,15 @@ def ranks_in(process_group: Any) -> Ranks:
     return ranks_of_groups([process_group.get_group(dim) for dim in range(process_group.ndim)])
 
 
+def members_of(process_group: Any) -> list[int]:
+    """The numbers in the job of the ranks of a process group or a device mesh; raises as above."""
+    ranks_in(process_group)
+    if isinstance(process_group, distributed.ProcessGroup):
+        return sorted(distributed.get_process_group_ranks(process_group))
+    members: list[int] = sorted(process_group.mesh.flatten().tolist())
+    return members
+
+
 def all_ranks() -> Ranks:
     """All ranks of the job."""
     return ranks_of_groups([distributed.group.WORLD]) if has_ranks() else ALONE

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+from ...tensors.arrival import await_members
+from ...tensors.ranks import members_of
 from .errors import CheckpointError
 
 T = TypeVar("T")
 
 
 class Processes:
-    """All ranks of the job, or only this process where torch.distributed was not initialized.
+    """Ranks of a job, or only this process where torch.distributed was not initialized.
 
     They talk over a gloo group of their own, so that a thread can write while the others train.
+
+    Args:
+        members: their numbers in the job, ascending; None takes all. They make this together.
+
+    Raises:
+        RuntimeError: some of them do not.
     """
 
-    def __init__(self) -> None:
-        self.rank, self.count, self.group = 0, 1, None
+    def __init__(self, members: Sequence[int] | None = None) -> None:
+        self.members, self.rank, self.group = [0], 0, None
         if distributed.is_available() and distributed.is_initialized():
-            self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
-        if self.count > 1:
-            self.group = distributed.new_group(backend="gloo")
+            self.members = list(range(distributed.get_world_size()) if members is None else members)
+            self.rank = self.members.index(distributed.get_rank())
+        if len(self.members) > 1:
+            await_members(self.members, "checkpoints")
+            self.group = distributed.new_group(
+                self.members, backend="gloo", use_local_synchronization=True
+            )
+
+    @classmethod
+    def of(cls, process_group: Any) -> Processes:
+        """The ranks of a process group or device mesh; None takes all of the job.
+
+        Raises:
+            TypeError: it is neither.
+            ValueError: this rank is not in it.
+        """
+        return cls(None if process_group is None else members_of(process_group))
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.members)
 
     def gather(self, value: Any) -> list[Any]:
         """A plain value from every rank."""
@@ -55,7 +82,8 @@ class Processes:
         answers = self.gather((result, None if error is None else _in_words(error)))
         for rank, (_, words) in enumerate(answers):
             if words is not None:
-                where = f" (rank {rank})" if self.count > 1 else ""
+                is_known = self.count == 1 or "(rank " in words
+                where = "" if is_known else f" (rank {self.members[rank]})"
                 raise CheckpointError(f"{words}{where}") from error
         return [answer for answer, _ in answers]
 

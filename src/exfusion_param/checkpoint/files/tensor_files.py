@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -39,7 +39,7 @@ def write_tensors(
         return
     numbers = _file_numbers(tensors, 1 if group is None else group.size())
     writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
-    with _clear_messages():
+    with _clear_messages(group):
         save(
             _with_memory_of_their_own(tensors),
             storage_writer=writer,
@@ -82,12 +82,12 @@ def read_tensors(
     if not into:
         return
     reader = HuggingFaceStorageReader(str(folder))
-    with _clear_messages():
+    with _clear_messages(group):
         load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _clear_messages() -> Iterator[None]:
+def _clear_messages(group: ProcessGroup | None) -> Iterator[None]:
     """DCP's error is not an `Exception`, and its text is the tracebacks of all ranks.
 
     It also warns of what it is told to do; a thread cannot catch warnings only for itself.
@@ -98,6 +98,7 @@ def _clear_messages() -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
+        rank = rank if group is None else distributed.get_global_rank(group, rank)
         raise CheckpointError(f"{cause} (rank {rank})") from error
 
 

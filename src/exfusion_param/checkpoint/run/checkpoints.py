@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..files.processes import Processes
 from ..files.rank_files import read_rank, write_rank
 from ..files.run_folder import RunFolder
 from ..files.tensor_files import read_tensors, stored_tensors, write_tensors
+from .holders import Holders, for_each, saved_by
 from .optimizer_part import OptimizerPart
 from .parts import Module, Part
 from .resizing import ResizedModule, ResizedOptimizer
@@ -45,16 +46,25 @@ class Checkpoints:
     statistics that wait for an optimizer's step. The ranks of torch.distributed call all methods
     together; the folder is one that all of them see.
 
+    Ranks may have different parts, as the stages of a pipeline: a part is one thing on the ranks
+    that name it.
+
+        parts = {f"stage-{index}": stage, f"optimizer-{index}": optimizer}
+
     Args:
         folder: of the run; one process group at a time writes to it.
         parts: what is saved, by names of letters, digits, "_" and "-": models, optimizers, and all
             else with `state_dict` and `load_state_dict`, such as schedulers, GradScalers and
             torchdata's StatefulDataLoader. Make the optimizer after `wrap` and `fully_shard`.
+        process_group: the ranks of the run, a process group or device mesh; by default all ranks
+            of the job. Of several models in one job, each has a folder and a group of its own.
         keep: how many checkpoints stay; None keeps all.
         asynchronous: copy to the CPU in `save`, and write while the run goes on.
 
     Raises:
-        ValueError: a part or an argument is none of those.
+        ValueError: a part or an argument is none of those, or a part holds other tensors on some
+            ranks than on others.
+        RuntimeError: some ranks do not create theirs.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class Checkpoints:
         *,
         keep: int | None = 3,
         asynchronous: bool = False,
+        process_group: Any = None,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, or None for all, got {keep}.")
@@ -71,7 +82,8 @@ class Checkpoints:
         self._parts = parts_of(parts, Module, OptimizerPart)
         self._run = RunFolder(Path(folder))
         self._keep = keep
-        self._processes = Processes()
+        self._processes = Processes.of(process_group)
+        self._holders = Holders(self._parts, self._processes)
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
 
@@ -127,7 +139,7 @@ class Checkpoints:
                 does not fit the parts. They are then as they were.
         """
         self.wait()
-        names = {part.name for part in self._parts}
+        names = set(self._holders.ranks)
         if unknown := set(leave_out) - names:
             raise ValueError(f"leave_out names {sorted(unknown)}; the parts are {sorted(names)}.")
         latest = self._latest_whole()
@@ -179,47 +191,59 @@ class Checkpoints:
     def _write_files(self, step: int, captured: Captured) -> None:
         folder, ranks = self._run.partial(step), self._processes
         ranks.on_first(lambda: self._run.start(step))
-        for name, tensors in captured.tensors.items():
-            write_tensors(folder / name, tensors, ranks.group)
+        ranks.together(
+            lambda: for_each(
+                self._holders.processes,
+                lambda name, those: write_tensors(
+                    folder / name, captured.tensors[name], those.group
+                ),
+            )
+        )
         own = captured.rank_values, captured.rank_tensors
         ranks.together(lambda: write_rank(folder, ranks.rank, *own))
-        ranks.on_first(lambda: captured.describe(folder))
+        firsts = [name for name, those in self._holders.processes.items() if those.rank == 0]
+        ranks.together(lambda: captured.describe(folder, firsts))
         content = {
             "step": step,
             "ranks": ranks.count,
-            "parts": [part.name for part in self._parts],
+            "parts": list(self._holders.ranks),
+            "holders": self._holders.described(),
             "torch": str(torch.__version__),
         }
         write_manifest(folder, content, ranks)
         ranks.on_first(lambda: self._run.commit(step))
 
     def _load(self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]) -> None:
+        plans: dict[str, Plan] = {}
+        checked = self._checked_plans
+        self._processes.together(lambda: plans.update(checked(folder, manifest, parts)))
+        self._processes.together(
+            lambda: for_each(
+                {name: plans[name] for name in self._holders.processes if name in plans},
+                lambda name, plan: read_tensors(
+                    folder / name, plan.tensors, self._holders.processes[name].group
+                ),
+            )
+        )
+        self._processes.together(lambda: load_all(plans.values()))
+
+    def _checked_plans(
+        self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]
+    ) -> dict[str, Plan]:
         if missing := [part.name for part in parts if part.name not in manifest["parts"]]:
             raise CheckpointError(
                 f"{folder} lacks {missing[0]!r}; it holds {manifest['parts']}. Resume without it: "
                 f"resume(leave_out={missing})."
             )
-        plans: list[Plan] = []
-        self._processes.together(lambda: plans.extend(self._checked_plans(folder, manifest, parts)))
-        for plan in plans:
-            read_tensors(folder / plan.part.name, plan.tensors, self._processes.group)
-        self._processes.together(lambda: load_all(plans))
-
-    def _checked_plans(
-        self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]
-    ) -> list[Plan]:
         try:
-            return list(self._plans(folder, manifest, parts))
+            return {part.name: self._plan(folder, manifest, part) for part in parts}
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} does not hold what a run saves: {error!r}") from error
 
-    def _plans(
-        self, folder: Path, manifest: Mapping[str, Any], parts: Iterable[Part]
-    ) -> Iterator[Plan]:
-        rank, saved = self._processes.rank, manifest["ranks"]
-        is_same = saved == self._processes.count
-        by_rank = [read_rank(folder, i) for i in ([rank] if is_same else range(saved))]
-        for part in parts:
-            of_part = [values[part.name] for values in by_rank]
-            values = of_part[0] if is_same else part.merged(of_part, rank)
-            yield Plan(part, part.allocate(stored_tensors(folder / part.name), values), values)
+    def _plan(self, folder: Path, manifest: Mapping[str, Any], part: Part) -> Plan:
+        those, saved = self._holders.processes[part.name], saved_by(part.name, manifest)
+        is_same = len(saved) == those.count
+        numbers = [saved[those.rank]] if is_same else saved
+        of_part = [read_rank(folder, number)[part.name] for number in numbers]
+        values = of_part[0] if is_same else part.merged(of_part, those.rank)
+        return Plan(part, part.allocate(stored_tensors(folder / part.name), values), values)

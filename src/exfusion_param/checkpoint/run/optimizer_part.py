@@ -42,6 +42,10 @@ class OptimizerPart(Part):
         self._names = names
         self._groups()
 
+    def holds(self) -> list[str]:
+        """The names of the parameters."""
+        return [held.name for held in self._held_now()]
+
     def tensors(self) -> dict[str, Tensor]:
         """The states that have their parameter's shape, or that of a stack of such."""
         return {

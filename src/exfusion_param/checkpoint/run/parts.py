@@ -23,6 +23,10 @@ class Part(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def holds(self) -> list[str]:
+        """Names that tell it from a part of another model."""
+        return []
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, DTensors or alike on all ranks; the same names on all ranks."""
         return {}
@@ -82,6 +86,10 @@ class Module(Part):
         kinds = {type(child).__name__ for child in self.module.modules()}
         if "FullyShardedDataParallel" in kinds:
             raise ValueError(f"{name} is under FSDP1. Shard it with exfusion_param.fully_shard.")
+
+    def holds(self) -> list[str]:
+        """The keys of the state dict."""
+        return list(self.module.state_dict(keep_vars=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the state dict, tied ones once."""

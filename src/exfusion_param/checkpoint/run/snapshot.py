@@ -52,10 +52,10 @@ class Captured:
             if isinstance(part, Module) and groups_of(part.module)
         }
 
-    def describe(self, folder: Path) -> None:
-        """Write beside a wrapped model's tensors how they are fused."""
-        for name, description in self.descriptions.items():
-            write_description(description, folder / name)
+    def describe(self, folder: Path, names: Iterable[str]) -> None:
+        """Write beside a wrapped model's tensors how they are fused, for the parts so named."""
+        for name in self.descriptions.keys() & set(names):
+            write_description(self.descriptions[name], folder / name)
 
     def copy_to_cpu(self) -> None:
         """Take copies, which the run no longer changes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 from ..files.processes import Processes
 
@@ -22,10 +23,17 @@ class StopRequest:
 
     Args:
         signals: those to note. Only the main thread can take signals.
+        process_group: the ranks that stop together, as for `Checkpoints`; by default all of the
+            job.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        self._processes = Processes()
+    def __init__(
+        self,
+        signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT),
+        *,
+        process_group: Any = None,
+    ) -> None:
+        self._processes = Processes.of(process_group)
         self._is_received = False
         for number in signals:
             signal.signal(number, self._receive)
