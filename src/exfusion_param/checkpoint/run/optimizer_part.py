@@ -44,7 +44,7 @@ class OptimizerPart(Part):
 
     def holds(self) -> list[str]:
         """The names of the parameters."""
-        return [held.name for held in self._held_now()]
+        return list(self._parameters())
 
     def tensors(self) -> dict[str, Tensor]:
         """The states that have their parameter's shape, or that of a stack of such."""

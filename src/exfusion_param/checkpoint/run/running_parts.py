@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...fusion.lookup import groups_of
 from ...fusion_weights.memory_bank import MemoryBank
+from ...tensors.fsdp_groups import param_groups_of
 from ...tensors.shards import is_sharded
 from ..files.errors import CheckpointError
 from ..files.plain_values import same
@@ -154,11 +155,7 @@ def _refuse_unreduced(module: nn.Module) -> None:
 def has_unreduced_gradients(module: FSDPModule) -> bool:
     """Whether a module that FSDP2 shards waits to reduce; torch has no public name for it."""
     try:
-        state: Any = module._get_fsdp_state()
-        if hasattr(state, "_fsdp_param_groups"):  # since torch 2.13 a module may have several
-            groups = state._fsdp_param_groups
-        else:
-            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        groups = param_groups_of(module._get_fsdp_state())
         parameters = [parameter for group in groups for parameter in group.fsdp_params]
         return any(_has_unreduced_gradient(parameter) for parameter in parameters)
     except AttributeError as error:

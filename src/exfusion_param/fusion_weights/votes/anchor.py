@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ...tensors.fsdp_groups import is_resharded_after_forward
 from ...tensors.shards import is_sharded, local
 from .custom_ops import current_backward
 
@@ -171,6 +172,11 @@ class Anchor:
         # `zero_grad(set_to_none=False)` leaves zeros; to ask for them would stall a GPU.
         is_reset = self._was_written & ~local(parameter.grad).any()
         return torch.where(is_reset, 0, total)
+
+    def is_resharded(self) -> bool:
+        """Whether FSDP2 takes it away between a forward and its backward."""
+        parameter = _get(self._parameter)
+        return parameter is not None and is_resharded_after_forward(parameter)
 
     def composed(self, is_counted: bool) -> Tensor | None:
         """The gradient, if not autograd wrote it but the user's code, out of those of backwards.

@@ -86,7 +86,8 @@ def _token(statistics: Tensor, probe: Tensor, name: Tensor) -> Tensor:
 @_custom_op(f"{_namespace}::note_token")
 def _note_token(gradient: Tensor, statistics: Tensor, name: Tensor) -> Tensor:
     if (counter := _live.get(int(name))) is not None:
-        counter.note(statistics.clone())  # whose memory a compiled graph uses again
+        # A clone, as a compiled graph uses the memory again.
+        counter.note(statistics.clone(), is_compiled=True)
     return torch.zeros_like(gradient)
 
 

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from ...tensors.ranks import Ranks
-from ...tensors.shards import is_sharded
 from .anchor import Anchor
 from .custom_ops import current_backward, name_of, ops
 from .ordered_sums import OrderedSums
+from .refusals import lost_gradients, split_backwards
 
 
 @dataclasses.dataclass
@@ -45,9 +45,11 @@ class _Backward:
         writes: whether it is about to write the anchor's gradient, or has.
         has_written: whether it has written the anchor's gradient.
         is_for_inputs: whether it noted on the way to the FFN's input, as under "forward".
+        uncertain: like noted, by compiled code, which notes again when it writes.
     """
 
     noted: Tensor | None = None
+    uncertain: Tensor | None = None
     writes: bool = False
     has_written: bool = False
     is_for_inputs: bool = False
@@ -133,7 +135,10 @@ class Votes:
         self._anchor.follow(anchor)
 
     def _before_write(self, gradient: Tensor) -> None:
-        self._backward().writes = True
+        backward = self._backward()
+        backward.writes = True
+        self._all_noted = _sum(self._all_noted, backward.uncertain)
+        backward.uncertain = None
 
     def _backward(self) -> _Backward:
         """The running backward; to be called before it writes the anchor's gradient."""
@@ -147,17 +152,23 @@ class Votes:
             self.drop_unapplied()
         return self._backwards[identity]
 
-    def note(self, entry: Tensor, *, is_for_inputs: bool = False) -> None:
+    def note(
+        self, entry: Tensor, *, is_for_inputs: bool = False, is_compiled: bool = False
+    ) -> None:
         """Note one micro-batch within a backward.
 
         Args:
             entry: its statistics, `w` first, and behind them 1, or 0s if it does not count.
             is_for_inputs: whether a backward that computes no parameter's gradient does it too.
+            is_compiled: whether that one does it, and later the one that computes it again.
         """
         backward = self._backward()
         backward.is_for_inputs |= is_for_inputs
         backward.noted = _sum(backward.noted, entry)
-        self._all_noted = _sum(self._all_noted, entry)
+        if is_compiled and not backward.writes:
+            backward.uncertain = _sum(backward.uncertain, entry)
+        else:
+            self._all_noted = _sum(self._all_noted, entry)
         if backward.has_written or self._anchor.counts_at_once:
             self._count(backward)
 
@@ -192,9 +203,9 @@ class Votes:
         gradient = self._anchor.composed(self.total is not None)
         if gradient is not None and self._all_noted is not None:
             if self._is_split or any(other.is_split for other in self._backwards.values()):
-                raise _split_backwards(self._group)
-            if self._anchor.is_by_hand and is_sharded(gradient):
-                raise _added_up_by_hand(self._group)
+                raise split_backwards(self._group)
+            if self._anchor.is_by_hand and self._anchor.is_resharded():
+                raise lost_gradients(self._group)
             self.total = torch.where(has_gradient(), self._all_noted, 0)
             self.has_counted = True
         is_rewritten = self._anchor.rewritten()
@@ -229,19 +240,3 @@ def mean_of(total: Tensor) -> Tensor:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _split_backwards(group: str) -> RuntimeError:
-    return RuntimeError(
-        f"The backwards of {group!r} computed the gradients of inputs and of weights apart, as "
-        "pipelines with a zero-bubble schedule do, and its memory bank cannot tell which of them "
-        'count under fuse_on="forward". Wrap with fuse_on="step", or take another schedule.'
-    )
-
-
-def _added_up_by_hand(group: str) -> RuntimeError:
-    return RuntimeError(
-        f"The gradients of {group!r} are sharded by FSDP2, and were computed and added up apart, "
-        "as pipelines with a zero-bubble schedule do; its memory bank cannot tell which of them "
-        "count. Take a schedule without zero bubbles, such as 1F1B."
-    )
