@@ -1,7 +1,7 @@
 """A `Net` cut into stages of a torch pipeline over two ranks, or over two meshes of ranks."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,17 +57,39 @@ def stages(count: int, variant: str, fuse_on: str, group: Any = None) -> list[nn
     return [wrapped(stage, variant, fuse_on, group) for stage in made]
 
 
-def on_one_rank(count: int, variant: str, fuse_on: str, steps: Iterable[int] = range(STEPS)) -> Any:
-    """The state by the names of stages, without a pipeline."""
-    made = stages(count, variant, fuse_on)
-    model = nn.Sequential(*made)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def on_one_rank(
+    count: int,
+    variant: str,
+    fuse_on: str,
+    steps: Iterable[int] = range(STEPS),
+    before: Callable[[dict[str, Any]], Any] = dict,
+) -> dict[str, Tensor]:
+    """The state by the names of stages, without a pipeline.
+
+    Args:
+        count: of stages.
+        variant: of the fusion weights.
+        fuse_on: when they fuse.
+        steps: the number of each.
+        before: is given the parts to save before the first one.
+    """
+    model = nn.Sequential(*stages(count, variant, fuse_on))
+    optimizers = [torch.optim.SGD(stage.parameters(), lr=0.1) for stage in model]
+    before(parts_to_save(dict(enumerate(model)), dict(enumerate(optimizers))))
     for step in steps:
         for part in batch(step, size=SIZE).chunk(MICRO_BATCHES):
             (loss_of(model(part)) / MICRO_BATCHES).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     return dict(model.state_dict())
+
+
+def parts_to_save(stages: Mapping[int, Any], optimizers: Mapping[int, Any]) -> dict[str, Any]:
+    """Parts for `Checkpoints`: each stage and its optimizer under names of their own."""
+    return {f"stage-{index}": stage for index, stage in stages.items()} | {
+        f"optimizer-{index}": optimizer for index, optimizer in optimizers.items()
+    }
 
 
 class Pipeline:
@@ -119,6 +141,10 @@ class Pipeline:
                 optimizer.step()
                 optimizer.zero_grad()
         return self
+
+    def parts(self) -> dict[str, Any]:
+        """What `Checkpoints` saves of this rank."""
+        return parts_to_save(self.stages, self.optimizers)
 
     def state(self) -> dict[str, Tensor]:
         """The whole state of this rank's stages."""

@@ -98,8 +98,8 @@ def _clear_messages(group: ProcessGroup | None) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
-        rank = rank if group is None else distributed.get_global_rank(group, rank)
-        raise CheckpointError(f"{cause} (rank {rank})") from error
+        where = "" if group is None else f" (rank {distributed.get_global_rank(group, rank)})"
+        raise CheckpointError(f"{cause}{where}") from error
 
 
 def _file_numbers(tensors: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
