@@ -4,7 +4,7 @@ PYTEST := $(BIN)/pytest --numprocesses=2 --dist=loadfile # what tests of a file 
 ARGS ?=
 TESTS :=
 
-.PHONY: help demo test lint types unit quick nightly docs package bench bench-quick gpu gpu-dry faults borders coverage recipes evidence clean
+.PHONY: help demo test lint types unit quick nightly docs package bench bench-quick gpu gpu-dry faults borders engines coverage recipes evidence clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,9 @@ faults: .venv/installed  ## kills, full disks, damaged and malformed files, a lo
 
 borders: .venv/installed  ## what other people's code does to wrapped models; about 6 minutes
 	$(BIN)/python tools/borders.py
+
+engines: .venv/installed  ## every engine against one rank; about 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/engines.py
 
 coverage: .venv/installed  ## count the FFNs found in all models of timm and transformers; about 20 minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tools/coverage.py

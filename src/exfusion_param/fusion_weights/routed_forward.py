@@ -9,7 +9,7 @@ from ..finding.place import PlaceInGroup, input_of
 
 
 def routed_forward(dense: Any, place: PlaceInGroup) -> Callable[..., Any]:
-    """The forward for a dense class, which the fusion weights run, and end after the last linear."""
+    """The forward for a dense class, which the fusion weights run until the last linear has run."""
     dense_forward = dense.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
