@@ -73,9 +73,11 @@ def qconfig_property() -> property:
 
 
 def split_property() -> property:
-    """The attribute that torch's `distribute_module`, a private name, reads before it splits."""
+    """The attribute, of a private name, that torch's `distribute_module` reads before it splits."""
 
     def get(self: Any) -> NoReturn:
+        if sys._getframe(1).f_globals.get("__name__") != "torch.distributed.tensor._api":
+            raise AttributeError("_distribute_module_applied")
         raise TypeError(
             "Tensor parallelism cannot split a linear that fuses at each forward; wrap with "
             'fuse_on="step", or leave the wrapped linears out of the plan.'
