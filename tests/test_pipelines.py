@@ -71,6 +71,7 @@ def by_plan(
 ZERO_BUBBLE = ["I0 I1 W0 W1 I2 I3 W2 W3", "B0 I1 W1 B2 I3 W3", "I0 W0 B1 I2 B3 W2"]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 refuses functions of autograd")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("plan", ZERO_BUBBLE)
 def test_votes_follow_the_gradient_of_the_weights(plan: str, variant: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import DataParallelMeshDims, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -81,7 +82,7 @@ def a_placement_of_stacks(model: nn.Module, rank: int) -> None:
 
 
 def mesh_dimensions_by_name(model: nn.Module, rank: int) -> None:
-    dims = DataParallelMeshDims(shard="shard")
+    dims = fsdp.DataParallelMeshDims(shard="shard")  # not in torch 2.11
     exf.fully_shard(wrapped(fuse_on="forward"), mesh=mesh_of(2), dp_mesh_dims=dims)
 
 

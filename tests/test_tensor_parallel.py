@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import DataParallelMeshDims, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -184,7 +185,7 @@ def with_spmd_mesh(rank: int) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters(recurse=False):
             spread = distribute_tensor(parameter.detach(), mesh, whole_on_all)
             setattr(module, name, nn.Parameter(spread))
-    dims = DataParallelMeshDims(shard="data")
+    dims = fsdp.DataParallelMeshDims(shard="data")  # not in torch 2.11
     exf.fully_shard(model, mesh=mesh, dp_mesh_dims=dims, shard_placement_fn=by_columns)
     return {name: local(p).detach() for name, p in model.layers[0].named_parameters()}
 
