@@ -125,7 +125,7 @@ def _require_no_write(linear: Any, name: str, only_fresh: bool) -> None:
             f"An in-place write to {_named(linear, name)} is lost: under "
             'fuse_on="forward" it is computed from the experts at each access. Assign a tensor, '
             f"linear.{name} = tensor; initialize before wrap(); call fuse(model) before merging "
-            'adapters or quantizing; or wrap with fuse_on="step", where the model is dense.'
+            'adapters or quantizing; or wrap with fuse_on="step" (not for MEO).'
         )
 
 
@@ -147,7 +147,7 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
         raise ValueError(
             f"Experts fuse to {_named(linear, name)}, got a {type(value.data).__name__} of shape "
             f"{tuple(value.shape)}. Call fuse(model) before quantizing or replacing it, or wrap "
-            'with fuse_on="step".'
+            'with fuse_on="step" (not for MEO).'
         )
     parametrized.right_inverse(value)
     forget(fusion)
@@ -161,7 +161,7 @@ def require_own_parameter(linear: Any, name: str, parameter: object) -> None:
         raise TypeError(
             f"{name!r} is to be a parameter and is a tensor computed from experts, as when a "
             "wrapped linear is pruned. Call fuse(model) first, or wrap with "
-            'fuse_on="step".'
+            'fuse_on="step" (not for MEO).'
         )
 
 

@@ -66,7 +66,7 @@ def qconfig_property() -> property:
         if value is not None:
             raise TypeError(
                 "A wrapped linear cannot be quantized: its weight is fused from experts at each "
-                'access. Call fuse(model) first, or wrap with fuse_on="step".'
+                'access. Call fuse(model) first, or wrap with fuse_on="step" (not for MEO).'
             )
 
     return property(get, set_one)

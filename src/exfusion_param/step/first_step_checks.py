@@ -72,8 +72,8 @@ def _check_matrix_optimizer(optimizer: Optimizer, stacks: set[int]) -> None:
     if not held:
         return
     ways_out = (
-        'Wrap with fuse_on="step", which updates each expert as a matrix of its own, or give the '
-        "stacks to another optimizer."
+        'Wrap with fuse_on="step" (not for MEO), which updates each expert as a matrix of its '
+        "own, or give the stacks to another optimizer."
     )
     if kind.__module__.startswith("timm."):
         raise RuntimeError(

@@ -84,7 +84,7 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
             linears,
             lambda linear: "forward" in vars(linear),
             "given a forward of their own, past their class, so that a router sees no input. Set "
-            'it after wrap(), or use fuse_on="step".',
+            'it after wrap(), or use fuse_on="step" (not for MEO).',
         )
 
 
