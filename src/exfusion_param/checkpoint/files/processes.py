@@ -68,27 +68,30 @@ class Processes:
         distributed.all_reduce(any_flag, distributed.ReduceOp.MAX, self.group)
         return bool(any_flag)
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """What each rank's work gives.
+    def each(self, work: Callable[[], T]) -> T:
+        """What this rank's work gives.
 
         Raises:
             CheckpointError: a rank failed; every rank raises.
         """
-        result, error = None, None
+        caught = None
         try:
             result = work()
-        except Exception as caught:
-            error = caught
-        answers = self.gather((result, None if error is None else _in_words(error)))
-        for rank, (_, words) in enumerate(answers):
+        except Exception as error:
+            caught = error
+        for rank, words in enumerate(self.gather(None if caught is None else _in_words(caught))):
             if words is not None:
                 is_known = self.count == 1 or "(rank " in words
                 where = "" if is_known else f" (rank {self.members[rank]})"
-                raise CheckpointError(f"{words}{where}") from error
-        return [answer for answer, _ in answers]
+                raise CheckpointError(f"{words}{where}") from caught
+        return result
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What every rank's work gives; raises as `each` does."""
+        return self.gather(self.each(work))
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What rank 0's work gives, on every rank; raises as `together` does."""
+        """What rank 0's work gives, on every rank; raises as `each` does."""
         return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
 

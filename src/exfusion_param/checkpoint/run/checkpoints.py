@@ -9,9 +9,10 @@ A checkpoint holds, in a folder of its own (run_folder.py):
 
 from __future__ import annotations
 
+import functools
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from .optimizer_part import OptimizerPart
 from .parts import Module, Part
 from .resizing import ResizedModule, ResizedOptimizer
 from .snapshot import Captured, Plan, load_all, parts_of
+
+Read = Callable[[int], dict[str, Any]]
+"""The values of a rank's parts, by its number."""
 
 
 class Checkpoints:
@@ -102,7 +106,7 @@ class Checkpoints:
                 before it are whole, and the run can go on.
         """
         self.wait()
-        captured = self._capture()
+        captured = self._processes.each(lambda: Captured(self._parts))
         if self._writer is None:
             self._write(step, captured)
         else:
@@ -168,11 +172,6 @@ class Checkpoints:
             )
         return None
 
-    def _capture(self) -> Captured:
-        captured: list[Captured] = []
-        self._processes.together(lambda: captured.append(Captured(self._parts)))
-        return captured[0]
-
     def _write(self, step: int, captured: Captured) -> None:
         is_first = self._processes.rank == 0
         try:
@@ -191,7 +190,7 @@ class Checkpoints:
     def _write_files(self, step: int, captured: Captured) -> None:
         folder, ranks = self._run.partial(step), self._processes
         ranks.on_first(lambda: self._run.start(step))
-        ranks.together(
+        ranks.each(
             lambda: for_each(
                 self._holders.processes,
                 lambda name, those: write_tensors(
@@ -200,9 +199,9 @@ class Checkpoints:
             )
         )
         own = captured.rank_values, captured.rank_tensors
-        ranks.together(lambda: write_rank(folder, ranks.rank, *own))
+        ranks.each(lambda: write_rank(folder, ranks.rank, *own))
         firsts = [name for name, those in self._holders.processes.items() if those.rank == 0]
-        ranks.together(lambda: captured.describe(folder, firsts))
+        ranks.each(lambda: captured.describe(folder, firsts))
         content = {
             "step": step,
             "ranks": ranks.count,
@@ -214,10 +213,9 @@ class Checkpoints:
         ranks.on_first(lambda: self._run.commit(step))
 
     def _load(self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]) -> None:
-        plans: dict[str, Plan] = {}
-        checked = self._checked_plans
-        self._processes.together(lambda: plans.update(checked(folder, manifest, parts)))
-        self._processes.together(
+        ranks = self._processes
+        plans = ranks.each(lambda: self._checked_plans(folder, manifest, parts))
+        ranks.each(
             lambda: for_each(
                 {name: plans[name] for name in self._holders.processes if name in plans},
                 lambda name, plan: read_tensors(
@@ -225,7 +223,7 @@ class Checkpoints:
                 ),
             )
         )
-        self._processes.together(lambda: load_all(plans.values()))
+        ranks.each(lambda: load_all(plans.values()))
 
     def _checked_plans(
         self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]
@@ -235,15 +233,16 @@ class Checkpoints:
                 f"{folder} lacks {missing[0]!r}; it holds {manifest['parts']}. Resume without it: "
                 f"resume(leave_out={missing})."
             )
+        read = functools.cache(lambda rank: read_rank(folder, rank))
         try:
-            return {part.name: self._plan(folder, manifest, part) for part in parts}
+            return {part.name: self._plan(folder, manifest, part, read) for part in parts}
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} does not hold what a run saves: {error!r}") from error
 
-    def _plan(self, folder: Path, manifest: Mapping[str, Any], part: Part) -> Plan:
+    def _plan(self, folder: Path, manifest: Mapping[str, Any], part: Part, read: Read) -> Plan:
         those, saved = self._holders.processes[part.name], saved_by(part.name, manifest)
         is_same = len(saved) == those.count
         numbers = [saved[those.rank]] if is_same else saved
-        of_part = [read_rank(folder, number)[part.name] for number in numbers]
+        of_part = [read(number)[part.name] for number in numbers]
         values = of_part[0] if is_same else part.merged(of_part, those.rank)
         return Plan(part, part.allocate(stored_tensors(folder / part.name), values), values)
