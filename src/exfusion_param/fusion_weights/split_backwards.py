@@ -10,6 +10,7 @@ the backwards that pass its output, and refuses one that begins behind it.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,9 @@ def noting_backwards(owner: Any, weights: Tensor) -> Tensor:
 
 
 def _can_be_split(x: Tensor) -> bool:
+    # To note backwards costs tens of microseconds, so only where somebody has imported pipelines.
+    if "torch.distributed.pipelining" not in sys.modules:
+        return False
     return x.requires_grad and torch.is_grad_enabled() and not is_transformed(x)
 
 
