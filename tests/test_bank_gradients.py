@@ -269,3 +269,30 @@ def test_a_forward_with_two_backwards_counts_as_two_micro_batches(fuse_on: Any) 
     backward(model, X[1])
     optimizer.step()
     assert_bank(model, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+def test_gradients_of_single_samples_by_torch_func_move_no_bank_and_say_so(
+    fuse_on: Any, training: bool
+) -> None:
+    model = make(fuse_on=fuse_on).train(training)
+    if fuse_on == "forward" and training:
+        with pytest.raises(RuntimeError, match=r"torch.func .* Call model.eval\(\)"):
+            private_step(model)
+        return
+    with pytest.warns(UserWarning, match="router has seen no input.* or has gradients from"):
+        private_step(model)
+
+
+def private_step(model: nn.Module) -> None:
+    """As differentially private training has it."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x[None],)).square().mean()
+
+    gradients = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, X[0])
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].mean(0)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()

@@ -79,7 +79,7 @@ def warn_of_bypass(group: str) -> None:
     """Warn of experts that train without their router."""
     warnings.warn(
         f"The experts of {group!r} have gradients, but its router has seen no input: the model "
-        "reads their weights without calling the linears, and the memory bank stays as it is. Use "
-        'variant="sw" or "dw".',
+        "reads their weights without calling the linears, trains in eval mode, or has gradients "
+        'from torch.func. The memory bank stays as it is. Use variant="sw" or "dw".',
         stacklevel=2,
     )

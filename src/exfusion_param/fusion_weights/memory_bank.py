@@ -220,9 +220,12 @@ class MemoryBank(TokenPool):
             bank_problems.warn_of_bypass(self.group)
 
     def _only_experts_have_gradients(self) -> bool:
-        """No for the zeros that distributed checkpoints step on, which the router has as well."""
-        gradients = [stack.grad for stack in self.expert_stacks()]
-        return self.router.grad is None and any(grad is not None for grad in gradients)
+        """No for the zeros that distributed checkpoints step on."""
+        router, stacks = self.router.grad, self.expert_stacks()
+        experts = [stack.grad for stack in stacks if stack.grad is not None]
+        if router is None:
+            return bool(experts)
+        return any(local(each).any() for each in experts) and not local(router).any()
 
     def _find_ranks(self) -> Ranks:
         return self.ranks
