@@ -13,10 +13,10 @@ from torch import Tensor, distributed
 
 from ..tensors.arrival import await_ranks
 from ..tensors.ranks import ALONE, Ranks
-from ..tensors.shards import is_sharded
+from ..tensors.shards import is_sharded, local
 from .base import FusionWeights
 
-_SEEDS = "seeds"
+_SEEDS, _BASES = "seeds", "bases"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _agreed: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 
@@ -64,17 +64,29 @@ def require_agreement(groups: Mapping[FusionWeights, str], ranks: Ranks) -> None
                 )
     every = [first, *(other for _, other in others)]
     for group, name in groups.items():
-        _share_draws(group, [fingerprints[name][_SEEDS] for fingerprints in every], ranks)
+        _share_draws(group, [fingerprints[name] for fingerprints in every], ranks)
     _agreed.update(groups)
 
 
-def _share_draws(group: FusionWeights, seeds: Sequence[Sequence[int]], ranks: Ranks) -> None:
-    """Take the seeds of the first rank; where they differed, its bases as well."""
-    for fused, seed in zip(group.fused, seeds[0], strict=True):
-        fused.start = dataclasses.replace(fused.start, seed=seed)
-        is_alike = all(other == seeds[0] for other in seeds)
-        if not is_alike and fused.base is not None and not is_sharded(fused.parameter):
-            ranks.broadcast(fused.base)
+def _share_draws(group: FusionWeights, every: Sequence[Mapping[str, Any]], ranks: Ranks) -> None:
+    """Draw as the first rank does: by its seeds, and around its bases where they differ.
+
+    Only one rank may have loaded the weights that were wrapped, and others the shape of them.
+
+    Args:
+        group: the FFN group.
+        every: its fingerprint on each rank.
+        ranks: all of them.
+    """
+    for index, fused in enumerate(group.fused):
+        fused.start = dataclasses.replace(fused.start, seed=every[0][_SEEDS][index])
+        bases = [fingerprint[_BASES][index] for fingerprint in every]
+        if None in bases:
+            fused.base = None  # as on ranks that have none: around the weight
+        elif fused.base is not None and any(base != bases[0] for base in bases):
+            base = fused.base.to(local(fused.parameter).device)
+            ranks.broadcast(base)
+            fused.base.copy_(base)  # where it was, as draws depend on the device
 
 
 def _fingerprint(group: FusionWeights) -> dict[str, Any]:
@@ -90,6 +102,9 @@ def _fingerprint(group: FusionWeights) -> dict[str, Any]:
         "its weights": [_checksum(tensor[None]) for tensor in dense],
         "its fusion weights": [_checksum(parameter) for parameter in parameters],
         _SEEDS: [fused.start.seed for fused in group.fused],
+        _BASES: [
+            None if fused.base is None else _checksum(fused.base[None]) for fused in group.fused
+        ],
     }
 
 
@@ -112,4 +127,6 @@ def _difference(first: dict[str, Any], other: dict[str, Any]) -> str | None:
     """The first thing in which two fingerprints differ, if they do."""
     if not first or not other:
         return "being wrapped at all"
-    return next((key for key in first if key != _SEEDS and first[key] != other[key]), None)
+    return next(
+        (key for key in first if key not in (_SEEDS, _BASES) and first[key] != other[key]), None
+    )
