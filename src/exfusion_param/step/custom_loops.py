@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..fusion_weights.base import FusionWeights, live_groups
+from ..fusion_weights.variants import StaticWeights
 from ..fusion_weights.zero_gradients import is_transformed
+from ..tensors.ranks import is_joining
 from ..tensors.shards import local
 
 PATIENCE = 12
@@ -135,6 +137,12 @@ class CustomLoopCheck:
             return
         group = self.fusion_weights
         group.follow_ddp()
+        if is_joining() and not isinstance(group, StaticWeights):
+            raise RuntimeError(
+                "Under DistributedDataParallel.join() ranks without data leave the steps, in which "
+                f"the ranks reduce what the fusion weights of {group.group!r} need. Give all ranks "
+                'as many batches, or wrap with variant="sw".'
+            )
         if group in _stepped or group.is_in_custom_loop:
             return
         if not (group.training and output.requires_grad) or is_transformed(output):

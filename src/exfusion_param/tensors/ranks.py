@@ -139,6 +139,12 @@ def ranks_of_ddp() -> Ranks | None:
     return None if ddp is None else ranks_of_groups([ddp.process_group])
 
 
+def is_joining() -> bool:
+    """Whether the DDP whose forward runs now lets ranks without data leave, by its `join()`."""
+    ddp: Any = DistributedDataParallel._active_ddp_module
+    return ddp is not None and ddp._join_config.enable
+
+
 def require_known(ranks: Ranks, group: str) -> Ranks:
     """The ranks, unless a pickle has left them out in a job of several ranks."""
     if ranks is not _LOST or all_ranks() is ALONE:
