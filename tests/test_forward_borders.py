@@ -218,7 +218,9 @@ def test_two_threads_evaluate_one_model(variant: str) -> None:
 class Meeting(nn.GELU):
     """An activation in which two threads wait for each other."""
 
-    barrier = threading.Barrier(2, timeout=20)
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2, timeout=5)
 
     def forward(self, x: Tensor) -> Tensor:
         self.barrier.wait()
@@ -238,6 +240,8 @@ def test_two_threads_that_train_one_model_are_refused_or_right(variant: str) -> 
         try:
             if not torch.equal(model(data[index]), expected[index]):
                 wrong.append(index)
+        except threading.BrokenBarrierError:  # the other one was refused before it came here
+            pass
         except RuntimeError as error:
             errors.append(str(error))
 
