@@ -74,7 +74,7 @@ SETTINGS = [
 
 def make(name: str, **fields: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=7, drop_path_rate=0.0)
+    model = timm.create_model(name, num_classes=7)
     return exf.wrap(model, num_experts=2, bank_init="uniform", seed=0, **fields)
 
 
