@@ -145,10 +145,14 @@ class ExpertStep:
             group.before_step()
             now = group.current_weights()
             for slot in slots:
+                if slot.group_index is None and slot.fused.is_stepping:
+                    continue  # this step runs within that of the optimizer that holds it
                 slot.fused.writes.take(slot.part, slot.stack, slot.experts, now)
         self._lend_gradients()
         if self._stand_ins is not None:
             self._stand_ins.give_gradients()
+        for slot in self._held:
+            slot.fused.is_stepping = True
         self._versions = [slot.part._version for slot in self._held]
         if self._may_be_loaded:  # once, as a write to `.data` leaves no trace in the version
             self._copies = [slot.part.clone() for slot in self._held]
@@ -179,7 +183,9 @@ class ExpertStep:
             update_one_by_one(self.optimizer, self._settings, self._held)
         for group, slots in self._slots.items():
             for slot in slots:
-                if slot.group_index is None and isinstance(group, StaticWeights):
+                if slot.group_index is None and (
+                    isinstance(group, StaticWeights) or slot.fused.is_stepping
+                ):
                     continue  # as it was, which an optimizer in backward relies on
                 if slot not in is_fused:
                     fuse_into(slot.part, slot.experts, now[group])
@@ -207,6 +213,8 @@ class ExpertStep:
     def _lend_gradients(self) -> None:
         """Add the step's gradients to what autograd gave routers and learned fusion weights."""
         for parameter, gradient in fusion_gradients(self._slots, self._place).items():
+            if id(parameter) not in self._place:
+                continue  # for the step of another optimizer
             before = parameter.grad
             lent = gradient if before is None else before + gradient
             self._lent.append((parameter, lent, before))
@@ -214,6 +222,8 @@ class ExpertStep:
 
     def return_gradients(self) -> None:
         """Leave to routers and learned fusion weights what autograd gave them."""
+        for slot in self._held:
+            slot.fused.is_stepping = False
         for parameter, lent, before in self._lent:
             if parameter.grad is lent:  # it may have been reset after a step that failed
                 parameter.grad = before

@@ -56,6 +56,8 @@ class FusedParameter:
         # The experts, for the next optimizer if this one is deleted or its state reset.
         self._own_state: dict[str, Any] = {}
         self.writes = Writes(self.fusion_weights)
+        self.is_stepping = False
+        """The optimizer that holds the parameter is within its step."""
         self.products: Tensor | None = None  # `<E_i, G>` of this rank's share, shape (N,)
 
     def __getstate__(self) -> dict[str, Any]:

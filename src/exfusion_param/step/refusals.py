@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from torch import Tensor, optim
@@ -21,12 +21,16 @@ def refuse_closures(optimizer: optim.Optimizer, groups: Sequence[FusionWeights])
 
 
 def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bool:
-    """Whether an optimizer steps by another one that it holds, as wrappers like Lookahead do.
+    """Whether an optimizer steps by others that it holds, as wrappers like Lookahead do.
+
+    Others that hold other parameters step on those, as in a Muon that has an AdamW for the rest.
 
     Raises:
-        RuntimeError: that other one holds other parameters on each rank.
+        RuntimeError: another one holds other parameters on each rank, or some of the same.
     """
-    inner = [value for value in vars(optimizer).values() if isinstance(value, optim.Optimizer)]
+    inner = list(_optimizers_in(optimizer))
+    if not inner:
+        return False
     is_parted = type(optimizer).__name__ == "ZeroRedundancyOptimizer"
     if is_parted and (trained := next((w for w in groups if w.own_tensors()), None)):
         raise RuntimeError(
@@ -34,7 +38,28 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
             f'weights of {trained.group!r} need all of it. Use FSDP2, variant="sw", or '
             'fuse_on="forward".'
         )
-    return bool(inner)
+    tensors = [t for group in groups for t in (*group.trained(), *group.own_tensors())]
+    held = {id(tensor) for tensor in tensors} & _held_by(optimizer)
+    left = held - set().union(*map(_held_by, inner))
+    if left and left != held and not is_parted:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} steps on some weights that are fused from experts itself, "
+            f"and on others by {type(inner[0]).__name__}, and its param_groups hold both. Have its "
+            'param_groups hold only those that it steps on itself, or wrap with fuse_on="forward".'
+        )
+    return left != held or is_parted
+
+
+def _optimizers_in(optimizer: optim.Optimizer) -> Iterator[optim.Optimizer]:
+    for value in vars(optimizer).values():
+        is_list = isinstance(value, list | tuple)
+        for one in value if is_list else value.values() if type(value) is dict else [value]:
+            if isinstance(one, optim.Optimizer):
+                yield one
+
+
+def _held_by(optimizer: optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def refuse_within_backward(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> None:

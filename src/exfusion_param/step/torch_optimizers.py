@@ -100,6 +100,8 @@ class StandIns:
         self._versions = [slot.experts._version for slot in slots]
         for slot in slots:
             units = [nn.Parameter(expert) for expert in unstacked(slot.state[EXPERTS])]
+            for unit in units:  # what the user has set, such as a factor of the learning rate
+                vars(unit).update(vars(slot.parameter))
             self.units[id(slot.parameter)] = units
             self.state.update(zip(units, _states(slot.state, units, is_whole=False), strict=True))
 
@@ -116,9 +118,14 @@ class StandIns:
                     unit.grad = grad.to(unit.dtype)
 
     def take_states(self) -> None:
-        """Keep what the optimizer remembers of each expert."""
+        """Keep each expert, which an optimizer may have put elsewhere, and what it remembers."""
         averages = callable(getattr(self._optimizer, "train", None))
         for slot in self._slots:
+            for unit, expert in zip(
+                self.units[id(slot.parameter)], unstacked(slot.stack), strict=True
+            ):
+                if local(unit).data_ptr() != local(expert).data_ptr():  # by `p.data = ...`
+                    local(expert).copy_(local(unit))
             states = [self.state[unit] for unit in self.units[id(slot.parameter)]]
             if any(states):
                 _store(slot.state, states, is_whole=False)

@@ -35,10 +35,12 @@ def view_of(optimizer: Optimizer, seen: Mapping[int, Sequence[nn.Parameter]]) ->
     groups: list[dict[str, Any]] = []
     for index, group in enumerate(optimizer.param_groups):
         params = [p for own in group["params"] for p in seen.get(id(own), (own,))]
+        named = _named(group, seen)
         is_apart = isinstance(optimizer, OnePassOptimizer) and group["fused"]
         for part in _by_mesh(params) if is_apart else [params]:
             indices.append(index)
-            groups.append(group | {"params": part})
+            names = {"param_names": [named[id(p)] for p in part]} if named else {}
+            groups.append(group | names | {"params": part})
     view: Optimizer = object.__new__(type(optimizer))
     view.__dict__.update(vars(optimizer), param_groups=groups, **{_INDICES: indices})
     return view
@@ -47,10 +49,16 @@ def view_of(optimizer: Optimizer, seen: Mapping[int, Sequence[nn.Parameter]]) ->
 def copy_back(view: Optimizer, optimizer: Optimizer) -> None:
     """Let the optimizer have what its step changed of itself and of its groups' settings."""
     for index, seen in zip(vars(view)[_INDICES], view.param_groups, strict=True):
-        own = {name: value for name, value in seen.items() if name != "params"}
+        own = {k: value for k, value in seen.items() if k not in ("params", "param_names")}
         optimizer.param_groups[index].update(own)
     kept = ("param_groups", "state", _INDICES)
     optimizer.__dict__.update({k: v for k, v in vars(view).items() if k not in kept})
+
+
+def _named(group: Mapping[str, Any], seen: Mapping[int, Sequence[nn.Parameter]]) -> dict[int, str]:
+    """The names that a group has for its parameters, by the ids of those in their places."""
+    pairs = zip(group["params"], group.get("param_names", ()), strict=False)
+    return {id(p): name for own, name in pairs for p in seen.get(id(own), (own,))}
 
 
 def _by_mesh(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
