@@ -197,8 +197,7 @@ def spread(values: Iterable[float], form: str) -> str:
 
 def statistics_of(num_experts: int, features: int) -> int:
     """The numbers of router statistics that an FFN group has (functional.py)."""
-    pairs = num_experts * (num_experts + 1) // 2
-    inputs = pairs if functional.is_exact(num_experts, features) else num_experts
+    inputs = functional.rows_of_statistics(num_experts, features)
     return num_experts + inputs * features + 1
 
 
@@ -233,7 +232,7 @@ def reading(rows: Sequence[Row], settings: Settings) -> str:
         "and the router statistics, "
         f"{spread((row.router_statistics_to_dense for row in bank), '.2%')} of the "
         "dense bytes, which share one all-reduce with the N floats of dL/dw per FFN.\n"
-        "- Those statistics are N + N (N + 1) / 2 D + 1 floats per FFN while N^2 D is at most "
+        "- Those statistics are N + N (N - 1) / 2 D + 1 floats per FFN while N^2 D is at most "
         f"{functional.EXACT_ROUTER_STATISTICS:,}, and N + N D + 1 above it; D = {settings.dim} "
         "here. Against "
         f"the 12 D^2 + 13 D parameters of a block, sent three times, they become small as D grows: "

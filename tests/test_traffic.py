@@ -46,7 +46,7 @@ def of_kind(seen: list[tuple[str, int]], *kinds: str) -> list[int]:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{v}-{n}" for v, n in CASES])
 def test_experts_never_travel(results: Any, index: int) -> None:
     variant, n = CASES[index]
-    reduced = {"sw": [], "dw": 3 * [n], "mb": [n + (n + n * (n + 1) // 2 * DIM + 1)]}[variant]
+    reduced = {"sw": [], "dw": 3 * [n], "mb": [n + (n + n * (n - 1) // 2 * DIM + 1)]}[variant]
     own = {"sw": 0, "dw": n, "mb": n * DIM}[variant]  # floats of a block's fusion weights
     for (dense, *cases), *_ in results:
         seen = cases[index]

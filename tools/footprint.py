@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from exfusion_param.tensors.functional import is_exact
+from exfusion_param.tensors.functional import rows_of_statistics
 
 Mode = Literal["dense", "step", "forward"]
 
@@ -221,7 +221,7 @@ class Job:
             return 0
         if self.method.mode == "forward":  # w and three more, as computed, again and differentiated
             return 3 * layout.micro_batches * self._layers * ring(layout.data, 8 * (count + 3))
-        inputs = count * (count + 1) // 2 if is_exact(count, self.model.dim) else count
+        inputs = rows_of_statistics(count, self.model.dim)
         floats = 2 * count + inputs * self.model.dim + 1
         return sum(ring(k, 4 * floats * self._layers) for k in (layout.data, layout.tensor))
 

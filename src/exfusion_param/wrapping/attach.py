@@ -36,8 +36,7 @@ def attach(
             _take_place_of(linear, name)
     share_class(linear, order, place if fusion_weights.runs(place) else None)
     if place.is_first and isinstance(fusion_weights, MemoryBank):
-        check = linear.register_forward_hook(CustomLoopCheck(fusion_weights))
-        fusion_weights.handles.append(check)
+        fusion_weights.check = CustomLoopCheck(fusion_weights)
 
 
 def _take_place_of(linear: nn.Module, name: str) -> None:
