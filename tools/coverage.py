@@ -166,8 +166,8 @@ def document(outcomes: Sequence[Outcome]) -> str:
         f"Written by `make coverage`, over the models of timm {timm.__version__} and the model "
         f"types of transformers {transformers.__version__} that the table counts,",
         "built on the meta device. What to expect is in `tools/expected_ffns.py`, by the names",
-        "that the libraries give to their modules. Both were corrected against each other on these",
-        "models, so the shares show how far the two agree, not the rate on unseen models. A",
+        "that the libraries give to their modules. That list and the discovery know these models,",
+        "so the shares show how far the two agree, not the rate on unseen models. A",
         "sample that changes by day is a test.",
         "",
         "| library | names counted | models built | with FFNs | FFNs found | wrong choices "

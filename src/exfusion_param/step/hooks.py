@@ -44,7 +44,7 @@ from .expert_step import ExpertStep
 from .first_step_checks import check_first_step
 from .health import check_health, finish_checks
 from .interrupts import DeferredInterrupt
-from .refusals import delegates, refuse_closures, refuse_within_backward
+from .refusals import delegates, held_by, refuse_closures, refuse_within_backward
 from .view import is_view
 
 # By id, as tensors compare by value. An entry goes with its tensor, so an id is never another's.
@@ -90,7 +90,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if is_view(optimizer):  # a base class's `step` within a step: its hooks run again
         return
     finish_checks()
-    held = _held(optimizer)
+    held = held_by(optimizer)
     for call, parameters in _outdated.items():
         if not held.isdisjoint(parameters.keys()):
             raise RuntimeError(
@@ -201,10 +201,6 @@ def _skipped(optimizer: Optimizer) -> Tensor | None:
     """Whether the optimizer's own kernel has skipped the step, for a GradScaler."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf > 0 if isinstance(found_inf, Tensor) else None
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _groups_of(held: set[int]) -> Iterator[FusionWeights]:

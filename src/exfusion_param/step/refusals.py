@@ -39,8 +39,8 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
             'fuse_on="forward".'
         )
     tensors = [t for group in groups for t in (*group.trained(), *group.own_tensors())]
-    held = {id(tensor) for tensor in tensors} & _held_by(optimizer)
-    left = held - set().union(*map(_held_by, inner))
+    held = {id(tensor) for tensor in tensors} & held_by(optimizer)
+    left = held - set().union(*map(held_by, inner))
     if left and left != held and not is_parted:
         raise RuntimeError(
             f"{type(optimizer).__name__} steps on some weights that are fused from experts itself, "
@@ -58,7 +58,8 @@ def _optimizers_in(optimizer: optim.Optimizer) -> Iterator[optim.Optimizer]:
                 yield one
 
 
-def _held_by(optimizer: optim.Optimizer) -> set[int]:
+def held_by(optimizer: optim.Optimizer) -> set[int]:
+    """The ids of an optimizer's parameters."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 

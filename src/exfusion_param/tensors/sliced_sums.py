@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .precision import accumulation_dtype
 
-SLICE = {"cpu": 1 << 20}
+SLICE = {"cpu": 1 << 22}
 """Numbers in a slice, by the type of the device."""
 LARGE_SLICE = 1 << 24
 """Numbers in a slice on all other devices."""
