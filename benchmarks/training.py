@@ -21,7 +21,8 @@ KINDS: dict[str, dict[str, Any]] = {
     f"{fuse_on} {variant}": {"fuse_on": fuse_on, "variant": variant}
     for fuse_on, variant in itertools.product(("step", "forward"), ("sw", "dw", "mb"))
 }
-KINDS["step mb, AdamW"] = {"fuse_on": "step", "variant": "mb"}
+KINDS["step mb, every 4th token"] = KINDS["step mb"] | {"token_stride": 4}
+KINDS["step mb, AdamW"] = KINDS["step mb"]
 """What `wrap` is given. All "step" kinds but the last train with ExpertAdamW, others with AdamW."""
 
 T5 = {

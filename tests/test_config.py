@@ -40,6 +40,8 @@ def test_layers_survive_json_as_a_tuple() -> None:
         ({"upcycle_noise": float("inf")}, ValueError, "upcycle_noise must be >= 0 and finite"),
         ({"drop_ratio": 0}, ValueError, r"drop_ratio must be in \(0, 1\], got 0. .*upcycle"),
         ({"shared_router": 1}, TypeError, "shared_router must be a bool, got 1"),
+        ({"token_stride": 0}, ValueError, "token_stride must be >= 1, got 0. 1 reads all tokens"),
+        ({"token_stride": 2.0}, TypeError, "token_stride must be int, got 2.0"),
         ({"layers": 3}, TypeError, "layers must be a sequence of ints or None, got 3"),
         ({"layers": "01"}, TypeError, "layers must be a sequence of ints or None, got '01'"),
         ({"layers": ()}, ValueError, "layers must name at least one FFN group"),

@@ -119,3 +119,24 @@ def test_tokens_in_several_dimensions_or_in_one_follow_the_mask() -> None:
             moved.append(bank_after(model, model(x.reshape(shape))))
     torch.testing.assert_close(moved[1], moved[0])
     torch.testing.assert_close(moved[2], moved[0])
+
+
+@pytest.mark.parametrize("fuse_on", ["forward", "step"])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_a_stride_reads_every_so_many_tokens_of_each_sample(
+    fuse_on: Any, tokens_first: bool
+) -> None:
+    fields: Any = {"momentum": 0.0, "seed": 0, "fuse_on": fuse_on, "token_stride": 2}
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=not tokens_first)
+    model = exf.wrap(layer.double(), **fields).train()
+    x, mask = torch.randn(2, 5, 8).double(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    seen: list[Tensor] = []
+    model.linear1.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    router = next(p for name, p in model.named_parameters() if name.endswith("router")).detach()
+    with exf.token_mask(model, mask):
+        (bank,) = bank_after(model, model(x.transpose(0, 1) if tokens_first else x))
+    tokens = seen[0].transpose(0, 1) if tokens_first else seen[0]
+    kept = torch.stack([*tokens[0, [0, 2, 4]], tokens[1, 0]])
+    shares = (kept @ router.T).softmax(dim=-1).mean(dim=0)
+    torch.testing.assert_close(bank, shares, rtol=0, atol=1e-12)

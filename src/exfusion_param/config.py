@@ -38,6 +38,8 @@ class ExFusionConfig(ExpertConfig):
             but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
         upcycle_noise: standard deviation of that noise, as a share of the weight's own.
         drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
+        token_stride: the router reads the first of every so many tokens of a sample; 1 reads all
+            tokens, as in the paper. A router of many experts costs that much less. `"mb"` only.
         bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,
             needed for pretrained weights). `"mb"` only.
         fuse_on: when the weights are fused: `"forward"`, at each use, as in the paper; `"step"`,
@@ -65,6 +67,7 @@ class ExFusionConfig(ExpertConfig):
     variant: Variant = "mb"
     momentum: float = 0.95
     shared_router: bool = True
+    token_stride: int = 1
     bank_init: BankInit = "zeros"
     fuse_on: FuseOn = "forward"
 
@@ -80,6 +83,11 @@ class ExFusionConfig(ExpertConfig):
             )
         if not isinstance(self.shared_router, bool):
             raise TypeError(f"shared_router must be a bool, got {self.shared_router!r}.")
+        check_type("token_stride", self.token_stride, int)
+        if self.token_stride < 1:
+            raise ValueError(
+                f"token_stride must be >= 1, got {self.token_stride}. 1 reads all tokens."
+            )
 
     @property
     def label(self) -> str:

@@ -54,7 +54,7 @@ class ReferenceFFN(nn.Module):
             return self.weights
         if not self.training:
             return self.banks[which]
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x[..., :: self.config.token_stride, :].reshape(-1, x.shape[-1])
         current = sum(torch.softmax(self.routers[which](t), 0) for t in tokens) / len(tokens)
         self.seen[which].append(current.detach())
         delta = self.config.momentum

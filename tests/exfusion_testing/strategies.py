@@ -21,6 +21,7 @@ def configs(**fixed: Any) -> st.SearchStrategy[ExFusionConfig]:
         "num_experts": num_experts,
         "momentum": momenta,
         "shared_router": st.booleans(),
+        "token_stride": st.sampled_from([1, 1, 3]),
         "expert_init": st.just("independent"),
         "bank_init": st.sampled_from(["zeros", "uniform"]),
         "seed": seeds,

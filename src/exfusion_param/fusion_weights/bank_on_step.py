@@ -61,7 +61,8 @@ class BankOnStep(MemoryBank):
     @torch.no_grad()
     def _statistics_of(self, x: Tensor) -> Tensor:
         """The router's statistics of a micro-batch, and behind them 1, one dimension."""
-        statistics = functional.router_statistics(x, local(self.router), self.mask_for(x))
+        tokens, mask = self.every(self.config.token_stride, x)
+        statistics = functional.router_statistics(tokens, local(self.router), mask)
         return torch.cat([statistics, statistics.new_ones(1)])
 
     @property

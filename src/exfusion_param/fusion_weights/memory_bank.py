@@ -132,7 +132,8 @@ class MemoryBank(TokenPool):
         if x.numel() == 0:  # no token, no vote; other ranks may have some
             vote, weights = 0.0, self.bank + 0 * self.router.sum(dim=1)  # FSDP2 awaits gradients
         else:
-            vote, weights = 1.0, functional.route(x, self.router, self.mask_for(x))
+            tokens, mask = self.every(self.config.token_stride, x)
+            vote, weights = 1.0, functional.route(tokens, self.router, mask)
             refuse_torch_func(weights, self.group)
         weights = self.votes.mark(weights, vote, counts)
         return functional.update_bank(self.bank, weights, self.config.momentum)

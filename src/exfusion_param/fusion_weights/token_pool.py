@@ -102,6 +102,15 @@ class TokenPool(FusionWeights):
         else:
             setattr(self, name, value)
 
+    def every(self, stride: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Every so many tokens of each sample of x, shape (..., D), and their token mask."""
+        mask = self.mask_for(x)
+        if stride == 1 or x.ndim == 1:
+            return x, mask
+        if self.layout.tokens_first:
+            return x[::stride], None if mask is None else mask[::stride]
+        return x[..., ::stride, :], None if mask is None else mask[..., ::stride]
+
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask as x has its tokens, or None if it does not say which of them count.
 
