@@ -1,23 +1,21 @@
-"""Sharded models in accelerate and Lightning, as the README has it."""
+"""Sharded models in Lightning: by DDP, by FSDP2, and by FSDP2 over tensor parallelism."""
 
-import os
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 import exfusion_param as exf
 from exfusion_param.integrations.lightning import ExFusionCallback
 from exfusion_testing.models import FFNs, inputs, loss_of
 from exfusion_testing.ranks import on_ranks
-from exfusion_testing.sharded import assert_same, mesh_of, my_part, whole_state
+from exfusion_testing.sharded import assert_same, set_environment, whole_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -34,63 +32,31 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(exf.param_groups(model, 0.1), lr=0.02)
 
 
-def on_one_rank(batches: list[Tensor], max_norm: float = 0.1) -> dict[str, Tensor]:
+def on_one_rank(batches: list[Tensor]) -> dict[str, Tensor]:
     model = exf.wrap(dense_model(), CONFIG)
     optimizer = optimizer_of(model)
     for batch in batches:
         loss_of(model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()
 
 
-def set_environment(rank: int, ranks: int) -> None:
-    """What torchrun sets."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    os.environ.update({name: str(value) for name, value in values.items()})
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # unused: the group exists
-
-
-def by_accelerate(rank: int, folder: Path, has_plugin: bool) -> dict[str, Tensor]:
-    set_environment(rank, 2)
-    accelerator = Accelerator(cpu=True)
-    if has_plugin:  # accelerate takes the plugin only on accelerators
-        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2
-        )
-    model = exf.fully_shard(exf.wrap(dense_model(), CONFIG), mesh=mesh_of(2))
-    optimizer = optimizer_of(model)
-    if has_plugin:
-        model, optimizer = accelerator.prepare(model, optimizer)
-    else:
-        optimizer = accelerator.prepare(optimizer)
-    for batch in my_part(rank, BATCHES):
-        accelerator.backward(loss_of(model, batch))
-        accelerator.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
-    return whole_state(model)
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("has_plugin", [False, True])
-def test_accelerate_equals_one_rank(tmp_path: Path, has_plugin: bool) -> None:
-    assert_same(on_ranks(2, by_accelerate, tmp_path, has_plugin), on_one_rank(BATCHES))
-
-
 class Module(lightning.LightningModule):
-    """The README's recipe."""
+    """The recipe of docs/tutorials/fsdp2.md, and tensor parallelism before it."""
 
-    def __init__(self, shards: bool) -> None:
+    def __init__(self, tensors: int | None) -> None:
         super().__init__()
-        self.model = exf.wrap(dense_model(), CONFIG)
-        self.shards = shards
+        self.model: Any = exf.wrap(dense_model(), CONFIG)
+        self.tensors = tensors  # ranks that share each linear; None for DDP
 
     def configure_model(self) -> None:
-        if self.shards and not isinstance(self.model, torch.distributed.fsdp.FSDPModule):
-            exf.fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+        if self.tensors is None or isinstance(self.model, torch.distributed.fsdp.FSDPModule):
+            return
+        for block in self.model.blocks if self.tensors > 1 else []:
+            plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+            parallelize_module(block, self.device_mesh["tensor_parallel"], plan)
+        exf.fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         return loss_of(self.model, batch)
@@ -99,25 +65,29 @@ class Module(lightning.LightningModule):
         return optimizer_of(self)
 
 
-def by_lightning(rank: int, folder: Path, shards: bool, epochs: list[int]) -> dict[str, Tensor]:
-    set_environment(rank, 2)
-    loader = DataLoader(my_part(rank, BATCHES), batch_size=None)
+def by_lightning(
+    rank: int, folder: Path, tensors: int | None, epochs: list[int]
+) -> dict[str, Tensor]:
+    shared = tensors or 1
+    set_environment(rank, 2 * shared)
+    loader = DataLoader([batch.chunk(2)[rank // shared] for batch in BATCHES], batch_size=None)
     checkpoint = None
     for max_epochs in epochs:
-        module = Module(shards)
-        trainer = trainer_of(folder, shards, max_epochs)
+        module = Module(tensors)
+        trainer = trainer_of(folder, tensors, max_epochs)
         trainer.fit(module, loader, ckpt_path=checkpoint)
         checkpoint = str(folder / f"{max_epochs}.ckpt")
         trainer.save_checkpoint(checkpoint)
     return whole_state(module.model)
 
 
-def trainer_of(folder: Path, shards: bool, max_epochs: int) -> lightning.Trainer:
-    sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+def trainer_of(folder: Path, tensors: int | None, max_epochs: int) -> lightning.Trainer:
+    shared = tensors or 1
+    sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=shared)
     return lightning.Trainer(
         accelerator="cpu",
-        devices=2,
-        strategy=sharding if shards else DDPStrategy(),
+        devices=2 * shared,
+        strategy=DDPStrategy() if tensors is None else sharding,
         max_epochs=max_epochs,
         callbacks=[ExFusionCallback()],
         logger=False,
@@ -130,7 +100,7 @@ def trainer_of(folder: Path, shards: bool, max_epochs: int) -> lightning.Trainer
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("shards", [False, True])
-def test_lightning_equals_one_rank_and_resumes(tmp_path: Path, shards: bool) -> None:
-    states = on_ranks(2, by_lightning, tmp_path, shards, [1, 2])
-    assert_same(states, on_one_rank(2 * BATCHES, max_norm=1e9))
+@pytest.mark.parametrize("tensors", [None, 1, 2])
+def test_lightning_equals_one_rank_and_resumes(tmp_path: Path, tensors: int | None) -> None:
+    states = on_ranks(2 * (tensors or 1), by_lightning, tmp_path, tensors, [1, 2])
+    assert_same(states, on_one_rank(2 * BATCHES))

@@ -57,7 +57,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
         values[f"effective_experts/{name}"] = entropy.exp()
         values[f"expert_distance/{name}"] = next(distances)
         if isinstance(group, MemoryBank):
-            values[f"bank_mass/{name}"] = group.bank.float().sum()
+            values[f"bank_mass/{name}"] = group.numbers.float().sum()
     device = next(iter(values.values())).device  # a model may lie on several
     numbers = torch.stack([value.to(device) for value in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))

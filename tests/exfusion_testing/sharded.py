@@ -1,5 +1,6 @@
 """What the tests of training on several ranks share."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +42,13 @@ def train(model: nn.Module, batches: Iterable[Tensor], micro_batches: int = 1) -
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def set_environment(rank: int, ranks: int) -> None:
+    """What torchrun sets, for trainers that join a group which exists."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # unused
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -118,4 +118,4 @@ class BankOnStep(MemoryBank):
         """The bank, shape (N,), which no forward under "step" moves."""
         bank = self._buffers["bank"]  # quicker than by nn.Module's getattr
         assert bank is not None
-        return bank.detach()
+        return local(bank)

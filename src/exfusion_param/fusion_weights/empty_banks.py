@@ -65,7 +65,7 @@ class StillBank:
         """
         if torch.compiler.is_compiling() or self.is_filled or self.alarm.is_given:
             return
-        if not _can_be_read(bank.bank):
+        if not _can_be_read(bank.numbers):
             return
         self.is_filled = not bank.fuses_zeros()
         if not self.is_filled:
@@ -83,13 +83,13 @@ class StillBank:
         if torch.compiler.is_compiling() or self._forwards == PATIENCE or self.alarm.is_given:
             return
         stack = next(bank.expert_stacks(), None)
-        if stack is None or not (_can_be_read(bank.bank) and _can_be_read(local(stack.detach()))):
+        if stack is None or not (_can_be_read(bank.numbers) and _can_be_read(local(stack.detach()))):
             return
         self._forwards += 1
         if self._forwards not in (1, PATIENCE):
             return
         numbers = local(stack.detach()).flatten()
-        now = bank.bank.clone(), numbers[:: max(1, len(numbers) // SIZE)].clone()
+        now = bank.numbers.clone(), numbers[:: max(1, len(numbers) // SIZE)].clone()
         before, self._before = self._before, now
         if before is None or bank.votes.has_counted:
             return

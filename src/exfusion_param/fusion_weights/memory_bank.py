@@ -158,9 +158,14 @@ class MemoryBank(TokenPool):
         super().remove_hooks()
         self.votes.follow(None)
 
+    @property
+    def numbers(self) -> Tensor:
+        """The bank, shape (N,), also where `distribute_module` has replicated it."""
+        return local(self.bank)
+
     def is_empty(self) -> bool:
         """Whether the bank is all zeros."""
-        return not self.bank.is_meta and not self.bank.any()
+        return not self.bank.is_meta and not self.numbers.any()
 
     def fuses_zeros(self) -> bool:
         """Whether the fused weights are zero, as the bank is."""
@@ -183,7 +188,7 @@ class MemoryBank(TokenPool):
             self._warn_if_bypassed()
         if total is None:
             return
-        bank = self.bank
+        bank = self.numbers
         weights = mean_of(total)[: len(bank)].to(bank)  # under "step" more is behind them
         moved = functional.update_bank(bank, weights, self.config.momentum)
         is_uncounted = (total[-1] == 0).to(bank.device)
@@ -204,7 +209,7 @@ class MemoryBank(TokenPool):
             return None
         differed, self.votes.sums.has_differed = self.votes.sums.has_differed, None
         order = stepped.new_zeros(1) if differed is None else differed[None].to(stepped)
-        return torch.cat([stepped, bank_problems.shares_of(self.bank), order])
+        return torch.cat([stepped, bank_problems.shares_of(self.numbers), order])
 
     def warn_of(self, health: Tensor) -> None:
         """Warn once if the router chooses a single expert, or an expert is never chosen.
