@@ -153,7 +153,9 @@ def _banks_by_name(model: nn.Module) -> dict[str, Tensor]:
     """The memory banks of a model, by the names of their FFN groups in it."""
     inner = unwrapped(model.module if isinstance(model, AveragedModel) else model)
     return {
-        name: bank.numbers for bank, name in groups_of(inner).items() if isinstance(bank, MemoryBank)
+        name: bank.numbers
+        for bank, name in groups_of(inner).items()
+        if isinstance(bank, MemoryBank)
     }
 
 

@@ -83,7 +83,9 @@ class StillBank:
         if torch.compiler.is_compiling() or self._forwards == PATIENCE or self.alarm.is_given:
             return
         stack = next(bank.expert_stacks(), None)
-        if stack is None or not (_can_be_read(bank.numbers) and _can_be_read(local(stack.detach()))):
+        if stack is None or not (
+            _can_be_read(bank.numbers) and _can_be_read(local(stack.detach()))
+        ):
             return
         self._forwards += 1
         if self._forwards not in (1, PATIENCE):
