@@ -43,7 +43,7 @@ def test_the_code_of_a_page_runs_by_itself(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in AS_TORCHRUN_DOES.items() if "by `torchrun" in code(page) else ():
+    for name, value in AS_TORCHRUN_DOES.items() if "torchrun" in code(page) else ():
         monkeypatch.setenv(name, value)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(code(page), str(page), "exec"), namespace)
