@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def test_the_code_of_a_page_runs_by_itself(
         monkeypatch.setenv(name, value)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(code(page), str(page), "exec"), namespace)
+
+
+def packages_of(page: Path) -> set[str]:
+    """The packages that a page's code imports and that torch does not bring along."""
+    found = re.findall(r"^(?:import|from) (\w+)", code(page), re.MULTILINE)
+    return set(found) - set(sys.stdlib_module_names) - {"exfusion_param", "torch"}
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=NAMES)
+def test_a_page_names_the_packages_that_its_code_imports(page: Path) -> None:
+    named = " ".join(re.findall(r"`pip install ([^`]*)`", page.read_text()))
+    assert packages_of(page) <= set(named.split())
 
 
 def test_the_site_builds_without_a_warning(

@@ -66,10 +66,10 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
         {"arm": "ours", "score, 3 seeds": "3.33 ± 2.02", "minus control": "+1.00 ± 0.29"}
         | {"time, control = 1": "1.50"},
     ]
-    chance = "ours is 1.00 ± 0.29 better than control, which chance explains: only 1.24 or more"
+    chance = "ours is 1.00 ± 0.29 better than control, which is not significant (less than 1.24)"
     assert found.sentence().startswith(f"With 3 seeds, at 95% confidence: {chance}")
     more = compare(by_hand, tmp_path, seeds=range(10), better="less").sentence()
-    assert "ours is 2.75 ± 0.48 worse than control, more than chance explains (1.08)" in more
+    assert "ours is 2.75 ± 0.48 worse than control, which is significant (more than 1.08)" in more
     assert "One seed cannot tell" in compare(by_hand, tmp_path, seeds=[0]).sentence()
     same = compare(lambda run: float(run.seed), tmp_path / "same").sentence()
     assert same.endswith("ours equals control in every seed.")

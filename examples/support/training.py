@@ -1,6 +1,7 @@
 """Train several models side by side, on the same batches, in a loop that can stop at any step."""
 
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -142,12 +143,16 @@ class Comparison:
         return row
 
     def progress(self, row: dict[str, float]) -> str:
-        """Loss, accuracy and step time of every run in a few words."""
+        """Loss, accuracy after the first epoch, and step time of every run in a few words."""
         return ", ".join(
-            f"{name} loss {row[f'loss/{name}']:.2f} acc {self.last_accuracy(name):.1f} % "
+            f"{name} loss {row[f'loss/{name}']:.2f} {self._accuracy(name)}"
             f"{row[f'step_ms/{name}']:.0f} ms"
             for name in self.runs
         )
+
+    def _accuracy(self, name: str) -> str:
+        accuracy = self.last_accuracy(name)
+        return "" if math.isnan(accuracy) else f"acc {accuracy:.1f} % "
 
     def last_accuracy(self, name: str) -> float:
         """Test accuracy of a run after its last epoch, in percent; nan before the first."""

@@ -99,10 +99,8 @@ class Comparison:
         size = f"{abs(difference.mean):.{places}f} ± {difference.error:.{places}f}"
         side = f"{subject} is {size} {'better' if is_more else 'worse'} than {other}"
         if abs(difference.mean) > bound:
-            return f"{side}, more than chance explains ({bound:.{places}f})"
-        return (
-            f"{side}, which chance explains: only {bound:.{places}f} or more could be told from it"
-        )
+            return f"{side}, which is significant (more than {bound:.{places}f})"
+        return f"{side}, which is not significant (less than {bound:.{places}f})"
 
     def _places(self) -> int:
         """Decimal places that show two digits of a usual error."""
