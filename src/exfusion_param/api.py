@@ -41,21 +41,23 @@ def wrap(
 ) -> Model:
     """Turn the FFN linears of a model into weighted sums of experts, in place.
 
-    Make the optimizer after this call: `param_groups(model, weight_decay)` or `model.parameters()`.
+    Create the optimizer after this call, from `param_groups(model, weight_decay)` or
+    `model.parameters()`.
 
     Args:
-        model: any module. Its classes, code and other parameters stay as they are.
-        config: the settings; None takes the paper's.
+        model: any module. Its code and its other parameters do not change.
+        config: the settings; None uses those of the paper.
         filter_fn: selects the linears to wrap, instead of the FFNs that are found automatically:
-            `filter_fn(module, fqn) -> bool`, asked for every linear, or globs for their names. A
-            tuple of globs names the linears of one FFN, which share fusion weights, in the order in
-            which they run: `[("blocks.*.up.conv", "blocks.*.down.conv")]`.
+            a function `filter_fn(module, fqn) -> bool` that is called for every linear, or globs
+            for their names. A tuple of globs names the linears of one FFN, which share fusion
+            weights, in the order in which they run: `[("blocks.*.up.conv", "blocks.*.down.conv")]`.
         generator: draws the seed of the experts and routers, instead of `config.seed`.
-        process_group: the ranks that train this model, as a process group or a device mesh, where
-            they are not all ranks of the job: a pipeline stage, or one of several models. Routers
-            and learned fusion weights are reduced over them. FSDP2 and DistributedDataParallel
-            tell it by themselves, but not under `torch.compile` or before the first forward.
-        **fields: fields of the config, `wrap(model, num_experts=8, variant="dw")`.
+        process_group: the ranks that train this model, as a process group or a device mesh. Needed
+            only if they are not all ranks of the job, as for a pipeline stage or one of several
+            models. Routers and learned fusion weights are reduced over these ranks. FSDP2 and
+            DistributedDataParallel provide the group automatically, except under `torch.compile`
+            and before the first forward.
+        **fields: fields of the config, as in `wrap(model, num_experts=8, variant="dw")`.
 
     Returns:
         `model`, the same object.
@@ -63,7 +65,7 @@ def wrap(
     Raises:
         TypeError: a field is unknown or has the wrong type.
         ValueError: a field is out of range, nothing matched, or a linear cannot be wrapped (tied,
-            frozen, sharded, wrapped already, not floating). The model is then unchanged.
+            frozen, sharded, already wrapped, not floating point). The model is then unchanged.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -89,13 +91,14 @@ def wrap(
 
 
 def fuse(model: Model) -> Model:
-    """Give the dense model back, in place: every expert stack becomes its fused weight.
+    """Turn a wrapped model back into the dense one, in place, with the fused weights.
 
-    Classes, parameter names, their order and dtypes are those from before `wrap`; no hook and no
-    buffer is left. Fuse a `copy.deepcopy(model)` to ship a model that trains on.
+    Classes, parameter names, their order and dtypes are the same as before `wrap`, and no hooks or
+    buffers remain. To ship a model and continue training it, use `fused_state_dict`, or fuse a
+    `copy.deepcopy(model)`.
 
     Args:
-        model: a wrapped model, or a module that holds whole FFN groups of one.
+        model: a wrapped model, or a submodule that contains complete FFN groups.
 
     Returns:
         `model`, the same object.
@@ -103,7 +106,7 @@ def fuse(model: Model) -> Model:
     Raises:
         ValueError: nothing is wrapped, a linear is sharded, or experts hold NaN or inf. The model
             is then unchanged.
-            RuntimeError: the last step failed when some experts had moved.
+        RuntimeError: the last optimizer step failed when only some experts had been updated.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -157,7 +160,7 @@ def _warn_of_bank(config: ExFusionConfig) -> None:
         return
     if config.expert_init != "independent" and config.bank_init == "zeros":
         warnings.warn(
-            "Upcycled experts under a memory bank of zeros: the model forgets what it was "
-            'pretrained for while the bank fills. Use bank_init="uniform".',
+            "Upcycled experts under a memory bank of zeros: the model loses its pretraining "
+            'while the bank fills. Use bank_init="uniform".',
             stacklevel=3,
         )

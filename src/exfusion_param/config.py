@@ -19,35 +19,36 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExFusionConfig(ExpertConfig):
-    """What `wrap` attaches to a model. Immutable, checked when it is made.
+    """The settings of `wrap`. Immutable, and checked on creation.
 
-    The defaults are the paper's: memory bank, 4 experts, momentum 0.95 (arXiv 2603.27965).
+    The defaults are those of the paper: memory bank, 4 experts, momentum 0.95 (arXiv 2603.27965).
 
     Args:
-        variant: where the fusion weights come from. `"sw"`: fixed at 1/N (Eq. 8); `"dw"`: a learned
-            vector for each FFN group (Eq. 9); `"mb"`: a router's mean output, averaged over steps
-            in a memory bank (Eq. 10, 11).
-        num_experts: N, the experts of each linear, at least 2.
+        variant: how the fusion weights are obtained. `"sw"`: fixed at 1/N (Eq. 8); `"dw"`: a
+            learned vector per FFN group (Eq. 9); `"mb"`: the mean output of a router, averaged over
+            steps in a memory bank (Eq. 10, 11).
+        num_experts: N, the number of experts per linear, at least 2.
         momentum: delta of the memory bank, in [0, 1).
-        shared_router: one router for each FFN group, on the FFN's input; otherwise one for each
-            linear, on that linear's own input (Table IX). `"mb"` only.
-        expert_init: `"independent"`: expert 0 keeps the model's own weight, the others have its
-            rows and columns in random order, so the same distribution and singular values;
-            `"upcycle"`: every expert is the model's weight plus noise that leaves the fused weight
-            as it was, for pretrained models; `"drop_upcycle"`: every expert is the model's weight,
-            but for a share of the FFN's hidden units that are drawn again (arXiv 2502.19261).
-        upcycle_noise: standard deviation of that noise, as a share of the weight's own.
-        drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
-        token_stride: the router reads the first of every so many tokens of a sample; 1 reads all
-            tokens, as in the paper. A router of many experts costs that much less. `"mb"` only.
-        bank_init: `"zeros"` (the paper: a warm-up, for training from scratch) or `"uniform"` (1/N,
-            needed for pretrained weights). `"mb"` only.
-        fuse_on: when the weights are fused: `"forward"`, at each use, as in the paper; `"step"`,
-            once for each step of the optimizer: the model stays dense, with the experts in the
+        shared_router: True for one router per FFN group, which reads the FFN's input; False for
+            one router per linear, which reads that linear's input (Table IX). `"mb"` only.
+        expert_init: how the experts start. `"independent"`: expert 0 is the model's weight, the
+            others are the same weight with its rows and columns permuted at random, so they have
+            the same distribution and singular values. `"upcycle"`, for pretrained models: every
+            expert is the model's weight plus noise that leaves the fused weight unchanged.
+            `"drop_upcycle"`: every expert is the model's weight, with some hidden units of the FFN
+            drawn again (arXiv 2502.19261).
+        upcycle_noise: standard deviation of that noise, relative to that of the weight.
+        drop_ratio: the fraction of hidden units that each expert draws again, in (0, 1].
+        token_stride: the router reads the first of every `token_stride` tokens of a sample, which
+            divides its cost; 1 reads all tokens, as in the paper. `"mb"` only.
+        bank_init: the start of the memory bank. `"zeros"`, as in the paper: a warm-up, for training
+            from scratch; `"uniform"`: 1/N, needed for pretrained weights. `"mb"` only.
+        fuse_on: when the weights are fused. `"forward"`: at each use, as in the paper; `"step"`:
+            once per optimizer step, so that the model stays dense, with the experts in the
             optimizer's state.
-        layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
+        layers: indices of the FFN groups to wrap, in the order of the model; negative indices count
             from the end; None wraps all (Table X).
-        seed: makes the experts and routers reproducible; None draws on torch's global generator.
+        seed: makes the experts and routers reproducible; None uses torch's global generator.
 
     Raises:
         TypeError: a field has the wrong type.

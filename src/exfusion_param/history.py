@@ -16,10 +16,10 @@ History = Mapping[str, Sequence[float]]
 
 
 def read_history(path: str | Path) -> dict[str, list[float]]:
-    """The columns of a CSV file of numbers with a header; an empty cell reads as nan.
+    """Read the columns of a CSV file of numbers with a header; an empty cell becomes nan.
 
     Raises:
-        ValueError: a cell holds no number.
+        ValueError: a cell does not contain a number.
 
     Examples:
         >>> write_history("metrics.csv", [{"step": 1, "loss": 2.5}, {"step": 2, "accuracy": 0.5}])
@@ -33,7 +33,7 @@ def read_history(path: str | Path) -> dict[str, list[float]]:
 
 
 def write_history(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write rows as a CSV file; a row may lack columns that others have.
+    """Write rows to a CSV file. Rows may have different columns.
 
     Examples:
         >>> write_history("metrics.csv", [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}])
@@ -48,13 +48,13 @@ def write_history(path: str | Path, rows: Sequence[Mapping[str, float]]) -> None
 
 
 def append_row(path: str | Path, row: Mapping[str, float]) -> None:
-    """Add a row to a CSV file, which is made if there is none; new columns may come at any time.
+    """Append a row to a CSV file, creating the file if needed. Rows may add new columns.
 
-    A last line that a kill cut short is dropped.
+    An incomplete last line, left by a killed process, is dropped.
 
     Args:
         path: the file.
-        row: its numbers, such as `{"step": 50, "loss": 2.1} | metrics(model)`.
+        row: numbers by column, such as `{"step": 50, "loss": 2.1} | metrics(model)`.
 
     Examples:
         >>> for step in (1, 2):
@@ -68,10 +68,10 @@ def append_row(path: str | Path, row: Mapping[str, float]) -> None:
 
 
 def drop_rows_after(path: str | Path, step: float) -> None:
-    """Drop the rows of later steps, which a resumed run is about to write again.
+    """Drop the rows after a step, which a resumed run will write again.
 
     Raises:
-        ValueError: the file has no column `step`, or a cell of it holds no number.
+        ValueError: the file has no column `step`, or one of its cells does not contain a number.
 
     Examples:
         >>> write_history("metrics.csv", [{"step": step} for step in (1, 2, 3)])
@@ -90,7 +90,7 @@ def drop_rows_after(path: str | Path, step: float) -> None:
 
 
 def set_aside(path: str | Path) -> None:
-    """Give another run's file a number, so that a new run begins its own.
+    """Rename the file of an earlier run by adding a number, so that a new run starts its own.
 
     Examples:
         >>> write_history("metrics.csv", [{"step": 1}])

@@ -17,21 +17,21 @@ from .tensors.shards import full_tensor, holders_of, local, with_all_experts
 
 @torch.no_grad()
 def metrics(model: nn.Module) -> dict[str, float]:
-    """What the experts of a wrapped model do, as a flat dict that any tracker takes.
+    """Measure fusion weights and experts of a wrapped model, as a flat dict for any tracker.
 
-    For each FFN group (linear, with one router each) of name `g`; the class of a model that is one
-    FFN itself:
+    `g` is the name of an FFN group (of a linear, if each has its own router), or the class of the
+    model if the model is a single FFN:
 
-    - `fusion_weights/g/i`: fusion weight of expert i, in a memory bank as it is now.
-    - `effective_experts/g`: exp of the entropy of the fusion weights scaled to sum one: N if they
-      are equal, 1 if one expert takes all, nan while they are zero.
-    - `entropy/g`: that entropy, in nats.
-    - `expert_distance/g`: root mean square distance of the experts' weights from their mean, as a
-      share of the root mean square of the mean.
+    - `fusion_weights/g/i`: fusion weight of expert i; for a memory bank, its current state.
+    - `entropy/g`: entropy of the fusion weights, scaled to sum to one, in nats.
+    - `effective_experts/g`: exp of that entropy: N if the fusion weights are equal, 1 if one expert
+      has all the weight, nan while they are zero.
+    - `expert_distance/g`: root mean square distance of the experts' weights from their mean,
+      relative to the root mean square of the mean.
     - `bank_mass/g`: sum of the memory bank; from zeros it grows as `1 - momentum^t`. `mb` only.
 
-    The whole model is read from the device once. Of a sharded model all ranks have to call this
-    together; what they tell each other are two numbers for each group.
+    All values are copied from the device at once. For a sharded model, call this on all ranks;
+    they exchange two numbers per group.
 
     Raises:
         ValueError: nothing is wrapped.

@@ -23,29 +23,30 @@ def param_groups(
     fusion_lr: float | None = None,
     groups: Iterable[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups without weight decay on biases, norms and learned fusion weights.
+    """Make parameter groups without weight decay on biases, norms and learned fusion weights.
 
-    Your own groups stay as they are with `groups`, except for expert stacks and fusion weights that
-    your rule could not know:
+    With `groups`, your own groups are kept, and only the expert stacks and fusion weights that
+    should not decay are moved out of them:
 
         groups = timm.optim.param_groups_layer_decay(model, 0.05)  # with lr_scale
         optimizer = torch.optim.AdamW(exf.param_groups(model, groups=groups))
 
     Args:
         model: a wrapped or a dense model.
-        weight_decay: of the weights.
-        no_weight_decay: globs for the names of more parameters that are not to decay; a stack has
-            its dense name too, such as "blocks.0.mlp.fc1.weight".
-        fusion_lr: learning rate of learned fusion weights and routers; None takes the optimizer's.
-        groups: your own groups in place of `weight_decay`, such as `optimizer.param_groups` of an
-            optimizer that has not stepped. Stacked biases, learned fusion weights and stacks that
-            `model.no_weight_decay()` names leave groups that decay, for one more group without
-            decay and with the same other keys.
+        weight_decay: the weight decay of all other parameters.
+        no_weight_decay: globs for the names of further parameters without decay. A stack also
+            matches by its dense name, such as "blocks.0.mlp.fc1.weight".
+        fusion_lr: learning rate of learned fusion weights and routers; None uses the optimizer's.
+        groups: your own groups, instead of `weight_decay`; for example `optimizer.param_groups` of
+            an optimizer that has not stepped. Stacked biases, learned fusion weights and stacks
+            that `model.no_weight_decay()` names are moved from groups with decay to an additional
+            group without decay, which has the same other keys.
 
     Returns:
-        The group with decay first, as schedules of it expect, then the one without, and two more of
-        fusion weights and routers if they have a learning rate of their own; only trainable
-        parameters, and no empty group. With `groups`, those first, then what left them.
+        The group with decay, which comes first because some schedules of weight decay expect it,
+        and the group without. If `fusion_lr` is given, fusion weights and routers form up to two
+        more groups. Only trainable parameters are included, and no group is empty. With `groups`:
+        your groups, and then those with the parameters that were moved.
 
     Raises:
         TypeError: both or neither of `weight_decay` and `groups` are given.
@@ -124,19 +125,19 @@ def _unknown_to_rules(model: nn.Module) -> set[str]:
 
 
 def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[str]:
-    """Names of the parameters without weight decay, for functions that make groups by names.
+    """List the parameters without weight decay, for functions that group parameters by name.
 
         timm.optim.param_groups_layer_decay(
             model, 0.05, no_weight_decay_list=exf.no_weight_decay_names(model)
         )
 
-    As in timm's `param_groups_weight_decay`, they are biases, all tensors of less than two
-    dimensions, and what `model.no_weight_decay()` lists; and besides stacked biases, which have two
-    dimensions and a name of their own, and learned fusion weights. Routers decay like any weight.
+    As in timm's `param_groups_weight_decay`, these are biases, all tensors with fewer than two
+    dimensions, and the names that `model.no_weight_decay()` returns. Stacked biases, which have two
+    dimensions, and learned fusion weights are added. Routers decay like any weight.
 
     Args:
         model: a wrapped or a dense model.
-        also: globs for the names of more parameters; a stack has its dense name too.
+        also: globs for the names of further parameters; a stack also matches by its dense name.
 
     Raises:
         ValueError: a glob matches no parameter.

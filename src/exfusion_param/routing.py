@@ -20,7 +20,7 @@ from .fusion_weights.memory_bank import MemoryBank
 
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within this context, the output of each router for each token, for each FFN group's name.
+    """Record the output of every router for every token, inside a `with` block.
 
         with record_routing(model) as shares, torch.no_grad():
             model(images)
@@ -60,20 +60,20 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def router_load(
     shares: Mapping[str, Tensor], labels: Tensor, names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """The mean share of each expert for each label, as a flat dict that any tracker takes.
+    """Average the recorded router outputs per label, as a flat dict for any tracker.
 
     Args:
-        shares: from `record_routing`, shape (*S, N) for each group.
-        labels: a class or position, from 0 on, for each of the first dimensions of S: of shape
-            (batch,) for the classes of samples, (batch, tokens) for the positions of tokens.
-        names: of the labels; None takes the numbers.
+        shares: from `record_routing`, of shape (*S, N) for each group.
+        labels: integers >= 0 whose shape matches the leading dimensions of S: (batch,) for the
+            classes of samples, (batch, tokens) for the positions of tokens.
+        names: the names of the labels; None uses their numbers.
 
     Returns:
-        `router_load/{group}/{label}/{i}` for expert i; a label that does not occur is left out.
+        `router_load/{group}/{label}/{i}` for expert i; labels that do not occur are left out.
 
     Raises:
-        ValueError: the labels do not fit the shares or the names; or a name holds a slash, which
-            separates the parts of a column's name.
+        ValueError: the labels do not match the shares or the names; or a name contains a slash,
+            which separates the parts of a column's name.
 
     Examples:
         >>> shares = {"0": torch.tensor([[[0.25, 0.75]], [[0.5, 0.5]]])}  # 2 samples of 1 token
@@ -99,10 +99,10 @@ def router_load(
 
 @torch.no_grad()
 def average_banks(target: nn.Module, source: nn.Module, *, decay: float = 0.0) -> None:
-    """Move the memory banks of an average towards those of the model that trains.
+    """Update the memory banks of an averaged model from those of the model that is trained.
 
-    For EMA models, key encoders, teachers and target networks that average `parameters()` only: a
-    bank is a buffer, and moves only where an optimizer steps on its own model.
+    EMA models, key encoders, teachers and target networks that average only `parameters()` need
+    this: a memory bank is a buffer, and moves only if an optimizer steps on its own model.
 
         teacher = copy.deepcopy(model).eval()
         for x in batches:
@@ -117,12 +117,12 @@ def average_banks(target: nn.Module, source: nn.Module, *, decay: float = 0.0) -
     Args:
         target: a wrapped model, such as a copy of `source`; its banks are changed in place.
         source: a wrapped model with the same FFN groups.
-        decay: what the target's banks keep: `decay * target + (1 - decay) * source`. The default
-            copies, which also fills a bank that starts from zeros at once.
+        decay: the new banks are `decay * target + (1 - decay) * source`. The default copies them,
+            which also fills an empty bank at once.
 
     Raises:
-        ValueError: `decay` is not between 0 and 1, or the two models do not have the same memory
-            banks, by names and shapes. The target is then unchanged.
+        ValueError: `decay` is not between 0 and 1, or the names or shapes of the memory banks in
+            the two models differ. The target is then unchanged.
 
     Examples:
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), seed=0)

@@ -28,7 +28,7 @@ from .tensors.shards import assign, full_tensor, spread
 
 
 class IncompatibleKeys(NamedTuple):
-    """What did not fit between a model and a state dict, as `nn.Module.load_state_dict` says it."""
+    """The keys that did not match, as `nn.Module.load_state_dict` returns them."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -43,15 +43,16 @@ class _Fused(NamedTuple):
 
 @torch.no_grad()
 def fused_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
-    """The state dict that `fuse(model)` would have; the model is left as it is.
+    """Return the dense state dict that `fuse(model)` would produce, without changing the model.
 
     Args:
-        model: a wrapped model, in training or eval. A memory bank counts as it is.
+        model: a wrapped model, in training or eval mode. Memory banks are used in their current
+            state.
 
     Returns:
-        The dense tensors under the dense model's keys, in its order. What is not fused shares
-        memory with the model, as in `state_dict()`. DTensors for a sharded model: each rank fuses
-        its own part, and nothing but fusion weights is gathered.
+        The dense tensors under the keys of the dense model, in its order. Tensors that are not
+        fused share memory with the model, as in `state_dict()`. For a sharded model these are
+        DTensors: each rank fuses its own part, and only fusion weights are gathered.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
@@ -81,26 +82,26 @@ def load_dense_state_dict(
     strict: bool = True,
     generator: torch.Generator | None = None,
 ) -> IncompatibleKeys:
-    """Put a dense checkpoint into a wrapped model.
+    """Load a dense checkpoint into a wrapped model.
 
-    Experts are upcycled: each is the checkpoint's weight plus noise that leaves the fused weight as
-    it was (`config.upcycle_noise`); under `fuse_on="step"` those in an optimizer, if there are any,
-    are moved by what is written to their weight instead. Fusion weights, routers and banks of the
-    FFN groups that the checkpoint speaks of start over; a bank of zeros warns, as it leaves nothing
-    of the weights.
+    The experts are upcycled: each becomes the weight of the checkpoint plus noise that leaves the
+    fused weight unchanged (`config.upcycle_noise`). Under `fuse_on="step"`, experts that an
+    optimizer already holds are instead shifted along with their weight. Fusion weights, routers and
+    memory banks of the FFN groups in the checkpoint are reset. A bank that is reset to zeros warns,
+    because it scales the loaded weights to zero.
 
     Args:
         model: a wrapped model.
-        state_dict: tensors under the dense model's keys. For a sharded model they are whole on
-            each rank, and all ranks draw the same noise, or DTensors like the model's.
-        strict: whether every key must be there and be known.
-        generator: draws the noise and the routers; None takes torch's global one.
+        state_dict: tensors under the keys of the dense model. For a sharded model, either full
+            tensors on every rank, or DTensors like those of the model.
+        strict: whether missing and unexpected keys raise an error.
+        generator: draws the noise and the routers; None uses torch's global generator.
 
     Returns:
-        The keys that were missing and unexpected, both empty if `strict`.
+        The missing and the unexpected keys; both lists are empty if `strict`.
 
     Raises:
-        ValueError: keys or shapes do not fit. The model is then unchanged.
+        ValueError: keys or shapes do not match. The model is then unchanged.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))

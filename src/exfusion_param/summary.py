@@ -33,18 +33,19 @@ class LinearSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summarize` found; `str()` gives a table.
+    """The result of `summarize`; `print` it for a table.
 
     Args:
-        configs: the settings; several if parts were wrapped differently.
+        configs: the settings; more than one if parts of the model were wrapped differently.
         linears: the wrapped linears, group by group.
-        fusion_parameters: parameters of the routers, or of the learned fusion weights.
-        training_parameters: parameters of the wrapped model.
-        shipped_parameters: parameters after `fuse`.
-        training_bytes: of the weights, and of the gradients and AdamW's two moments of those that
-            are trained, in the weights' own dtypes.
-        shipped_bytes: of the weights after `fuse`.
-        left_dense: a line for each kind of linears that look like an FFN and are not wrapped.
+        fusion_parameters: number of parameters in routers or learned fusion weights.
+        training_parameters: number of parameters of the wrapped model.
+        shipped_parameters: number of parameters after `fuse`.
+        training_bytes: size of all weights, and of the gradients and AdamW's two moments of the
+            trained ones, in the weights' dtypes.
+        shipped_bytes: size of the weights after `fuse`.
+        left_dense: one line for each kind of linear that looks like a part of an FFN and is not
+            wrapped.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -97,10 +98,10 @@ def summarize(
     filter_fn: Filter | None = None,
     **fields: Any,
 ) -> Summary:
-    """What is wrapped in a model, or, for a dense one, what `wrap` with these arguments would do.
+    """List what is wrapped in a model, or what `wrap` would wrap in a dense one, with sizes.
 
     Args:
-        model: a wrapped model; or a dense one for a dry run, which neither changes nor copies it.
+        model: a wrapped model, or a dense one for a dry run, which neither changes nor copies it.
         config: for a dry run, as for `wrap`.
         filter_fn: for a dry run, as for `wrap`.
         **fields: for a dry run, as for `wrap`.
@@ -109,8 +110,8 @@ def summarize(
         A `Summary`; print it for a table.
 
     Raises:
-        TypeError: as `wrap` does.
-        ValueError: as `wrap` does; or settings are given for a model that is wrapped already.
+        TypeError: as for `wrap`.
+        ValueError: as for `wrap`, or settings are given for a model that is already wrapped.
 
     Examples:
         >>> model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))

@@ -124,25 +124,31 @@ def compare(
     metric: str = "metric",
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Comparison:
-    """Do every run that `out` has no record of, and put the arms side by side.
+    """Train every arm with every seed, and compare each arm with the control.
+
+    Finished runs are recorded in `out/runs`; the same call does only the runs that are missing.
 
     Args:
-        trial: does one run, and returns its metric or a dict of numbers that has it.
-        arms: by its name in the table what a `Run` calls each arm.
-        control: the arm that the others are compared with.
-        out: the folder; each run has a file in `out/runs`, and the same call continues.
-        seeds: of the runs that are compared; arms are compared seed by seed.
-        rates: learning rates to choose from, each arm for itself; one is taken as it is.
-        tuning_seeds: of the runs that choose; `Run.tuning` is true in them.
-        better: whether more of the metric is better, or less.
-        equal_time: the arm whose time a longer control gets, by `Run.length`; None for none.
-        at_once: how many processes run at once; they share the cores, or have a GPU each.
-        metric: what is measured, with its unit, for the table.
-        settings: plain values that the results depend on besides, the same for all of `out`.
+        trial: does one run, and returns the metric, or a dict of numbers with the key "metric".
+        arms: maps the name of each arm in the table to the value of `Run.arm`.
+        control: the name of the arm that the others are compared with.
+        out: the folder of the study.
+        seeds: seeds of the compared runs; differences are taken seed by seed.
+        rates: learning rates; each arm uses the best of them. A single rate is used without a run.
+        tuning_seeds: seeds of the runs that choose rates; `Run.tuning` is true in them.
+        better: whether "more" or "less" of the metric is better.
+        equal_time: an arm; the control is trained once more, for as long as this arm takes
+            (`Run.length`). None leaves this out.
+        at_once: the number of parallel processes, which share the cores, or get one GPU each.
+        metric: the name of the metric in the table, with its unit.
+        settings: other plain values that the results depend on. A folder takes only one set.
+
+    Returns:
+        The results; `print` it for the table and a sentence about significance.
 
     Raises:
-        RuntimeError: some runs failed; the others have ended, and stay.
-        TypeError: what a run returns is not a number, or cannot be started in another process.
+        RuntimeError: some runs failed. The others are kept.
+        TypeError: a run does not return a number, or cannot be started in another process.
         ValueError: there are no seeds, `at_once` is below 1, no arm has the control's name, or
             `out` holds a study with other settings.
 
@@ -151,7 +157,7 @@ def compare(
         >>> arms = {"control": "control", "ours": "ours"}
         >>> found = compare(trial, arms, control="control", out="runs", seeds=(0, 1, 2))
         >>> print(found.sentence())
-        With 3 seeds, at 95% confidence: ours is 0.500 ± 0.000 better than control, more than ...
+        With 3 seeds, at 95% confidence: ours is 0.500 ± 0.000 better than control, which is sig...
     """
     _check(arms, control, seeds, tuning_seeds, rates)
     require_same(Path(out), dict(settings))

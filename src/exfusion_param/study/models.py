@@ -43,39 +43,39 @@ def run(
     at_once: int = 1,
     metric: str = "metric",
 ) -> Comparison:
-    """Train a model dense, from the control's start and with each variant, and compare them.
+    """Train a model dense, as the control, and with each variant, and compare the results.
 
-    Every run of a seed starts from the same model: torch's generator is seeded before `build()`
-    and again before `train(...)`; seed others in `train`. Runs that have ended are recorded in
-    `out/runs`, one JSON line in a file each, and the same call after a kill goes on from there. The
-    table and the sentence are printed and written to `out/study.md`, the plot to `out/study.svg`
-    where matplotlib is installed.
+    All arms start from the same model in each seed: torch's generator is seeded before `build()`
+    and again before `train(...)`; seed other generators in `train`. Finished runs are recorded in
+    `out/runs`, and the same call does only the runs that are missing. The table and a sentence
+    about significance are printed and written to `out/study.md`, and a plot to `out/study.svg` if
+    matplotlib is installed.
 
     Args:
-        build: makes the dense model.
-        train: `train(model, seed)` trains and tests it, and returns the metric, or a dict of
-            numbers with the key "metric". It makes the optimizer itself. If it has a parameter
-            `lr` it gets the learning rate; `length`, how long to train, as a share of the usual
-            (for a control that trains as long as the last variant takes); `tuning`, whether the run
-            only chooses a rate, and should be tested on other data.
+        build: returns the dense model.
+        train: `train(model, seed)` trains and tests the model, and returns the metric, or a dict of
+            numbers with the key "metric". It creates the optimizer. It may have these parameters:
+            `lr`, the learning rate; `length`, a factor for the number of steps (for a control that
+            trains as long as the last variant takes); `tuning`, true if the run only chooses a
+            rate, and should be tested on other data.
         out: the folder of the study.
-        config: the settings of all variants but `variant` and `seed`.
-        variants: which to compare with the control.
-        seeds: of the runs that are compared; differences are taken seed by seed.
-        rates: learning rates of which each arm takes the one that is best for it.
-        tuning_seeds: of the runs that choose rates.
-        better: whether "more" of the metric is better, or "less", as of a loss.
-        at_once: how many processes run at once. They share the cores, or have a GPU each, and
-            import `build` and `train`, which have to be functions at the top of a module.
-        metric: what is measured, with its unit, for the table.
+        config: the settings of all variants, except for `variant` and `seed`.
+        variants: the variants to compare with the control.
+        seeds: seeds of the compared runs; differences are taken seed by seed.
+        rates: learning rates; each arm uses the best of them.
+        tuning_seeds: seeds of the runs that choose rates.
+        better: whether "more" of the metric is better, or "less", as for a loss.
+        at_once: the number of parallel processes, which share the cores, or get one GPU each. They
+            import `build` and `train`, which must be defined at the top level of a module.
+        metric: the name of the metric in the table, with its unit.
 
     Returns:
-        All results; `difference(arm)` is that from the control.
+        All results; `difference(arm)` is an arm's difference from the control.
 
     Raises:
-        RuntimeError: some runs failed; the others are kept, and the same call starts only these.
-        TypeError: `train` has no parameter for a rate, or what it returns is not a number.
-        ValueError: `out` holds a study with another config, or an argument is out of its range.
+        RuntimeError: some runs failed. The others are kept, and the same call starts only these.
+        TypeError: `train` has no parameter for a rate, or does not return a number.
+        ValueError: `out` holds a study with another config, or an argument is out of range.
 
     Example:
         >>> def build():

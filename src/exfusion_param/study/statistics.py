@@ -1,4 +1,4 @@
-"""What a few seeds can tell: means, standard errors, and the difference that chance explains."""
+"""Statistics of a few seeds: means, standard errors, and the smallest significant difference."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
 
 
 def smallest_told(difference: Spread, comparisons: int = 1) -> float:
-    """The mean difference from which on one can be told from chance.
+    """The smallest mean difference that is significant in a paired t-test.
 
-    Each comparison gets its share of what is left to chance (Bonferroni).
+    The error probability is divided among the comparisons (Bonferroni).
 
     Returns:
         Student's t for `CONFIDENCE`, times the standard error.
