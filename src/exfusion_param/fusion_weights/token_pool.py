@@ -144,21 +144,21 @@ class TokenPool(FusionWeights):
 
 @contextlib.contextmanager
 def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
-    """Within this context the routers of a model count only the masked-in tokens.
+    """Exclude padding from the routers of a model, inside a `with` block.
 
         with exf.token_mask(model, mask):
             loss = loss_fn(model(x), y)
             loss.backward()
 
-    Models of transformers need no such call: the `attention_mask` that they are given counts, if it
-    has the shape (batch, tokens); this mask takes the place of it. Under activation checkpointing
-    the backward belongs into the context too, as it runs forwards.
+    Models of transformers do not need this call: they use the `attention_mask` that is passed to
+    them if its shape is (batch, tokens). This mask takes precedence over it. With activation
+    checkpointing, run the backward inside the block as well, because it repeats forwards.
 
     Args:
         model: a wrapped model.
-        mask: shape (batch, tokens), true or 1 where a token counts, false or 0 for padding. FFNs
-            whose input is (tokens, batch, D) follow it too. An FFN with other tokens, as in a
-            vision tower, counts all of its own, with a warning.
+        mask: shape (batch, tokens), true or 1 for tokens, false or 0 for padding. It also applies
+            to FFNs whose input is (tokens, batch, D). An FFN with other tokens, as in a vision
+            tower, ignores the mask, with a warning.
 
     Raises:
         ValueError: the model has no router.

@@ -51,29 +51,29 @@ def fully_shard(
 ) -> Model:
     """Shard a wrapped model over the ranks of a mesh, in place, with FSDP2.
 
-    All ranks call it, after `wrap` and activation checkpointing, before the optimizer is made. Each
-    block is sharded by `torch.distributed.fsdp.fully_shard`, then the model with what is left.
-    Under `fuse_on="step"` it is a convenience: the same calls of torch's own do the same.
+    Call it on all ranks, after `wrap` and activation checkpointing and before the optimizer is
+    created. It calls `torch.distributed.fsdp.fully_shard` for each block, and then for the model
+    with the remaining parameters. Under `fuse_on="step"` you can make these calls yourself instead.
 
     Args:
-        model: a wrapped model, built alike on all ranks.
-        mesh: of one dimension, or of two for HSDP: replicas, and shards within each. Under tensor
-            parallelism the dimensions for data, `mesh["replicate", "shard"]`.
-        blocks: modules to gather one at a time; None takes the model's Transformer blocks.
+        model: a wrapped model; all ranks must have built the same one.
+        mesh: one dimension, or two for HSDP: replicas, and the shards of each. With tensor
+            parallelism, the dimensions for data, `mesh["replicate", "shard"]`.
+        blocks: modules that are gathered one at a time; None uses the model's Transformer blocks.
         reshard_after_forward: as for FSDP2.
         mp_policy: as for FSDP2. Experts and memory banks keep their dtypes.
         offload_policy: as for FSDP2. Experts are on the device of their weight.
-        shard_placement_fn: as for FSDP2. Under "forward" it has to return None for expert stacks,
-            whose dimension is chosen here.
-        **settings: others that torch's function takes.
+        shard_placement_fn: as for FSDP2. Under "forward" it must return None for expert stacks,
+            because their placement is chosen here.
+        **settings: further arguments of torch's function.
 
     Returns:
         `model`, the same object.
 
     Raises:
-        ValueError: nothing is wrapped, something is sharded already, the mesh, the blocks or a
-            placement do not fit the model, or under "forward" the ranks wrapped differently. The
-            model is then unchanged.
+        ValueError: nothing is wrapped, something is already sharded, the mesh, the blocks or a
+            placement do not fit the model, or under "forward" the ranks wrapped the model
+            differently. The model is then unchanged.
 
     Examples:
         >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)
@@ -114,12 +114,13 @@ def fully_shard(
 
 
 def expert_placement(parameter: nn.Parameter) -> Shard | None:
-    """A `shard_placement_fn` for FSDP2 itself, under `fuse_on="forward"`.
+    """Choose how FSDP2's own `fully_shard` shards expert stacks, under `fuse_on="forward"`.
 
         torch.distributed.fsdp.fully_shard(block, shard_placement_fn=exf.expert_placement)
 
-    Expert stacks are sharded along the first dimension behind the experts' that the ranks of the
-    job divide, as FSDP2 asks for; everything else, and stacks without one, along dimension 0.
+    Expert stacks are sharded along the first dimension after that of the experts whose size is
+    divisible by the number of ranks, which FSDP2 requires. Other parameters, and stacks without
+    such a dimension, are sharded along dimension 0.
 
     Examples:
         >>> torch.distributed.init_process_group(None, "tcp://localhost:0", rank=0, world_size=1)

@@ -24,25 +24,28 @@ from .state_storage import StateDtype
 
 
 class ExpertAdamW(OnePassOptimizer, torch.optim.AdamW):
-    """AdamW that holds no N-fold gradient, see `torch.optim.AdamW` (arXiv 1711.05101).
+    """AdamW in one pass over the experts; computes the same as `torch.optim.AdamW`.
+
+    Under `fuse_on="step"` no N-fold gradient is stored. The two optimizers can load each other's
+    state dicts. AdamW is described in arXiv 1711.05101.
 
     Args:
-        params: as for torch's; `exf.param_groups(model, weight_decay)` makes groups.
+        params: as for torch's AdamW; `exf.param_groups(model, weight_decay)` makes groups.
         lr: learning rate.
-        betas: decays of the two running means.
+        betas: decay rates of the two running means.
         eps: added to the denominator.
-        weight_decay: decoupled.
-        maximize: the objective instead of minimizing it.
-        fused: use torch's fused kernel; False for devices that have none.
-        state_dtype: under `fuse_on="step"`, of the experts' two running means: None takes the fused
-            weights' own, or `torch.float32`, `torch.bfloat16`, or torchao's `"8bit"`, which loads
-            on as many ranks as saved it.
-        expert_dtype: under `fuse_on="step"`, of the experts: None takes the fused weights' own, or
-            `torch.float32` or `torch.bfloat16`. Unless both are None the update is computed in
-            float32, and what is stored in bfloat16 is rounded stochastically.
+        weight_decay: decoupled weight decay.
+        maximize: maximize the objective instead of minimizing it.
+        fused: use torch's fused kernel; set to False for devices without one.
+        state_dtype: dtype of the experts' running means under `fuse_on="step"`: None for that of
+            the weight, `torch.float32`, `torch.bfloat16`, or torchao's `"8bit"`, which loads only
+            on the number of ranks that saved it.
+        expert_dtype: dtype of the experts under `fuse_on="step"`: None for that of the weight,
+            `torch.float32` or `torch.bfloat16`. Unless both dtypes are None, the update is computed
+            in float32, and values stored in bfloat16 are rounded stochastically.
 
     Raises:
-        ValueError: an argument is outside of its range.
+        ValueError: an argument is out of range.
         ImportError: `"8bit"` without torchao.
 
     Examples:
@@ -103,21 +106,24 @@ class ExpertAdamW(OnePassOptimizer, torch.optim.AdamW):
 
 
 class ExpertSGD(OnePassOptimizer, torch.optim.SGD):
-    """SGD that holds no N-fold gradient, see `torch.optim.SGD`.
+    """SGD in one pass over the experts; computes the same as `torch.optim.SGD`.
+
+    Under `fuse_on="step"` no N-fold gradient is stored. The two optimizers can load each other's
+    state dicts.
 
     Args:
-        params: as for torch's; `exf.param_groups(model, weight_decay)` makes groups.
+        params: as for torch's SGD; `exf.param_groups(model, weight_decay)` makes groups.
         lr: learning rate.
         momentum: decay of the running sum of gradients.
-        weight_decay: added to the gradient, times the weight.
-        nesterov: momentum.
-        maximize: the objective instead of minimizing it.
-        fused: use torch's fused kernel; False for devices that have none.
-        state_dtype: of the experts' running sums, as for `ExpertAdamW`.
+        weight_decay: factor of the weight that is added to the gradient.
+        nesterov: use Nesterov momentum.
+        maximize: maximize the objective instead of minimizing it.
+        fused: use torch's fused kernel; set to False for devices without one.
+        state_dtype: dtype of the experts' running sums, as for `ExpertAdamW`.
         expert_dtype: as for `ExpertAdamW`.
 
     Raises:
-        ValueError: an argument is outside of its range.
+        ValueError: an argument is out of range.
         ImportError: `"8bit"` without torchao.
 
     Examples:

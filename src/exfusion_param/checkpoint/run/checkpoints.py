@@ -36,7 +36,7 @@ Read = Callable[[int], dict[str, Any]]
 
 
 class Checkpoints:
-    """Saves a run, and resumes it bit by bit.
+    """Saves a run, and resumes it bit for bit.
 
         checkpoints = Checkpoints("run", {"model": model, "optimizer": optimizer})
         for step in range(checkpoints.resume(), steps):
@@ -44,31 +44,32 @@ class Checkpoints:
             if (step + 1) % 100 == 0:
                 checkpoints.save(step + 1)
 
-    Models, wrapped or not, under DDP or FSDP2, are saved by any number of ranks and loaded by any
-    other, with the same `fuse_on`: under "step" experts are in the optimizer's state, so name the
-    optimizer as a part too. With them go the random numbers, and gradients and bank
-    statistics that wait for an optimizer's step. The ranks of torch.distributed call all methods
-    together; the folder is one that all of them see.
+    Models, wrapped or not, under DDP or FSDP2, can be saved and loaded on different numbers of
+    ranks, but need the same `fuse_on`. Under "step" the experts are in the optimizer's state, so
+    include the optimizer in `parts`. The state of the random number generators, and the gradients
+    and bank statistics of an unfinished accumulation are saved automatically. All ranks must call
+    every method, and see the same folder.
 
-    Ranks may have different parts, as the stages of a pipeline: a part is one thing on the ranks
-    that name it.
+    Ranks may have different parts, such as the stages of a pipeline, as long as a name means the
+    same part on all ranks that use it.
 
         parts = {f"stage-{index}": stage, f"optimizer-{index}": optimizer}
 
     Args:
-        folder: of the run; one process group at a time writes to it.
-        parts: what is saved, by names of letters, digits, "_" and "-": models, optimizers, and all
-            else with `state_dict` and `load_state_dict`, such as schedulers, GradScalers and
-            torchdata's StatefulDataLoader. Make the optimizer after `wrap` and `fully_shard`.
-        process_group: the ranks of the run, a process group or device mesh; by default all ranks
-            of the job. Of several models in one job, each has a folder and a group of its own.
-        keep: how many checkpoints stay; None keeps all.
-        asynchronous: copy to the CPU in `save`, and write while the run goes on.
+        folder: the folder of the run; only one process group may write to it at a time.
+        parts: the objects to save: models, optimizers, and anything else with `state_dict` and
+            `load_state_dict`, such as schedulers, GradScalers and torchdata's StatefulDataLoader.
+            Names consist of letters, digits, "_" and "-". Create the optimizer after `wrap` and
+            `fully_shard`.
+        process_group: the ranks of the run, as a process group or device mesh; by default all ranks
+            of the job. If a job trains several models, give each its own folder and group.
+        keep: the number of checkpoints to keep; None keeps all.
+        asynchronous: copy the state to the CPU in `save`, and write it while training continues.
 
     Raises:
-        ValueError: a part or an argument is none of those, or a part holds other tensors on some
-            ranks than on others.
-        RuntimeError: some ranks do not create theirs.
+        ValueError: a part or an argument is invalid, or a part holds different tensors on
+            different ranks.
+        RuntimeError: some ranks did not create their `Checkpoints`.
     """
 
     def __init__(
@@ -94,16 +95,16 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Save all parts as the checkpoint of a step, and remove the oldest ones.
 
-        An asynchronous one returns when all is copied to the CPU; it first waits for the one before
-        it. What a process that died has left half-written is removed.
+        An asynchronous save waits for the previous one, and returns when everything is copied to
+        the CPU. Incomplete files of processes that died are removed.
 
         Args:
-            step: how many steps are done.
+            step: the number of completed steps.
 
         Raises:
-            CheckpointError: on every rank, if this one, or an asynchronous one before it, could not
-                be written, as for a full disk, or a part's state holds what a file cannot. Those
-                before it are whole, and the run can go on.
+            CheckpointError: on every rank, if this checkpoint or an earlier asynchronous one could
+                not be written, for example because the disk is full, or the state of a part cannot
+                be stored. Earlier checkpoints are intact, and training can continue.
         """
         self.wait()
         captured = self._processes.each(lambda: Captured(self._parts))
@@ -117,30 +118,30 @@ class Checkpoints:
         """Wait until the last checkpoint is written.
 
         Raises:
-            CheckpointError: it could not be.
+            CheckpointError: it could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def resume(self, *, leave_out: Collection[str] = (), resize_experts: bool = False) -> int:
-        """Continue from the latest checkpoint that is whole.
+        """Load the latest intact checkpoint.
 
-        Every file is compared with its checksum first. A damaged checkpoint is passed over with a
-        warning for the one before it.
+        Every file is verified by its checksum first. If a checkpoint is damaged, a warning is given
+        and the previous one is loaded.
 
         Args:
-            leave_out: names of parts that stay as they are; "random_numbers" is one.
-            resize_experts: take a checkpoint with another number of experts. More are copies of the
-                dense weight, fewer are fused side by side; fused weights stay as they are, to
-                rounding. Optimizers keep averages of their states.
+            leave_out: names of parts that are not loaded; may include "random_numbers".
+            resize_experts: accept a checkpoint with a different number of experts. Additional
+                experts are copies of the dense weight; if there are fewer, neighbors are merged.
+                The fused weights stay the same up to rounding, and optimizer states are averaged.
 
         Returns:
-            How many steps are done: what was given to `save`, or 0 where there is no checkpoint.
+            The number of completed steps, as given to `save`; 0 if there is no checkpoint.
 
         Raises:
-            CheckpointError: on every rank, if all checkpoints are damaged, or the latest whole one
-                does not fit the parts. They are then as they were.
+            CheckpointError: on every rank, if all checkpoints are damaged, or the latest intact one
+                does not fit the parts. The parts are then unchanged.
         """
         self.wait()
         names = set(self._holders.ranks)
