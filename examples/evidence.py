@@ -2,11 +2,12 @@ r"""Does ExFusion beat the dense model that starts from the mean of the same exp
 
     python examples/evidence.py --task images --data /usr/share/datasets/fashion-mnist --at-once 2
     python examples/evidence.py --task text --data TEXTS --at-once 2
+    python examples/evidence.py --task images --data FOLDER --scale few
     python examples/evidence.py --task images --data FOLDER --scale gpu --at-once 4
 
 Each arm gets the same number of runs to choose its learning rate, which test on other data than
 the rest; then each is trained with every seed and tested. The control is trained once more, for as
-long as `mb` takes. Stop it and run the same command: runs that have ended stay, others continue.
+long as `mb` takes, or another arm. Stop it and run the same command: runs that have ended stay, others continue.
 """
 
 import dataclasses
@@ -33,9 +34,10 @@ class Settings:
 
     Args:
         task: images or text.
-        scale: small, or what takes a GPU some hours.
+        scale: small, few images for many epochs, or what takes a GPU some hours.
         data: of the recipe.
         arms: some of them by name; by default all.
+        equal_time: the arm whose time a longer control gets, if it is one of them.
         seeds: to train with.
         tuning_seeds: of the runs that choose learning rates.
         rates: learning rates to choose from; by default the scale's. One needs no such runs.
@@ -49,9 +51,10 @@ class Settings:
     """
 
     task: Literal["images", "text"] = "images"
-    scale: Literal["small", "gpu"] = "small"
+    scale: Literal["small", "few", "gpu"] = "small"
     data: Path | None = None
     arms: tuple[str, ...] = (*ARMS, *CANDIDATES)
+    equal_time: str = "mb"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tuning_seeds: tuple[int, ...] = (1000, 1001)
     rates: tuple[float, ...] = ()
@@ -137,7 +140,9 @@ def main(settings: Settings) -> None:
         rates=settings.rates or task.rates,
         tuning_seeds=settings.tuning_seeds,
         better="more" if task.measure.sign > 0 else "less",
-        equal_time="mb" if "mb" in settings.arms and not settings.smoke else None,
+        equal_time=None
+        if settings.smoke or settings.equal_time not in settings.arms
+        else settings.equal_time,
         at_once=settings.at_once,
         metric=task.measure.title,
         settings={"arguments": common, "smoke": settings.smoke},

@@ -57,6 +57,7 @@ class Settings:
         fusion_lr: learning rate of routers and learned fusion weights; by default the others'.
         held_out: train on nine tenths of the training images and test on the rest, to choose
             settings without the test images.
+        limit: train on no more than this many images.
         ema: decay of an average of the weights, which is then tested and shipped.
         amp: forward in bfloat16.
         workers: processes that load images on each rank.
@@ -82,6 +83,7 @@ class Settings:
     augment: bool = True
     fusion_lr: float | None = None
     held_out: bool = False
+    limit: int | None = None
     ema: float | None = None
     amp: bool = False
     workers: int = 8
@@ -101,7 +103,7 @@ def main(given: Settings, device: torch.device) -> None:
     seed = start(settings.out, settings, settings.exfusion.seed)
     augmentation = AUGMENTATION if settings.augment else None
     images, tests, classes = timm_images.load(
-        settings.data, settings.image_size, augmentation, settings.held_out
+        settings.data, settings.image_size, augmentation, settings.held_out, settings.limit
     )
     training = ranks.loader(images, settings.batch_size, settings.workers, seed)
     make = partial(build, settings.model, settings.image_size, classes, settings.model_kwargs)

@@ -77,7 +77,11 @@ Images: TypeAlias = FashionImages | PlainFashionImages | ImageFolder
 
 
 def load(
-    folder: Path | None, size: int, augmentation: dict[str, Any] | None, held_out: bool = False
+    folder: Path | None,
+    size: int,
+    augmentation: dict[str, Any] | None,
+    held_out: bool = False,
+    limit: int | None = None,
 ) -> tuple[Dataset[Sample], Dataset[Sample], int]:
     """Training and test images, shape (3, size, size), their labels, and how many classes.
 
@@ -88,18 +92,24 @@ def load(
         augmentation: of the training images, as timm's create_transform takes it; None leaves them
             as they are.
         held_out: test on one of ten training images, which are not trained on.
+        limit: train on no more than this many images, taken at even distances.
 
     Raises:
         SystemExit: the folder is neither.
     """
     folder = folder or fashion.EMBEDDED
     train = _training(folder, size, augmentation)
-    if not held_out:
-        return train, _plain(folder, False, size), len(train.classes)
     numbers = range(len(train))
-    seen = Subset(train, [i for i in numbers if i % HELD_OUT])
-    unseen = Subset(_plain(folder, True, size), numbers[::HELD_OUT])
-    return seen, unseen, len(train.classes)
+    seen = [i for i in numbers if i % HELD_OUT] if held_out else list(numbers)
+    count = min(limit or len(seen), len(seen))
+    tests: Dataset[Sample] = _plain(folder, held_out, size)
+    if held_out:
+        tests = Subset(tests, numbers[::HELD_OUT])
+    return (
+        Subset(train, [seen[i * len(seen) // count] for i in range(count)]),
+        tests,
+        len(train.classes),
+    )
 
 
 def _training(folder: Path, size: int, augmentation: dict[str, Any] | None) -> Images:
