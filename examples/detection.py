@@ -26,7 +26,7 @@ from support.downstream import detector
 from support.methods import Method
 from support.pretraining import Batch, Pretraining, moved, start
 from support.pyramid import Pyramid
-from support.schedules import DETECTION, warmed_up, with_defaults
+from support.schedules import detection, warmed_up, with_defaults
 
 
 @dataclasses.dataclass
@@ -42,11 +42,12 @@ class Settings:
         size: pixels of the images' shorter side.
         scenes: to train on.
         steps: of the optimizer; the learning rate falls to a tenth after 8 and 11 twelfths.
-        batch_size: images of a step, on all ranks together.
-        lr: highest learning rate of AdamW; by default the head's.
+            By default 12 epochs.
+        batch_size: images of a step, on all ranks together; by default 16, for pvt_large 8.
+        lr: highest learning rate of AdamW; by default the head's, for pvt_large divided by 1.4.
         warmup_steps: in which the learning rate grows.
         weight_decay: of AdamW.
-        evaluate_every: steps between two measurements.
+        evaluate_every: steps between two measurements; by default an epoch.
         workers: processes that load on each rank.
         seed: of the head and the order of the images.
         smoke: a few small scenes, to see that everything works.
@@ -58,12 +59,12 @@ class Settings:
     out: Path = Path("runs/detection")
     size: int = 800
     scenes: int = 2000
-    steps: int = 87_960
-    batch_size: int = 16
+    steps: int | None = None
+    batch_size: int | None = None
     lr: float | None = None
     weight_decay: float = 1e-4
     warmup_steps: int = 500
-    evaluate_every: int = 7330
+    evaluate_every: int | None = None
     workers: int = 4
     seed: int = 0
     smoke: bool = False
@@ -116,11 +117,11 @@ def main(given: Settings, device: torch.device) -> None:
     """Train and test."""
     if given.smoke:
         given = dataclasses.replace(given, **SMOKE)
-    settings = with_defaults(given, DETECTION[given.head])
+    pyramid = Pyramid.load(given.backbone)
+    settings = with_defaults(given, detection(given.head, pyramid.name))
     start(settings.out, settings, settings.seed)
     data = labelled_images.for_detection(settings.data, settings.size, settings.scenes)
     images, tests, classes = data
-    pyramid = Pyramid.load(settings.backbone)
     model = detector(pyramid, settings.head, classes, settings.size).to(device)
     seed, workers, decay = settings.seed, settings.workers, settings.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=decay)

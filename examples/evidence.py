@@ -7,7 +7,8 @@ r"""Does ExFusion beat the dense model that starts from the mean of the same exp
 
 Each arm gets the same number of runs to choose its learning rate, which test on other data than
 the rest; then each is trained with every seed and tested. The control is trained once more, for as
-long as `mb` takes, or another arm. Stop it and run the same command: runs that have ended stay, others continue.
+long as `mb` takes, or another arm. Stop it and run the same command: runs that have ended stay,
+others continue.
 """
 
 import dataclasses

@@ -28,7 +28,14 @@ from support.methods import Method
 from support.pretraining import Batch, Pretraining, moved, start
 from support.pyramid import Pyramid
 from support.scenes import IGNORED
-from support.schedules import POWERS, SEGMENTATION, warmed_up, with_defaults
+from support.schedules import (
+    POWERS,
+    SEGMENTATION,
+    UPERNET_WARMUP_START,
+    decayed,
+    warmed_up,
+    with_defaults,
+)
 
 
 @dataclasses.dataclass
@@ -79,10 +86,16 @@ class Settings:
 SMOKE: dict[str, Any] = {"size": 64, "scenes": 10, "steps": 2, "batch_size": 2, "workers": 0}
 
 
+AUXILIARY = 0.4  # weight of its loss
+
+
 def pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the pixels that have a class."""
+    """Mean cross-entropy of the pixels that have a class, and a share of the auxiliary head's."""
     images, classes = batch
-    return F.cross_entropy(model(images), classes, ignore_index=IGNORED)
+    loss, *others = (
+        F.cross_entropy(logits, classes, ignore_index=IGNORED) for logits in model(images)
+    )
+    return loss + AUXILIARY * sum(others)
 
 
 class MeanIoU:
@@ -105,7 +118,7 @@ class MeanIoU:
         measure.reset()
         for batch in self.loader:
             images, classes = moved(batch, device)
-            measure.update(model(images).argmax(dim=1), classes)
+            measure.update(model(images)[0].argmax(dim=1), classes)
         return {"miou": 100 * measure.compute().item()}
 
 
@@ -119,11 +132,12 @@ def main(given: Settings, device: torch.device) -> None:
         settings.data, settings.size, settings.scenes
     )
     model = Segmenter(Pyramid.load(settings.backbone), settings.head, classes).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.lr, weight_decay=settings.weight_decay
-    )
+    groups = decayed(model, settings.head, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, settings.lr)
     fall = PolynomialLR(optimizer, settings.steps, POWERS[settings.head])
-    scheduler = warmed_up(optimizer, fall, settings.warmup_steps, settings.steps)
+    scheduler = warmed_up(
+        optimizer, fall, settings.warmup_steps, settings.steps, UPERNET_WARMUP_START
+    )
     run = Pretraining(
         out=settings.out,
         method=Method(model),

@@ -49,7 +49,7 @@ class Settings:
         batch_size: texts of a step, on all ranks together.
         micro_batch: texts that a rank's GPU takes at once; by default its share of the step's.
         steps: of the optimizer.
-        optimizer: adafactor or adamw, each with a warm-up and a cosine.
+        optimizer: adamwscale, adafactor or adamw, each with a warm-up and a cosine.
         lr: highest learning rate.
         clip: largest norm of the gradients.
         dropout: rate.
@@ -75,7 +75,7 @@ class Settings:
     batch_size: int = 2048
     micro_batch: int | None = None
     steps: int = 100_000
-    optimizer: Literal["adafactor", "adamw"] = "adafactor"
+    optimizer: Literal["adamwscale", "adafactor", "adamw"] = "adamwscale"
     lr: float = 1e-2
     clip: float = 1.0
     dropout: float = 0.0

@@ -31,3 +31,17 @@ def test_held_out_images_are_training_images_that_are_not_trained_on() -> None:
     assert len(seen) + len(unseen) == len(whole)  # type: ignore[arg-type]
     for part, index, number in ((unseen, 2, 20), (seen, 0, 1), (seen, 9, 11)):
         torch.testing.assert_close(part[index][0], whole[number][0], rtol=0, atol=0)
+
+
+def test_a_limit_leaves_images_of_all_classes_and_none_that_are_held_out() -> None:
+    """An ImageFolder has its classes one after another."""
+    whole, tests, _ = timm_images.load(None, 28, augmentation=None)
+    few, same, _ = timm_images.load(None, 28, augmentation=None, limit=4)
+    assert (len(few), len(same)) == (4, len(tests))  # type: ignore[arg-type]
+    for place in range(4):
+        torch.testing.assert_close(few[place][0], whole[3000 * place][0], rtol=0, atol=0)
+    seen, _, _ = timm_images.load(None, 28, augmentation=None, held_out=True, limit=2)
+    for place, number in ((0, 1), (1, 6001)):
+        torch.testing.assert_close(seen[place][0], whole[number][0], rtol=0, atol=0)
+    all_of_it, _, _ = timm_images.load(None, 28, augmentation=None, limit=10**6)
+    assert len(all_of_it) == len(whole)  # type: ignore[arg-type]

@@ -13,10 +13,14 @@ import detection
 import glue_finetune
 import imagenet
 import segmentation
+import t5_pretrain
 from support import schedules
 from support.ablation_tables import paper, tables
+from support.adamw_scale import AdamWScale
 from support.classification import OTHERS, SOURCES
+from support.downstream import Segmenter
 from support.paper import TABLES
+from support.pyramid import Pyramid, backbone
 from support.t5 import make_optimizer
 
 
@@ -30,8 +34,12 @@ def rates(settings_of: Any, count: int) -> list[float]:
     return found
 
 
-def test_t5_warms_up_from_half_its_rate_and_ends_at_nanot5s_last() -> None:
-    made = make_optimizer("adafactor", nn.Linear(3, 2), lr=1e-2, steps=1000)
+OPTIMIZERS = ("adamwscale", "adafactor")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_t5_warms_up_from_half_its_rate_and_ends_at_nanot5s_last(name: str) -> None:
+    made = make_optimizer(name, nn.Linear(3, 2), lr=1e-2, steps=1000)
     found = rates(made, 1000)
     assert found[0] == pytest.approx(5e-3)
     assert max(found) == pytest.approx(1e-2, rel=1e-3)
@@ -41,7 +49,8 @@ def test_t5_warms_up_from_half_its_rate_and_ends_at_nanot5s_last() -> None:
     assert {group["weight_decay"] for group in made[0].param_groups} == {0.0}
 
 
-def test_t5s_steps_are_as_large_as_the_parameters() -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_t5s_steps_are_as_large_as_the_parameters(name: str) -> None:
     torch.manual_seed(0)
     moved = []
     for scale in (1.0, 10.0):
@@ -49,7 +58,7 @@ def test_t5s_steps_are_as_large_as_the_parameters() -> None:
         with torch.no_grad():
             model.weight.mul_(scale)
         before = model.weight.detach().clone()
-        optimizer, schedule = make_optimizer("adafactor", model, lr=1e-2, steps=10)
+        optimizer, schedule = make_optimizer(name, model, lr=1e-2, steps=10)
         schedule(0)
         model(torch.ones(4, 8)).square().sum().backward()
         optimizer.step()
@@ -57,11 +66,28 @@ def test_t5s_steps_are_as_large_as_the_parameters() -> None:
     assert moved == pytest.approx([1e-2 / 2] * 2, rel=0.1)
 
 
+def test_adamwscale_is_adamw_at_a_rate_of_its_own_for_each_parameter() -> None:
+    assert t5_pretrain.Settings().optimizer == "adamwscale"
+    weights = [nn.Parameter(torch.randn(6, 4, dtype=torch.float64)) for _ in range(2)]
+    weights[1].data.copy_(weights[0])
+    ours = AdamWScale([weights[0]], lr=1e-2, eps=1e-12, weight_decay=0.0)
+    for _ in range(5):
+        lr = 1e-2 * weights[1].square().mean().sqrt().item()
+        gradient = torch.randn(6, 4, dtype=torch.float64)
+        if not ours.state:
+            plain = torch.optim.AdamW([weights[1]], lr=lr, eps=1e-12, weight_decay=0.0)
+        plain.param_groups[0]["lr"] = lr
+        for weight, optimizer in zip(weights, (ours, plain), strict=True):
+            weight.grad = gradient
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-9, atol=1e-12)
+
+
 HEADS: list[tuple[Any, str, dict[str, float]]] = [
     (segmentation, "fpn", {"steps": 40_000, "batch_size": 32, "lr": 2e-4, "warmup_steps": 0}),
     (segmentation, "upernet", {"steps": 80_000, "batch_size": 16, "lr": 6e-5}),
-    (detection, "mask-rcnn", {"lr": 2e-4, "warmup_steps": 500}),
-    (detection, "retinanet", {"lr": 1e-4, "warmup_steps": 500}),
+    (detection, "mask-rcnn", {"lr": 2e-4, "warmup_steps": 500, "steps": 87_960}),
+    (detection, "retinanet", {"lr": 1e-4, "warmup_steps": 500, "evaluate_every": 7330}),
 ]
 
 
@@ -69,14 +95,54 @@ HEADS: list[tuple[Any, str, dict[str, float]]] = [
 def test_heads_have_their_sources_settings_and_what_is_given_stays(
     recipe: Any, head: Any, expected: dict[str, float]
 ) -> None:
-    table = schedules.SEGMENTATION if recipe is segmentation else schedules.DETECTION
+    is_segmentation = recipe is segmentation
+    defaults: Any = (
+        schedules.SEGMENTATION[head] if is_segmentation else schedules.detection(head, "pvt_medium")
+    )
     settings = recipe.Settings(Path(), head)
-    found = dataclasses.asdict(schedules.with_defaults(settings, table[head]))
+    found = dataclasses.asdict(schedules.with_defaults(settings, defaults))
     assert expected.items() <= found.items()
     settings = recipe.Settings(Path(), head, lr=0.5)
-    assert schedules.with_defaults(settings, table[head]).lr == 0.5
+    assert schedules.with_defaults(settings, defaults).lr == 0.5
     if head == "fpn":
         assert any("Semantic FPN" in row and "40 K" in row for row in TABLES["III"].rows)
+
+
+def test_the_largest_pvt_learns_to_detect_from_half_the_images_at_once() -> None:
+    found = schedules.detection("retinanet", "pvt_large")
+    assert found["lr"] == pytest.approx(1e-4 / 1.4)
+    assert found["batch_size"] * found["steps"] == pytest.approx(16 * 87_960, rel=1e-3)
+    assert found["steps"] == 12 * found["evaluate_every"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("deit_tiny_patch16_224", "DeiT-T"), ("deit_small_patch16_224", "DeiT-S")],
+)
+def test_upernet_has_the_papers_parameters(name: str, row: str) -> None:
+    model = Segmenter(Pyramid(backbone(name, 224, {}), name), "upernet", 150)
+    millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
+    assert TABLES["III"].number(f"UperNet, {row}, 80 K iterations", "parameters") == millions
+
+
+def test_upernet_decays_neither_norms_nor_positions_and_learns_from_a_second_head() -> None:
+    more = {"patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 2}
+    body = backbone("vit_tiny_patch16_224", 32, more, classes=7)
+    model = Segmenter(Pyramid(body), "upernet", 5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = schedules.decayed(model, "upernet", 0.01)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    kept = {names[id(parameter)].removeprefix("pyramid.body.") for parameter in others["params"]}
+    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.norm1.bias"} <= kept
+    assert not any("fc1" in name or "head.1" in name for name in kept)
+    assert len(schedules.decayed(model, "fpn", 0.01)) == 1
+    images, classes = torch.randn(2, 3, 32, 32), torch.randint(5, (2, 32, 32))
+    main, second = model(images)
+    assert main.shape == second.shape == (2, 5, 32, 32)
+    found = segmentation.pixel_loss(lambda _: [main, second], (images, classes))  # type: ignore[arg-type]
+    losses = [nn.functional.cross_entropy(logits, classes) for logits in (main, second)]
+    torch.testing.assert_close(found, losses[0] + 0.4 * losses[1])
+    assert len(model.eval()(images)) == 1
 
 
 def test_downstream_rates_warm_up_and_a_short_run_warms_up_less() -> None:

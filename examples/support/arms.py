@@ -129,4 +129,8 @@ TASKS = {
         ("--steps", 4000),
     ),
 }
-"""By what is learned and at which scale: few images are learned by heart within 20 epochs; on a GPU a DeiT-T and T5-small until they have learned."""
+"""By what is learned and at which scale.
+
+Few images are learned by heart within 20 epochs; on a GPU a DeiT-T and T5-small learn until they
+have learned.
+"""

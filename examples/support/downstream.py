@@ -16,10 +16,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from support.pyramid import Pyramid
 
 WIDTH = 256  # of the pyramid's maps
+UPERNET_WIDTH = 512  # of UPerNet's, in mmsegmentation
+DROPOUT = 0.1  # before each last convolution, as there
 
 
 class Segmenter(nn.Module):
     """Semantic FPN (arXiv 1901.02446) or UPerNet (1807.10221), by segmentation_models_pytorch.
+
+    UPerNet has an auxiliary head on the last map, as mmsegmentation's; only training uses it.
 
     Args:
         pyramid: the backbone.
@@ -31,20 +35,31 @@ class Segmenter(nn.Module):
         super().__init__()
         self.pyramid = pyramid
         self.decoder: Any
+        self.auxiliary: nn.Sequential | None = None
         if head == "fpn":
             self.above: list[None] = []
-            self.decoder = FPNDecoder(pyramid.channels, encoder_depth=4)
-            width = self.decoder.out_channels
-        else:
-            self.above = [None, None]  # maps at strides 1 and 2, which it does not look at
-            self.decoder = UPerNetDecoder([0, 0, *pyramid.channels])
-            width = WIDTH
-        self.head = SegmentationHead(width, classes, kernel_size=1)
+            self.decoder = FPNDecoder(pyramid.channels, encoder_depth=4, dropout=DROPOUT)
+            self.head = SegmentationHead(self.decoder.out_channels, classes, kernel_size=1)
+            return
+        self.above = [None, None]  # maps at strides 1 and 2, which it does not look at
+        channels = [0, 0, *pyramid.channels]
+        self.decoder = UPerNetDecoder(channels, decoder_channels=UPERNET_WIDTH)
+        self.head = nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(UPERNET_WIDTH, classes, 1))
+        self.auxiliary = nn.Sequential(
+            nn.Conv2d(channels[-1], WIDTH, 3, padding=1, bias=False),
+            nn.BatchNorm2d(WIDTH),
+            nn.ReLU(),
+            nn.Dropout2d(DROPOUT),
+            nn.Conv2d(WIDTH, classes, 1),
+        )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, shape (batch, classes, height, width)."""
-        logits = self.head(self.decoder([*self.above, *self.pyramid(images)]))
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear")
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Logits, shape (batch, classes, height, width), and in training the auxiliary head's."""
+        maps = self.pyramid(images)
+        logits = [self.head(self.decoder([*self.above, *maps]))]
+        if self.auxiliary is not None and self.training:
+            logits.append(self.auxiliary(maps[-1]))
+        return [F.interpolate(each, images.shape[-2:], mode="bilinear") for each in logits]
 
 
 class Levels(nn.Module):

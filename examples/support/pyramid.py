@@ -16,6 +16,10 @@ STRIDES = (4, 8, 16, 32)
 HEADS = ("head.weight", "head.fc.weight", "classifier.weight")
 
 
+DROP_PATH = 0.1
+"""Rate of stochastic depth in PVT's Semantic FPN and detectors, and in mmsegmentation's DeiT."""
+
+
 def backbone(name: str, size: int, more: dict[str, Any], classes: int = 1000) -> nn.Module:
     """A dense classifier that takes images of any size.
 
@@ -26,7 +30,7 @@ def backbone(name: str, size: int, more: dict[str, Any], classes: int = 1000) ->
         classes: that it tells apart.
     """
     sizes = {"dynamic_img_size": True, "dynamic_img_pad": True}
-    return build(name, size, classes, more | (sizes if "it_" in name else {}))
+    return build(name, size, classes, more | (sizes if "it_" in name else {}), DROP_PATH)
 
 
 class Pyramid(nn.Module):
@@ -41,7 +45,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, body: nn.Module, name: str = "") -> None:
         super().__init__()
-        self.body = body
+        self.body, self.name = body, name
         self.depths = PVT_DEPTHS.get(name)
         with torch.no_grad():
             self.channels = [m.shape[1] for m in self.eval()(torch.zeros(1, 3, 64, 64))]

@@ -15,6 +15,7 @@ from transformers.optimization import Adafactor
 
 import exfusion_param as exf
 from support import corpus, ranks
+from support.adamw_scale import AdamWScale
 from support.pretraining import Batch
 
 SIZES: dict[str, dict[str, int]] = {  # of T5 v1.1
@@ -95,9 +96,9 @@ def make_optimizer(
     """An optimizer, and what sets its learning rates before each step.
 
     Args:
-        name: adafactor, with the schedule of nanoT5's configuration: a warm-up from half the rate,
-            a cosine to 1e-5, steps as large as the parameters, no decay; or adamw, which nanoT5
-            found to diverge at its rate.
+        name: adamwscale, nanoT5's, or adafactor, both with the schedule of its configuration: a
+            warm-up from half the rate, a cosine to 1e-5, steps as large as the parameters, no
+            decay; or adamw, which nanoT5 found to diverge at its rate.
         model: whose parameters it moves.
         lr: highest learning rate.
         steps: of the run.
@@ -105,9 +106,12 @@ def make_optimizer(
     warmup = round(WARMUP * steps)
     given: dict[str, Any] = {"t_in_epochs": False, "warmup_t": warmup}
     optimizer: torch.optim.Optimizer
-    if name == "adafactor":
+    if name in ("adamwscale", "adafactor"):
         groups = exf.param_groups(model, weight_decay=0.0)
-        optimizer = Adafactor(groups, lr=lr, relative_step=False)
+        if name == "adafactor":
+            optimizer = Adafactor(groups, lr=lr, relative_step=False)
+        else:
+            optimizer = AdamWScale(groups, lr=lr)
         given |= {"t_initial": steps - warmup, "warmup_prefix": True}  # the cosine follows
         given |= {"warmup_lr_init": lr / 2, "lr_min": LAST_RATE}
     else:
