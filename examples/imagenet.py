@@ -58,6 +58,7 @@ class Settings:
         held_out: train on nine tenths of the training images and test on the rest, to choose
             settings without the test images.
         limit: train on no more than this many images.
+        evaluate_every: epochs between two tests, and between two checkpoints.
         ema: decay of an average of the weights, which is then tested and shipped.
         amp: forward in bfloat16.
         workers: processes that load images on each rank.
@@ -84,6 +85,7 @@ class Settings:
     fusion_lr: float | None = None
     held_out: bool = False
     limit: int | None = None
+    evaluate_every: float = 1
     ema: float | None = None
     amp: bool = False
     workers: int = 8
@@ -120,7 +122,10 @@ def main(given: Settings, device: torch.device) -> None:
     fusion_lr = None if settings.fusion_lr is None else settings.fusion_lr * scale
     groups = exf.param_groups(model, settings.weight_decay, fusion_lr=fusion_lr)
     optimizer = exf.ExpertAdamW(groups, lr=settings.lr * scale)
-    steps = max(1, round(settings.epochs * len(training)))
+    steps, every = (
+        max(1, round(epochs * len(training)))
+        for epochs in (settings.epochs, settings.evaluate_every)
+    )
     warmup = {"warmup_t": round(settings.warmup_epochs * len(training)), "warmup_lr_init": 1e-6}
     scheduler = CosineLRScheduler(
         optimizer, t_initial=steps, lr_min=settings.min_lr, t_in_epochs=False, **warmup
@@ -134,8 +139,8 @@ def main(given: Settings, device: torch.device) -> None:
         schedule=scheduler.step_update,
         evaluate=Accuracy(tests, 250, settings.workers),
         steps=steps,
-        evaluate_every=len(training),
-        save_every=len(training),
+        evaluate_every=every,
+        save_every=every,
         micro_batch=settings.micro_batch,
         average=None if settings.ema is None else ModelEmaV3(model, decay=settings.ema),
         clip=settings.clip,

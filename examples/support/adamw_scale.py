@@ -38,7 +38,7 @@ class AdamWScale(torch.optim.Optimizer):
         super().__init__(params, fields | {"smallest": smallest})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the parameters that have gradients; the closure's loss."""
         loss = None
         if closure is not None:

@@ -94,10 +94,10 @@ TASKS = {
         "imagenet.py",
         ACCURACY,
         "--limit 4000 --image-size 28 --no-augment --drop-path 0 --min-lr 0 --workers 0 "
-        "--batch-size 128 --warmup-epochs 1 "
+        "--batch-size 128 --warmup-epochs 1 --evaluate-every 5 "
         "--model-kwargs patch_size 14 embed_dim 96 depth 2 num_heads 4",
         "--held-out --epochs 10",
-        (16e-3, 32e-3, 64e-3),
+        (16e-3, 32e-3),
         ("--epochs", 20.0),
     ),
     ("images", "gpu"): Task(
