@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "borders.md"
 PATTERNS = (
     "assigned_weights",
     "bank_borders",
+    "bank_nesting",
     "empty_banks",
     "first_step",
     "foreign_edits",

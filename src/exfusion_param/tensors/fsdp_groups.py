@@ -1,4 +1,4 @@
-"""What FSDP2 knows of the parameters that it manages; torch has public names for none of it."""
+"""What FSDP knows of the parameters that it manages; torch has public names for none of it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def param_groups_of(state: Any) -> list[Any]:
         groups: list[Any] = state._fsdp_param_groups
         return groups
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made it a part of a flat parameter."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def is_resharded_after_forward(parameter: Tensor) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ...tensors.fsdp_groups import is_resharded_after_forward
+from ...tensors.fsdp_groups import is_flattened, is_resharded_after_forward
 from ...tensors.shards import is_sharded, local
 from .custom_ops import current_backward
 
@@ -79,6 +79,8 @@ class Anchor:
         if parameter is not None and (parameter is before or parameter is gathered):
             return
         if parameter is not None and before is not None:
+            if not parameter.is_leaf and not is_flattened(before):
+                return  # `functional_call` has put it there, as MAML does
             if _is_gathered(parameter, before):
                 self._gathered = weakref.ref(parameter)
                 self.counts_at_once = not parameter.is_leaf

@@ -13,6 +13,8 @@ through it:
 - What one backward has noted counts when that backward writes the gradient of the anchor, one
   parameter of the group (anchor.py). If the anchor's gradient was reset since the last backward,
   what was counted before is dropped: it is None now, or it is zero and was not.
+- A backward within a backward (reversible networks, adjoint methods) may leave it to an
+  `autograd.Function` to hand the anchor's gradient on. It counts when the outer one writes.
 - Code that composes gradients by hand (PCGrad, gradients that are stashed and summed, pipelines
   with a zero-bubble schedule) leaves in the anchor's `.grad` what autograd did not write there, or
   writes another direction into what it did. Then all that was noted since the last step counts.
@@ -173,10 +175,14 @@ class Votes:
             self._count(backward)
 
     def _after_write(self, anchor: Tensor) -> None:
-        """The running backward has written the anchor's gradient, so what it notes counts."""
+        """What this backward notes counts, and what those within it did that computed a part."""
         backward = self._backward()
         backward.has_written = True
         self._count(backward)
+        running = current_backward()
+        for identity, inner in self._backwards.items():
+            if running is not None and inner.writes and (identity or 0) > running:
+                self._count(inner)  # it began within this one
 
     def _count(self, backward: _Backward) -> None:
         if backward.noted is not None:
