@@ -10,6 +10,8 @@ import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+import exfusion_param
+
 ROOT = Path(__file__).parents[1]
 AS_TORCHRUN_DOES = {
     "RANK": "0",
@@ -73,6 +75,11 @@ def test_the_site_builds_without_a_warning(
     method = (tmp_path / "concepts/method.html").read_text()
     assert "<math" in method
     assert "arithmatex" not in method
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/reference/exfusion_param.md").read_text()
+    assert set(re.findall(r"- (\w+)", page)) == set(exfusion_param.__all__)
 
 
 def test_links_of_pages_outside_of_the_site_are_valid() -> None:

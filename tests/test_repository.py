@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+import exfusion_param
 import set_up
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +125,16 @@ def test_progress_is_read_from_pip() -> None:
     assert set_up.progress(found, 0) == "2 found, "
     installing = found + "Installing collected packages: timm, torch\n"
     assert set_up.progress(installing, 1) == "1 of 2 installed, "
+
+
+def test_the_version_is_the_same_wherever_it_is_written() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {exfusion_param.__version__}\n" in citation
+
+
+def test_the_table_of_tests_lists_every_file() -> None:
+    table = (ROOT / "tests/README.md").read_text().split("\n| part |")[1]
+    listed = re.findall(r"`([a-z0-9_*]+)`", table.split("\n\n")[0])
+    files = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py")}
+    unlisted = {name for name in files if not any(fnmatch(name, entry) for entry in listed)}
+    assert not unlisted
