@@ -12,9 +12,12 @@ put its four IDX files into runs/fashion-mnist; without them it trains on the re
 """
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -78,13 +81,16 @@ def run_apart(name: str, given: argparse.Namespace, seconds: float) -> None:
     command = [sys.executable, __file__, "--here", "--lines", name, "--seconds", f"{seconds:.0f}"]
     command += ["--out", str(given.out)]
     command += ["--data", str(given.data)] if given.data else []
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        ended = subprocess.run(command, timeout=seconds + GRACE, check=False).returncode
+        if ended := process.wait(seconds + GRACE):
+            say(f"{name}: ended with {ended}; the other lines go on")
     except subprocess.TimeoutExpired:
         say(f"{name}: ended, as it did not stop {GRACE:.0f} s after its time")
-        return
-    if ended:
-        say(f"{name}: ended with {ended}; the other lines go on")
+    finally:  # what it has started would take from the next line's GPU
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def report(out: Path, command: str) -> str:

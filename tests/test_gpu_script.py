@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,52 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert printed.count("\n") == 1
     assert "sees no GPU: nothing was measured" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_case_that_fails_leaves_the_others_their_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = Line(Results(tmp_path / "steps.json"), 9.0, "cpu", fashion.EMBEDDED)
+    with line.case("first"):
+        raise RuntimeError("no Triton\nand more")
+    assert (
+        capsys.readouterr().out == "first: failed, and the others go on: RuntimeError: no Triton\n"
+    )
+    assert line.has_time()
+    line.last = 10.0
+    assert not line.has_time()
+    with line.case("second"):
+        pass
+    assert line.has_time()  # what the first took, which compiled, does not count any more
+    monkeypatch.setattr(torch, "compile", lambda _: None)
+    assert not line.can_compile()
+    line.is_dry = True
+    with pytest.raises(RuntimeError, match="no Triton"), line.case("third"):
+        raise RuntimeError("no Triton")
+
+
+def test_a_line_is_ended_with_all_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "child"
+    script = tmp_path / "line.py"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    gpu.run_apart("steps", gpu.parsed(["--out", str(tmp_path)]), 1.5)
+    assert "did not stop" in capsys.readouterr().out
+    pid = int(mark.read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("the line's process has left another one running")
 
 
 def test_a_line_stops_at_its_share_and_the_table_has_what_is_complete(tmp_path: Path) -> None:

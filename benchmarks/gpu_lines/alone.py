@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -41,13 +42,19 @@ class Alone:
         return loss.detach()[None]
 
 
-def timed_steps(arm: str, shape: Shape, device: str, folder: Path, steps: int, seed: int) -> float:
-    """Seconds of a step, after as many that are not timed; runs in a process of its own."""
+def timed_steps(
+    arm: str, shape: Shape, device: str, folder: Path, steps: int, ready: Barrier, seed: int
+) -> float:
+    """Seconds of a step, after as many that are not timed; runs in a process of its own.
+
+    The timed steps begin when all processes are ready, as one by itself would be faster.
+    """
     images = Images.load(folder, shape, device)
     batches, run = Batches(images, shape, (seed,)), Alone(arm, seed, shape, device)
     started = 0.0
     for step in range(2 * steps):
         if step == steps:
+            ready.wait()
             started = now(device)
         run.step(batches.batch(step % batches.steps), shape.lr)
     return (now(device) - started) / steps

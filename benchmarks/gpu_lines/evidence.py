@@ -24,12 +24,15 @@ TOY = Shape(
 WAYS = "stacked", "processes"
 TIMED = "mb"  # the arm by which the faster way is found
 CONTROL = "control"
+PATIENCE = 60.0  # seconds in which all processes have to be ready
 START = "spawn"  # how processes start; a fork would share CUDA's state
 
 
 def run(line: Line) -> None:
     """Train what is missing, arm by arm, until the time is over."""
     shape = TOY if line.is_dry else Shape()
+    if shape.compile and line.device == "cuda":
+        shape = dataclasses.replace(shape, compile=line.can_compile())
     images = Images.load(line.data, shape, line.device)
     if line.device == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -65,12 +68,11 @@ def _train_arm(
     if not line.has_time():
         say(f"evidence: no time for {arm}; the same command continues")
         return
-    started = time.time()
-    if pool is None:
-        _train_stacked(line, shape, images, arm, seeds)
-    else:
-        _train_processes(line, shape, pool, arm, seeds)
-    line.measured(started)
+    with line.case(f"evidence: {arm}"):
+        if pool is None:
+            _train_stacked(line, shape, images, arm, seeds)
+        else:
+            _train_processes(line, shape, pool, arm, seeds)
 
 
 def _key(arm: str, seed: int) -> str:
@@ -86,11 +88,13 @@ def _faster_way(line: Line, shape: Shape, images: Images, pool: ProcessPoolExecu
     }
     for way, measured in ways.items():
         if f"way: {way}" not in line.results:
-            ms = round(1e3 * measured() / len(shape.seeds), 3)
-            line.results.add(f"way: {way}", {"way": way, "ms of a step and run": ms})
-            say(f"evidence: {way}: {ms} ms for a step of one of {len(shape.seeds)} runs")
-    found = {way: line.results.rows[f"way: {way}"]["ms of a step and run"] for way in WAYS}
-    return min(found, key=found.__getitem__)
+            with line.case(f"evidence: {way}"):
+                ms = round(1e3 * measured() / len(shape.seeds), 3)
+                line.results.add(f"way: {way}", {"way": way, "ms of a step and run": ms})
+                say(f"evidence: {way}: {ms} ms for a step of one of {len(shape.seeds)} runs")
+    rows = {way: line.results.rows.get(f"way: {way}", {}) for way in WAYS}
+    found = {way: row["ms of a step and run"] for way, row in rows.items() if row}
+    return min(found, key=found.__getitem__, default=WAYS[0])
 
 
 def _stacked_seconds(line: Line, shape: Shape, images: Images, steps: int) -> float:
@@ -105,8 +109,10 @@ def _stacked_seconds(line: Line, shape: Shape, images: Images, steps: int) -> fl
 
 def _processes_seconds(line: Line, shape: Shape, pool: ProcessPoolExecutor, steps: int) -> float:
     """The slowest of as many processes as there are seeds, which all run at once."""
-    timed = partial(alone.timed_steps, TIMED, shape, line.device, line.data, steps)
-    return max(pool.map(timed, shape.seeds))
+    with multiprocessing.get_context(START).Manager() as manager:
+        ready = manager.Barrier(len(shape.seeds), timeout=PATIENCE)
+        timed = partial(alone.timed_steps, TIMED, shape, line.device, line.data, steps, ready)
+        return max(pool.map(timed, shape.seeds))
 
 
 def _train_stacked(

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 Row = dict[str, Any]
 
@@ -52,7 +55,7 @@ class Line:
     data: Path
     is_dry: bool = False
     started: float = dataclasses.field(default_factory=time.time)
-    longest: float = 0.0
+    last: float = 0.0
 
     @property
     def until(self) -> float:
@@ -60,12 +63,35 @@ class Line:
         return self.started + self.seconds
 
     def has_time(self, needed: float = 0.0) -> bool:
-        """Whether the share has as many seconds left, and as the longest case so far took."""
-        return time.time() + max(needed, self.longest) < self.until
+        """Whether the share has as many seconds left, and as the last case took.
+
+        The first one compiles, so the longest would say little of those that follow.
+        """
+        return time.time() + max(needed, self.last) < self.until
 
     def measured(self, started: float) -> None:
         """A case that began then has ended."""
-        self.longest = max(self.longest, time.time() - started)
+        self.last = time.time() - started
+
+    @contextmanager
+    def case(self, what: str) -> Iterator[None]:
+        """One of several cases: its time is counted, and its failure leaves the others theirs."""
+        started = time.time()
+        try:
+            yield
+        except Exception as error:
+            if self.is_dry:
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            say(f"{what}: failed, and the others go on: {type(error).__name__}: {first}")
+        self.measured(started)
+
+    def can_compile(self) -> bool:
+        """Whether torch.compile works here; on a GPU it needs Triton and a C compiler."""
+        compiled = []
+        with self.case("torch.compile, so nothing is compiled"):
+            compiled.append(torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=self.device)))
+        return bool(compiled)
 
 
 def markdown(rows: Sequence[Row]) -> str:

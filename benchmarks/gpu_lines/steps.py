@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import importlib.util
 import itertools
-import time
 import warnings
 from collections.abc import Callable
 from statistics import median
@@ -51,15 +50,17 @@ def run(line: Line) -> None:
         say("steps: timm is not installed; a ViT of torch.nn of the same shape takes its place")
     if line.device == "cuda":
         torch.set_float32_matmul_precision("high")
-    first, *others = scale.batch_sizes
+    compiles = scale.is_fast and line.can_compile()
+    first, *others = (
+        Task(scale.model, size, bf16=scale.is_fast, compile=compiles) for size in scale.batch_sizes
+    )
     _time_steps(line, scale, first)
     _time_passes(line, scale)
-    for batch_size in others:
-        _time_steps(line, scale, batch_size)
+    for task in others:
+        _time_steps(line, scale, task)
 
 
-def _time_steps(line: Line, scale: Scale, batch_size: int) -> None:
-    task = Task(scale.model, batch_size, bf16=scale.is_fast, compile=scale.is_fast)
+def _time_steps(line: Line, scale: Scale, task: Task) -> None:
     missing = [case for case in scale.cases if _key(task, *case) not in line.results]
     if not missing or not line.has_time():
         return
@@ -68,29 +69,34 @@ def _time_steps(line: Line, scale: Scale, batch_size: int) -> None:
         line.results.add(_key(task, "dense", 1), _dense(dense, loss, scale.rounds))
     for kind, num_experts in missing:
         if not line.has_time():
-            say(f"steps: the time is over before {kind}, N = {num_experts}, batch {batch_size}")
+            say(f"steps: the time is over before {_key(task, kind, num_experts)}")
             return
-        started = time.time()
-        row = _case(dense, loss, kind, num_experts, scale.rounds)
-        line.results.add(_key(task, kind, num_experts), row)
-        line.measured(started)
-        say(f"steps: batch {batch_size}, {kind}, N = {num_experts}: {row.get('step by dense')}")
+        with line.case(f"steps: {_key(task, kind, num_experts)}"):
+            row = _case(dense, loss, kind, num_experts, scale.rounds)
+            line.results.add(_key(task, kind, num_experts), row)
+            say(f"steps: {_key(task, kind, num_experts)}: {row.get('step by dense')}")
 
 
 def _key(task: Task, kind: str, num_experts: int) -> str:
-    return f"{task.model}, {task.batch_size}, {kind}, {num_experts}"
+    eager = "" if task.compile else ", eager"
+    return f"{task.model}, {task.batch_size}, {kind}, {num_experts}{eager}"
+
+
+def _row(task: Task, kind: str, num_experts: int) -> Row:
+    blocks = "compiled" if task.compile else "eager"
+    return {"batch": task.batch_size, "blocks": blocks, "kind": kind, "N": num_experts}
 
 
 def _dense(dense: Trainer, loss: Loss, rounds: int) -> Row:
     seconds = [dense.step(loss) for _ in range(rounds + 2)][2:]
     peak = _peak(dense, loss, 0)
-    row = {"batch": dense.task.batch_size, "kind": "dense", "N": 1, "step by dense": 1.0}
+    row = _row(dense.task, "dense", 1) | {"step by dense": 1.0}
     return row | {"step ms": round(1e3 * median(seconds), 1), "peak MiB": peak}
 
 
 def _case(dense: Trainer, loss: Loss, kind: str, num_experts: int, rounds: int) -> Row:
     """A row; what does not fit into the memory says so."""
-    row: Row = {"batch": dense.task.batch_size, "kind": kind, "N": num_experts}
+    row = _row(dense.task, kind, num_experts)
     _collect()
     resident = _allocated()
     try:
@@ -134,14 +140,13 @@ def _time_passes(line: Line, scale: Scale) -> None:
         key = f"pass, {kind}, {num_experts}"
         if key in line.results or not line.has_time():
             continue
-        started = time.time()
         _collect()
-        try:
-            row = _pass(line, scale, kind, num_experts)
-        except torch.OutOfMemoryError:
-            row = {"pass over ms": "out of memory"}
-        line.results.add(key, {"kind": kind, "N": num_experts} | row)
-        line.measured(started)
+        with line.case(f"steps: {key}"):
+            try:
+                row = _pass(line, scale, kind, num_experts)
+            except torch.OutOfMemoryError:
+                row = {"pass over ms": "out of memory"}
+            line.results.add(key, {"kind": kind, "N": num_experts} | row)
 
 
 def _pass(line: Line, scale: Scale, kind: str, num_experts: int) -> Row:
@@ -194,9 +199,10 @@ def _paper() -> dict[tuple[str, int], str]:
 def tables(rows: dict[str, Row]) -> list[list[Row]]:
     """Step times beside the paper's, and passes over the stacks."""
     steps = [row for row in rows.values() if "batch" in row]
-    paper, dense = _paper(), {row["batch"]: row for row in steps if row["kind"] == "dense"}
+    paper = _paper()
+    dense = {(r["batch"], r["blocks"]): r for r in steps if r["kind"] == "dense"}
     for row in steps:
-        peak, beside = row.get("peak MiB"), dense[row["batch"]].get("peak MiB")
+        peak, beside = row.get("peak MiB"), dense[row["batch"], row["blocks"]].get("peak MiB")
         row["memory by dense"] = round(peak / beside, 2) if peak and beside else None
         row["paper: step, memory by dense"] = paper.get((row["kind"], row["N"]))
     return [steps, [row for row in rows.values() if "batch" not in row]]
