@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..finding.place import input_of
 from ..finding.projections import projection_of
 from ..tensors import functional
-from ..tensors.shards import local, local_to_differentiate, plus
+from ..tensors.shards import has_nonzero, local, local_to_differentiate, plus
 from .memory_bank import MemoryBank
 from .votes.votes import mean_of
 from .zero_gradients import is_transformed, with_zero_gradient
@@ -97,7 +97,7 @@ class BankOnStep(MemoryBank):
         """Whether the dense weights are zero, as `wrap` makes them from an empty bank."""
         if not self.is_empty():
             return False
-        return not any(local(fused.parameter).any() for fused in self.fused)
+        return not any(has_nonzero(fused.parameter) for fused in self.fused)
 
     def _has_gradient(self) -> Tensor:
         # Weights that are all zero have gradients of zero.
@@ -105,7 +105,7 @@ class BankOnStep(MemoryBank):
 
     def _only_experts_have_gradients(self) -> bool:
         gradients = [fused.parameter.grad for fused in self.fused]
-        return any(local(gradient).any() for gradient in gradients if gradient is not None)
+        return any(has_nonzero(gradient) for gradient in gradients if gradient is not None)
 
     def _anchor(self) -> nn.Parameter | None:
         """Not the router, to which autograd gives zeros."""

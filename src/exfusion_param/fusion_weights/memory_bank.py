@@ -17,7 +17,7 @@ from ..finding.projections import projections_of
 from ..tensors import functional
 from ..tensors.expert_starts import uniform_weights
 from ..tensors.ranks import Ranks
-from ..tensors.shards import assign, local
+from ..tensors.shards import assign, has_nonzero, local
 from . import bank_problems
 from .empty_banks import StillBank
 from .token_pool import TokenPool
@@ -178,7 +178,7 @@ class MemoryBank(TokenPool):
     def _has_gradient(self) -> Tensor:
         """Whether a gradient of the group is not zero, a boolean of shape ()."""
         gradients = [p.grad for p in [self.router, *self.trained()] if p.grad is not None]
-        return torch.stack([local(each).any().to(self.bank.device) for each in gradients]).any()
+        return torch.stack([has_nonzero(each).to(self.bank.device) for each in gradients]).any()
 
     def optimizer_stepped(self, skipped: Tensor | None) -> None:
         """Move the bank by the mean of the step's micro-batches, unless the step was skipped."""
@@ -236,7 +236,7 @@ class MemoryBank(TokenPool):
         experts = [stack.grad for stack in stacks if stack.grad is not None]
         if router is None:
             return bool(experts)
-        return any(local(each).any() for each in experts) and not local(router).any()
+        return any(has_nonzero(each) for each in experts) and not has_nonzero(router)
 
     def _find_ranks(self) -> Ranks:
         return self.ranks

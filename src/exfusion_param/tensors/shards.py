@@ -94,6 +94,12 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     return module.DTensor.from_local(tensor, mesh, places, run_check=False)
 
 
+def has_nonzero(tensor: Tensor) -> Tensor:
+    """Whether this rank's part has an entry other than zero, shape (): `any()`, but vectorized."""
+    part = local(tensor)
+    return torch.stack(torch.aminmax(part)).any() if part.numel() else part.any()
+
+
 def assign(target: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor, which every rank has, into one that may be spread over the ranks."""
     local(target).copy_(local(spread(tensor, target)))

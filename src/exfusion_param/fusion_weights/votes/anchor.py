@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ...tensors.fsdp_groups import is_flattened, is_resharded_after_forward
-from ...tensors.shards import is_sharded, local
+from ...tensors.shards import has_nonzero, is_sharded, local
 from .custom_ops import current_backward
 
 Gradients = list[tuple[int, int]]
@@ -149,7 +149,7 @@ class Anchor:
 
     def _note_gradient(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        self._was_written = None if gradient is None else local(gradient).any()
+        self._was_written = None if gradient is None else has_nonzero(gradient)
         self._written = None if gradient is None else weakref.ref(gradient)
         self._sample = None
         if gradient is not None and not is_sharded(gradient):
@@ -172,7 +172,7 @@ class Anchor:
         if self._was_written is None or parameter.grad is None:
             return None
         # `zero_grad(set_to_none=False)` leaves zeros; to ask for them would stall a GPU.
-        is_reset = self._was_written & ~local(parameter.grad).any()
+        is_reset = self._was_written & ~has_nonzero(parameter.grad)
         return torch.where(is_reset, 0, total)
 
     def is_resharded(self) -> bool:
