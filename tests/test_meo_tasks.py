@@ -61,7 +61,7 @@ def test_a_task_that_was_not_named_or_does_not_fit_is_refused() -> None:
     for fuse in (exf.fuse, meo.fuse, meo.fused_state_dict):
         with pytest.raises(ValueError, match="No task is set"):
             fuse(model)
-    with pytest.raises(ValueError, match="knows no tasks"):
+    with pytest.raises(ValueError, match="has no tasks"):
         meo.set_task(wrapped(), 0)
     with pytest.raises(ValueError, match="has no gates. Wrap it with meo.wrap"):
         meo.set_task(FFNs(), 0)

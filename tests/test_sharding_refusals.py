@@ -111,14 +111,14 @@ def fuse_while_sharded(model: nn.Module, rank: int) -> None:
 
 REFUSALS = [
     (a_dense_model, "has no wrapped linear. Call wrap"),
-    (a_sharded_model, "is sharded already .all of it"),
+    (a_sharded_model, "is already sharded .all of it"),
     (a_mesh_of_three_dimensions, "mesh must have one dimension .* got 3"),
     (a_mesh_of_others, "Rank 1 is not in the mesh|Rank 0 is in the mesh"),
     (a_mesh_without_names, "needs names for FSDP2"),
     (a_block_of_another_model, "blocks has a Mlp that is not in the model"),
-    (one_block_sharded, "is sharded already .blocks.1"),
-    (a_container, "ModuleDict has no forward"),
-    (a_container_as_block, "ModuleList has no forward"),
+    (one_block_sharded, "is already sharded .blocks.1"),
+    (a_container, "cannot shard ModuleDict, which has no forward"),
+    (a_container_as_block, "cannot shard ModuleList, which has no forward"),
     (a_placement_of_stacks, "gives Shard.dim=0. for 'blocks.0.*an expert stack .* Return None"),
     (mesh_dimensions_by_name, "dp_mesh_dims needs fuse_on=.step"),
     (another_seed, "Rank 1 wrapped the model differently .* 'blocks.0' differs in its experts"),

@@ -153,7 +153,7 @@ def test_another_number_of_experts_is_refused_and_changes_nothing() -> None:
     model = exf.wrap(FFNs(), num_experts=4, bank_init="uniform")
     state = exf.wrap(FFNs(), num_experts=8, bank_init="uniform").state_dict()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="holds 8 experts, the model 4. .* num_experts=8"):
+    with pytest.raises(ValueError, match="has 8 experts, but the model has 4. .* num_experts=8"):
         model.load_state_dict(state)
     assert_unchanged(model, before)
 
@@ -237,7 +237,7 @@ def test_a_stack_of_biases_of_another_number_is_refused_too() -> None:
         for name, value in model.state_dict().items()
     }
     before = snapshot(model)
-    with pytest.raises(ValueError, match="bias.original holds 8 experts, the model 4"):
+    with pytest.raises(ValueError, match="bias.original has 8 experts, but the model has 4"):
         model.load_state_dict(state)
     assert_unchanged(model, before)
 

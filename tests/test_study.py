@@ -210,7 +210,7 @@ def test_what_other_processes_cannot_import_is_named(tmp_path: Path) -> None:
         ({"control": "dense"}, r"control must be one of the arms \(control, ours\), got 'dense'"),
         ({"seeds": ()}, "seeds must be different numbers"),
         ({"seeds": (1, 1)}, "seeds must be different numbers"),
-        ({"rates": (1.0, 2.0), "tuning_seeds": (0,)}, "seeds that are not compared"),
+        ({"rates": (1.0, 2.0), "tuning_seeds": (0,)}, "must differ from seeds"),
         ({"at_once": 0}, "at_once must be at least 1, got 0"),
     ],
 )
@@ -271,9 +271,7 @@ def test_train_gets_what_it_has_parameters_for(tmp_path: Path) -> None:
         TypeError, match=r"has no parameter lr\. Add one, as in train\(model, seed, lr"
     ):
         study.run(build, train, out=tmp_path, rates=[0.1])
-    with pytest.raises(
-        TypeError, match=r"with lr where rates are given \(got \[\]\), but: missing"
-    ):
+    with pytest.raises(TypeError, match=r"with lr if there are rates \(got \[\]\), but: missing"):
         study.run(build, all_of, out=tmp_path)
 
 
@@ -315,9 +313,9 @@ def test_the_command_runs_functions_of_the_users_module(
     cli.main(command)
     assert "| sw |" in capsys.readouterr().out
     for name, message in (
-        ("train", "What trains is MODULE:FUNCTION, as in my_task:train, got 'train'"),
+        ("train", "train must be MODULE:FUNCTION, such as my_task:train, got 'train'"),
         ("my_own_task:trains", "The module my_own_task has no function 'trains'"),
-        ("no_such_task:train", "There is no module no_such_task in this folder"),
+        ("no_such_task:train", "The module no_such_task is neither in this folder"),
         ("my_own_task:build", "build is called as train(model, seed)"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)):

@@ -165,13 +165,13 @@ def _check_labels(
     for group, share in shares.items():
         if share.shape[: labels.ndim] != labels.shape or share.ndim == labels.ndim:
             raise ValueError(
-                f"The labels have shape {tuple(labels.shape)}, which is not how the shares of "
-                f"{group!r} begin: {tuple(share.shape)}."
+                f"The labels have shape {tuple(labels.shape)}, which does not match the leading "
+                f"dimensions of the router outputs of {group!r}, {tuple(share.shape)}."
             )
     highest = len(names) - 1 if names is not None else None
     if labels.numel() and (labels.min() < 0 or (highest is not None and labels.max() > highest)):
         raise ValueError(
-            f"Labels are numbers from 0 to {highest if names else 'any'}, got "
+            f"Labels must be at least 0{f' and at most {highest}' if names else ''}, got "
             f"{labels.min().item()} to {labels.max().item()}."
         )
 

@@ -145,9 +145,9 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
     is_plain = type(value.data) is Tensor or is_sharded(value)
     if not is_plain or value.shape != parametrized.original.shape[1:]:
         raise ValueError(
-            f"Experts fuse to {_named(linear, name)}, got a {type(value.data).__name__} of shape "
-            f"{tuple(value.shape)}. Call fuse(model) before quantizing or replacing it, or wrap "
-            'with fuse_on="step" (not for MEO).'
+            f"Only a plain tensor of its shape can be assigned to {_named(linear, name)}, got a "
+            f"{type(value.data).__name__} of shape {tuple(value.shape)}. Call fuse(model) before "
+            'quantizing or replacing it, or wrap with fuse_on="step" (not for MEO).'
         )
     parametrized.right_inverse(value)
     forget(fusion)
@@ -159,8 +159,8 @@ def require_own_parameter(linear: Any, name: str, parameter: object) -> None:
     """Raise a TypeError for a fused tensor that is to be a parameter, as pruning registers it."""
     if isinstance(parameter, Tensor) and not isinstance(parameter, nn.Parameter):
         raise TypeError(
-            f"{name!r} is to be a parameter and is a tensor computed from experts, as when a "
-            "wrapped linear is pruned. Call fuse(model) first, or wrap with "
+            f"{name!r} cannot be registered as a parameter, as pruning does: it is computed from "
+            "experts. Call fuse(model) first, or wrap with "
             'fuse_on="step" (not for MEO).'
         )
 

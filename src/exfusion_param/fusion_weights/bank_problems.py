@@ -38,7 +38,7 @@ def offloaded_in_training(group: str) -> RuntimeError:
 def unobserved(group: str) -> RuntimeError:
     """A linear runs without the one whose input is routed."""
     return RuntimeError(
-        f"A linear of {group!r} ran without the one whose input its shared router "
+        f"A linear of {group!r} ran without the linear whose input its shared router "
         "reads: before it, outside of its checkpoint, in two threads at once, or replaced "
         "after wrap(). Checkpoint the whole FFN, or give each linear its own router, "
         "wrap(model, shared_router=False); train in one thread; put the linear back."

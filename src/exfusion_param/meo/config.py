@@ -114,7 +114,7 @@ class MEOConfig(ExpertConfig):
             if self.task_dim < 1:
                 raise ValueError(f"task_dim must be >= 1, got {self.task_dim}.")
         if self.level == "task" and self.causal:
-            raise ValueError('level="task" sees no tokens, so causal=True means nothing for it.')
+            raise ValueError('causal=True has no effect with level="task". Leave it out.')
 
     @property
     def kept(self) -> int:

@@ -79,8 +79,8 @@ class Gate(TokenPool):
         """
         if self.config.level != "task":
             raise RuntimeError(
-                f"{self.group!r} has gates for each sample, and none for all. Only a model that is "
-                'wrapped with level="task" is one dense model for each task.'
+                f"Each sample has its own gates in {self.group!r}, so there is no single fused "
+                'weight. Only a model that is wrapped with level="task" has one, for each task.'
             )
         return self.choose_for_task().gates[0] if self.current is None else self.current
 
@@ -107,7 +107,7 @@ class Gate(TokenPool):
         """Raise a ValueError unless there is one dense model to fuse to."""
         if self.config.level != "task":
             raise ValueError(
-                f'level="{self.config.level}" has a weight for each sample, so that no dense model '
+                f'level="{self.config.level}" has a weight for each sample, so no dense model '
                 'computes the same. Train with level="task" to fuse, or ship the wrapped model.'
             )
         if self.task is None:

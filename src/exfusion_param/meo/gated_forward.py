@@ -75,9 +75,9 @@ def _gates(
         return gate.current
     if not (place.is_first or place.reads_input):
         raise RuntimeError(
-            f"A linear of {gate.group!r} ran without the one whose input their shared gate reads: "
-            "before it, outside of its checkpoint, or replaced after wrap(). Checkpoint the whole "
-            "FFN, put the linear back, or give each linear its own gate, shared_gate=False."
+            f"A linear of {gate.group!r} ran without the linear whose input their shared gate "
+            "reads: before it, outside of its checkpoint, or replaced after wrap(). Checkpoint the "
+            "whole FFN, put the linear back, or give each linear its own gate, shared_gate=False."
         )
     pooled = mean_of_tokens(tokens, mask) if segments is None else segments.pooled.flatten(0, 1)
     chosen = gate.choose(pooled, is_noisy=gate.training)

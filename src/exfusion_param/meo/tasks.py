@@ -110,7 +110,7 @@ def _embedding(gate: Gate, task: Task) -> Tensor:
     size = gate.config.task_dim
     if size is None:
         raise ValueError(
-            f'The model is wrapped with level="{gate.config.level}", which knows no tasks. '
+            f'The model is wrapped with level="{gate.config.level}", which has no tasks. '
             'Wrap it with level="task".'
         )
     if isinstance(task, Tensor):

@@ -52,8 +52,8 @@ def check_shardable(
             and type(module).forward is nn.Module.forward
         ):
             raise ValueError(
-                f"{type(module).__name__} has no forward before which FSDP2 could gather it. Give "
-                "fully_shard the module that calls its parts, or its parts as blocks."
+                f"FSDP2 cannot shard {type(module).__name__}, which has no forward. Give "
+                "fully_shard the module that calls its parts, or pass its parts as blocks."
             )
     return modules
 
@@ -61,10 +61,10 @@ def check_shardable(
 def check_placement(name: str, parameter: nn.Parameter, placement: Any, shards: int) -> None:
     """Raise a ValueError unless FSDP2 can shard a parameter over this many ranks."""
     if not parameter.is_contiguous():
-        raise ValueError(f"FSDP2 takes only contiguous parameters, and {name} is not.")
+        raise ValueError(f"FSDP2 requires contiguous parameters, but {name} is not contiguous.")
     if parameter.ndim == 0:
         raise ValueError(
-            f"FSDP2 takes no parameters without a dimension, such as {name}. Give it one of size 1."
+            f"FSDP2 cannot shard {name}, which has no dimensions. Give it one dimension of size 1."
         )
     dim = getattr(placement, "dim", 0)
     if dim >= parameter.ndim or (dim != 0 and local(parameter).shape[dim] % shards):
@@ -82,7 +82,7 @@ def _refuse_sharded(model: nn.Module, groups: Collection[FusionWeights]) -> None
     if sharded or spread:
         first = [*spread, *filter(None, sharded), "all of it"][0]
         raise ValueError(
-            f"{type(model).__name__} is sharded already ({first}). Build it again, wrap it, and "
+            f"{type(model).__name__} is already sharded ({first}). Build it again, wrap it, and "
             "shard it once."
         )
 

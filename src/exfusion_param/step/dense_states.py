@@ -42,8 +42,9 @@ def share_among_experts(state: dict[str, Any], name: str, count: int) -> None:
 def _warn(name: str) -> None:
     warnings.warn(
         f"The optimizer has trained {name!r} as a dense weight, with gradients 1/w times as large "
-        "as those of an expert of fusion weight w. Each expert goes on with a copy of its state, "
-        "and steps of another size until the state has adapted. Make the optimizer after wrap().",
+        "as those of an expert of fusion weight w. Each expert continues with a copy of its state, "
+        "and its steps have a different size until the state has adapted. Make the optimizer "
+        "after wrap().",
         stacklevel=2,
     )
 

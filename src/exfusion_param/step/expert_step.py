@@ -205,7 +205,7 @@ class ExpertStep:
         self._copies.clear()
         if not is_same:
             raise RuntimeError(
-                f"{type(self.optimizer).__name__} steps on a list of parameters of its own, not on "
+                f"{type(self.optimizer).__name__} steps on its own list of parameters, not on "
                 "its param_groups, and wrote to weights that are fused from experts. Load them "
                 'again, and wrap with fuse_on="forward".'
             )

@@ -77,13 +77,13 @@ def _check_matrix_optimizer(optimizer: Optimizer, stacks: set[int]) -> None:
     )
     if kind.__module__.startswith("timm."):
         raise RuntimeError(
-            f"timm's {kind.__name__} flattens a stack of N experts to one matrix, here "
+            f"timm's {kind.__name__} would flatten each stack of N experts to one matrix. It holds "
             f"{len(held)} stacks, the first of shape {tuple(held[0].shape)}. {ways_out}"
         )
     warnings.warn(
         f"{kind.__name__} orthogonalizes matrices and holds {len(held)} expert stacks, the first "
-        f"of shape {tuple(held[0].shape)}. It trains them correctly only if it takes three "
-        f"dimensions for a batch of matrices, and stacked biases not at all. {ways_out}",
+        f"of shape {tuple(held[0].shape)}. It trains them correctly only if it treats three "
+        f"dimensions as a batch of matrices, and holds no stacked biases. {ways_out}",
         stacklevel=2,
     )
 
@@ -106,9 +106,9 @@ def _warn_of_decay(optimizer: Optimizer, new: Sequence[FusionWeights], stacks: s
     if decaying and plain:
         warnings.warn(
             f"{decaying} stacked biases or learned fusion weights decay in "
-            f"{type(optimizer).__name__}, while {plain} biases or norms of the model do not. Make "
-            "the optimizer of exfusion_param.param_groups(model, groups=groups), with your groups, "
-            "or of exfusion_param.param_groups(model, weight_decay).",
+            f"{type(optimizer).__name__}, while {plain} biases or norms of the model do not. Give "
+            "the optimizer exfusion_param.param_groups(model, groups=groups), with your groups, "
+            "or exfusion_param.param_groups(model, weight_decay).",
             stacklevel=2,
         )
 

@@ -212,8 +212,8 @@ def _check(
             raise ValueError(f"{name} must be different numbers, got {list(given)}.")
     if len(rates) > 1 and (not tuning_seeds or set(tuning_seeds) & set(seeds)):
         raise ValueError(
-            "tuning_seeds must be seeds that are not compared, as a rate that is chosen by the "
-            f"seeds that test it looks better than it is; got {list(tuning_seeds)}."
+            "tuning_seeds must differ from seeds, because a rate looks better than it is on the "
+            f"seeds that it was chosen by; got {list(tuning_seeds)}."
         )
 
 

@@ -172,7 +172,7 @@ def _accepted(train: Train, rates: Sequence[float]) -> tuple[str, ...]:
         inspect.signature(train).bind(None, 0, **dict.fromkeys(keywords))
     except TypeError as error:
         raise TypeError(
-            f"{_name(train)} is called as train(model, seed), and with lr where rates are given "
+            f"{_name(train)} is called as train(model, seed), and with lr if there are rates "
             f"(got {list(rates)}), but: {error}."
         ) from error
     return tuple(keywords)
@@ -182,8 +182,8 @@ def _warn_of_changed_code(folder: Path, trial: ModelTrial) -> None:
     code = {_name(function): _digest(function) for function in (trial.build, trial.train)}
     if remembered(folder / "code.json", code) != code:
         warnings.warn(
-            f"{' or '.join(code)} has changed since {folder} was made. Runs that have ended are "
-            "not done again: take another folder for out if that matters.",
+            f"{' or '.join(code)} has changed since {folder} was created. Finished runs are "
+            "not repeated: use another folder for out if that matters.",
             stacklevel=3,
         )
 
@@ -206,4 +206,4 @@ def _write(found: Comparison, folder: Path) -> None:
     try:
         plot(folder / "study.svg", values, found.control, found.metric)
     except ModuleNotFoundError as error:
-        print(f"No plot, as {error.name} is not installed; pip install {error.name}.")
+        print(f"No plot: {error.name} is not installed. Run: pip install {error.name}")

@@ -53,9 +53,7 @@ def choose_rates(
         means = {lr: sign * of.mean for lr, of in scores[arm].items()}
         mine = {lr: mean for lr, mean in means.items() if not math.isnan(mean)}
         if not mine:
-            raise RuntimeError(
-                f"No rate trained {arm}: each failed or gave nan.\n" + "\n".join(notes)
-            )
+            raise RuntimeError(f"{arm} failed or gave nan at every rate.\n" + "\n".join(notes))
         chosen[arm] = max(mine, key=lambda lr: mine[lr])
     if at_end := [arm for arm, lr in chosen.items() if lr in (min(rates), max(rates))]:
         notes.append(

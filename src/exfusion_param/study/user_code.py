@@ -20,13 +20,13 @@ def functions_of(train: str, build: str) -> tuple[Function, Function]:
     """
     module, _, name = train.partition(":")
     if not module or not name:
-        raise ValueError(f"What trains is MODULE:FUNCTION, as in my_task:train, got {train!r}.")
+        raise ValueError(f"train must be MODULE:FUNCTION, such as my_task:train, got {train!r}.")
     try:
         found = vars(importlib.import_module(module))
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise ValueError(f"There is no module {module} in this folder or installed.") from error
+        raise ValueError(f"The module {module} is neither in this folder nor installed.") from error
     for function in (build, name):
         if not callable(found.get(function)):
             raise ValueError(f"The module {module} has no function {function!r}.")

@@ -56,7 +56,7 @@ class _LoadGuard:
         if isinstance(stack, Tensor) and stack.shape[:1] != (self.num_experts,):
             given = stack.shape[0] if stack.ndim else 0
             raise ValueError(
-                f"{wrapped} holds {given} experts, the model {self.num_experts}. "
+                f"{wrapped} has {given} experts, but the model has {self.num_experts}. "
                 f"Wrap the model with num_experts={given}."
             )
 

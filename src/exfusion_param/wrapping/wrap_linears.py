@@ -44,7 +44,7 @@ def wrap_linears(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if torch.is_inference_mode_enabled():
-        raise ValueError("wrap() makes parameters to train. Call it outside of inference_mode.")
+        raise ValueError("wrap() creates trainable parameters. Call it outside of inference_mode.")
     groups = select_groups(model, filter_fn, config.layers)
     check_wrappable(model, groups, config)
     ranks = None if process_group is None else ranks_in(process_group)

@@ -165,11 +165,11 @@ def _shards(specs: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
 def _refuse_existing(out: Path) -> None:
     is_empty_folder = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     if (out.exists() or out.is_symlink()) and not (is_empty_folder and out.resolve() != Path.cwd()):
-        raise ValueError(f"{out} exists already. Name a new one.")
+        raise ValueError(f"{out} already exists. Choose another name.")
     if out.is_dir() and out.suffix == ".safetensors":
-        raise ValueError(f"{out} is a folder. Name a file.")
+        raise ValueError(f"{out} is a folder, but its name is that of a file. Choose another name.")
     if out.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise ValueError(f"{out} is neither the name of a folder nor of a .safetensors file.")
+        raise ValueError(f"out must be a folder or a file that ends in .safetensors, got {out}.")
     partial = out.with_name(out.name + PARTIAL)
     if partial.exists():
         raise ValueError(f"{partial} exists, left by a run that was killed. Remove it first.")

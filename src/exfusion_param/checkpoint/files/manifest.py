@@ -36,7 +36,7 @@ def read_manifest(folder: Path, processes: Processes) -> dict[str, Any]:
     found = _fingerprints(folder, list(content["files"]), processes)
     for name, fingerprint in content["files"].items():
         if found[name] != fingerprint:
-            raise CheckpointError(f"{folder / name} is damaged: its size or checksum is another.")
+            raise CheckpointError(f"{folder / name} is damaged: size or checksum does not match.")
     return content
 
 
@@ -45,7 +45,7 @@ def _checked(folder: Path) -> dict[str, Any]:
     content = read_json(folder / _FILE)
     checksum = content.pop("sha256", None)
     if checksum != _checksum(content):
-        raise CheckpointError(f"{folder / _FILE} is damaged: its checksum is another.")
+        raise CheckpointError(f"{folder / _FILE} is damaged: its checksum does not match.")
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} is of format {content.get('format')}, and this version of exfusion_param "

@@ -36,14 +36,14 @@ def refuse_other_names(part: str, ours: Mapping[str, Any], stored: Mapping[str, 
     saved, here = (any(".parametrizations." in name for name in names) for names in (stored, ours))
     if saved != here:
         raise CheckpointError(
-            f'{part} was saved under fuse_on="{kinds[saved]}", or dense, and is wrapped with '
-            f'"{kinds[here]}", which keeps its experts elsewhere. Wrap it as it was wrapped then, '
-            "or fuse the checkpoint and load the dense one with load_dense_state_dict."
+            f'{part} was saved under fuse_on="{kinds[saved]}", or dense, but the model is wrapped '
+            f'with "{kinds[here]}", which stores experts elsewhere. Wrap the model as it was when '
+            "saved, or fuse the checkpoint and load it with load_dense_state_dict."
         )
     if missing or unknown:
         raise CheckpointError(
-            f"{part}: the checkpoint is of another model. It lacks {listed(missing) or 'nothing'}, "
-            f"and also holds {listed(unknown) or 'nothing'}."
+            f"{part}: the checkpoint does not match this model. Missing: "
+            f"{listed(missing) or 'nothing'}; unexpected: {listed(unknown) or 'nothing'}."
         )
 
 
@@ -55,8 +55,8 @@ def refuse_other_shape(name: str, tensor: Tensor, stored: Tensor) -> None:
     if shape[1:] == stored.shape[1:] and (".parametrizations." in name or "/experts" in name):
         raise CheckpointError(
             f"{name} was saved with {stored.shape[0]} experts, the model has {shape[0]}. Wrap it "
-            f"with num_experts={stored.shape[0]}, or resume(resize_experts=True) expands or "
-            "reduces them without changing the fused weights."
+            f"with num_experts={stored.shape[0]}, or call resume(resize_experts=True), which adds "
+            "or merges experts without changing the fused weights."
         )
     raise CheckpointError(
         f"{name} was saved in shape {tuple(stored.shape)}, and is of shape {shape} here."

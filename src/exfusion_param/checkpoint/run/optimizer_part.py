@@ -126,8 +126,8 @@ class OptimizerPart(Part):
     def _name_of(self, parameter: nn.Parameter) -> str:
         if id(parameter) not in self._names:
             raise ValueError(
-                f"{self.name} holds a parameter of shape {tuple(parameter.shape)} that is in none "
-                "of the modules. Name its module as a part too."
+                f"{self.name} has a parameter of shape {tuple(parameter.shape)} that is in none "
+                "of the modules. Add its module to the parts."
             )
         return self._names[id(parameter)]
 
@@ -138,13 +138,14 @@ class OptimizerPart(Part):
             if differing := sorted(theirs ^ ours):
                 where = "as saved" if differing[0] in theirs else "here"
                 raise CheckpointError(
-                    f"{self.name}: {differing[0]} is in group {i} only {where}. Make the optimizer "
-                    "as it was made then, or resume without it: "
+                    f"{self.name}: {differing[0]} is in group {i} only {where}. Create the "
+                    "optimizer as before, or resume without it: "
                     f"resume(leave_out=[{self.name!r}])."
                 )
         if saved != here:
             raise CheckpointError(
-                f"{self.name} holds its parameters in another order than when it was saved."
+                f"The order of parameters in {self.name} differs from the checkpoint. Create the "
+                f"optimizer as before, or resume without it: resume(leave_out=[{self.name!r}])."
             )
 
 
