@@ -1,7 +1,4 @@
-"""accelerate shards a wrapped model, takes one that was sharded before, and resumes both.
-
-It shards on accelerators only. Here it takes ranks on a CPU for ranks on GPUs.
-"""
+"""accelerate shards a wrapped model, takes one that was sharded before, and resumes both."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.integrations import tensor_parallel
 
 import exfusion_param as exf
+from exfusion_testing.accelerators import start_again, take_ranks_for_gpus
 from exfusion_testing.models import loss_of
 from exfusion_testing.ranks import on_ranks
 from exfusion_testing.sharded import (
@@ -35,9 +31,8 @@ CLASSES = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_
 
 
 def accelerator_of(plugin: Any, **settings: Any) -> Any:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    start_again()
+    take_ranks_for_gpus()
     return Accelerator(cpu=True, fsdp_plugin=plugin, **settings)
 
 
