@@ -134,6 +134,14 @@ def test_a_cache_of_keys_and_values_is_refused_by_causal_models() -> None:
     assert made.shape[1] <= 8
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mask_of_four_dimensions_warns_as_gates_pool_in_eval_too(training: bool) -> None:
+    model = meo.wrap(bert(), num_experts=3).train(training)
+    tokens, mask = torch.randint(2, 50, (2, 5)), torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    with pytest.warns(UserWarning, match="not which tokens count"):
+        model(tokens, attention_mask=mask)
+
+
 def test_pretrained_biases_are_kept() -> None:
     torch.manual_seed(0)
     plain = bert()

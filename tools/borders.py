@@ -23,6 +23,7 @@ PATTERNS = (
     "lost_writes",
     "mask_layouts",
     "meo_borders",
+    "meo_causality",
     "meo_refusals",
     "odd_models",
     "ordered_sums",

@@ -51,6 +51,7 @@ class TokenPool(FusionWeights):
     """Fusion weights that follow the input of an FFN, and leave padding out."""
 
     has_given_mask = False  # by the `token_mask` that runs, which comes before a model's own
+    pools_in_eval = False
     token_mask: Tensor | None = None  # of the running forward
     layout: Layout = Layout()
     _traced: Tensor | None = None  # `current` while torch.compile traces

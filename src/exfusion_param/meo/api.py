@@ -11,10 +11,11 @@ from torch import nn
 from ..finding.discovery import FFNGroup
 from ..finding.selection import Filter
 from ..wrapping.wrap_linears import wrap_linears
+from .attention_watch import AttentionWatch
 from .config import MEOConfig
 from .course import Course, kept_off_fast_paths, refuse_cache
 from .gate import Gate
-from .surroundings import batch_dim, is_causal
+from .surroundings import batch_dim, is_causal, is_in_torch_layer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,7 +76,8 @@ def wrap(
         process_group=process_group,
     )
     gates = [weights for weights in new if isinstance(weights, Gate)]
-    course = Course(gates)
+    asks = config.causal is None and config.level != "task"
+    course = Course(gates, AttentionWatch(asks and not all(gate.is_causal for gate in gates)))
     handles = [
         model.register_forward_pre_hook(course.begin),
         model.register_forward_hook(course.end, always_call=True),
@@ -96,8 +98,9 @@ def _gate_for(model: nn.Module, group: FFNGroup, config: MEOConfig, seed: int) -
     first = next(iter(group.linears))
     causal = is_causal(model, first) if config.causal is None else config.causal
     samples = batch_dim(model, first) if config.batch_dim is None else config.batch_dim
-    causal = causal and config.level != "task"
-    return Gate(group, config, seed, is_causal=causal, batch_dim=samples)
+    gate = Gate(group, config, seed, is_causal=causal and config.level != "task", batch_dim=samples)
+    gate.takes_single_samples = is_in_torch_layer(model, first)
+    return gate
 
 
 def _refuse_more_than_linears(group: FFNGroup) -> None:

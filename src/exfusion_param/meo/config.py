@@ -29,7 +29,8 @@ class MEOConfig(ExpertConfig):
         shared_gate: one gate for each FFN, on its input; otherwise one for each linear, on its own.
         task_dim: size of a task's embedding, or how many tasks there are. `"task"` only.
         causal: never let a token see later ones, by gates from the segment before (Lory, arXiv
-            2405.03133); None does so where the attention beside an FFN is causal.
+            2405.03133); None does so where the modules of the attention beside an FFN say that it
+            is causal. If that shows only in the first forward, this raises, in eager mode.
         segment_length: tokens of a segment.
         batch_dim: dimension of a linear's input that runs over samples; None takes the first, or in
             torch's own Transformer layers the one that they say.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..fusion_weights.bank_problems import two_threads
+from .attention_watch import AttentionWatch
 
 
 class Recorder(Protocol):
@@ -30,8 +31,9 @@ class Recorder(Protocol):
 class Course:
     """The forwards of the model that `meo.wrap` was called on."""
 
-    def __init__(self, gates: Sequence[Recorder]) -> None:
+    def __init__(self, gates: Sequence[Recorder], watch: AttentionWatch) -> None:
         self.gates = gates
+        self.watch = watch
         self._is_called = False  # the model itself, which may use a gate several times
         self._first: Recorder | None = None  # to record since the forward began
         self._thread: int | None = None  # that has recorded last
@@ -40,12 +42,15 @@ class Course:
     def begin(self, model: nn.Module, args: Any) -> None:
         """A pre-hook of the model."""
         self._is_called = not torch.compiler.is_compiling()
+        if self._is_called:
+            self.watch.begin()
         self._restart()
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """A hook of the model."""
         if not torch.compiler.is_compiling():
             self._is_called = False
+            self.watch.end()
 
     def record(self, gate: Recorder) -> None:
         """A gate is about to record; where the first one does again, another forward begins.

@@ -39,6 +39,8 @@ class Gate(TokenPool):
     drawn = "gate"
     task: Tensor | None
     course: Course | None = None
+    pools_in_eval = True
+    takes_single_samples = False  # without a batch dimension, shape (T, D)
 
     def __init__(
         self, group: FFNGroup, config: MEOConfig, seed: int, *, is_causal: bool, batch_dim: int

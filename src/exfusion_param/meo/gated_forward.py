@@ -19,6 +19,8 @@ def gated_by_sample(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> T
     """The output of a linear that merges its experts for each sample, or each segment of it."""
     feature_dim = place.projection.feature_dim
     features_last = x.movedim(feature_dim, -1)
+    if gate.takes_single_samples and features_last.ndim == 2:
+        return _gated(linear, gate, place, features_last[None])[0].movedim(-1, feature_dim)
     is_moved = gate.batch_dim > 0 and features_last.ndim > 2
     samples_first = features_last.movedim(gate.batch_dim, 0) if is_moved else features_last
     y = _gated(linear, gate, place, samples_first)
@@ -29,6 +31,8 @@ def gated_by_sample(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> T
 def _gated(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Any:
     """The output, shape (B, ..., out), for an input of shape (B, ..., D)."""
     tokens, mask = _in_samples(gate, x)
+    if gate.course is not None:
+        gate.course.watch.require_open(gate, tokens.shape[1])
     segments = segments_of(tokens, gate.config.segment_length, mask) if gate.is_causal else None
     gates = _gates(gate, place, tokens, mask, segments)
     if gate.config.level == "token":

@@ -33,6 +33,11 @@ def batch_dim(model: nn.Module, ffn: str) -> int:
     return 0
 
 
+def is_in_torch_layer(model: nn.Module, ffn: str) -> bool:
+    """Whether the FFN is of one of torch's layers, which take single samples, shape (T, D), too."""
+    return any(isinstance(parent, _TORCH_LAYERS) for parent in _parents(model, ffn))
+
+
 def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """A module of the model and all that hold it, from the inside."""
     while name:

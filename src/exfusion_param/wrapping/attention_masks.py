@@ -70,7 +70,9 @@ def _take_mask(
     mask = args[position] if position < len(args) else kwargs.get(MASK)
     is_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
     pool.token_mask = mask if is_padding_mask else None
-    if mask is None or is_padding_mask or not module.training or torch.compiler.is_compiling():
+    if mask is None or is_padding_mask or torch.compiler.is_compiling():
+        return
+    if not (module.training or pool.pools_in_eval):
         return
     kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     warnings.warn(
