@@ -1,7 +1,7 @@
 """Looks at the attention of a model's first forward, for gates that would show tokens later ones.
 
-A user's own attention may hide later tokens by an argument or a mask, of which its modules tell
-nothing. A gate that pools over all tokens would let the FFN behind it see them again.
+A user's own attention may hide later tokens by an argument or a mask; its modules say nothing. A
+gate that pools over all tokens would let the FFN behind it see them again.
 """
 
 from __future__ import annotations
