@@ -114,6 +114,7 @@ $(LONGER)/retinanet/results.json: $(LONGER)/imagenet/results.json
 evidence: .venv/installed  ## the ablations, and ExFusion against its controls; hours on two cores
 	$(BIN)/python examples/ablations.py --at-once 2
 	$(BIN)/python examples/evidence.py --task images --data $(FASHION) --at-once 2
+	$(BIN)/python examples/evidence.py --task images --scale few --data $(FASHION)
 	$(BIN)/python examples/evidence.py --task text --data $(TEXT) --at-once 2
 
 clean:  ## remove the environment and what the demo wrote

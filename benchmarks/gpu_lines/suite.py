@@ -36,8 +36,9 @@ def run(line: Line) -> None:
     passed = [f"--deselect={name}" for name, r in line.results.rows.items() if r["is passed"]]
     at_once = PROCESSES if importlib.util.find_spec("xdist") and not line.is_dry else 0
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", __name__]
-    command += [f"-n{at_once}", "--dist=worksteal"] if at_once else []
-    variables = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), LOG: str(log)}
+    command += ["-p", "xdist.plugin", f"-n{at_once}", "--dist=worksteal"] if at_once else []
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), LOG: str(log.resolve())}
+    variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whose warnings would be errors
     command += ["tests/test_cuda.py", *passed]
     tests = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables)
     try:
