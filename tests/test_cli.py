@@ -50,8 +50,8 @@ def test_inspect_reads_a_folder_of_transformers(
     [
         (["timm:no_such_model"], "timm has no model 'no_such_model'"),
         (["timm:resnet18"], "No FFN was found in ResNet"),
-        (["torch:vit"], "A model is timm:NAME or transformers:DIR, got 'torch:vit'"),
-        (["timm:"], "A model is timm:NAME"),
+        (["torch:vit"], "model must be timm:NAME or transformers:DIR, got 'torch:vit'"),
+        (["timm:"], "model must be timm:NAME"),
         (["transformers:nowhere"], "nowhere is not a folder with a config.json"),
         (["timm:deit_tiny_patch16_224", "--filter", "nope"], "The glob 'nope' matches no linear"),
     ],
@@ -99,7 +99,7 @@ def test_a_metrics_csv_without_metrics_is_one_line_and_leaves_no_folder(tmp_path
     (tmp_path / "metrics.csv").write_text("step\n1\n")
     with pytest.raises(SystemExit, match="exfusion: No column of metrics"):
         cli.main(["plot", str(tmp_path)])
-    with pytest.raises(SystemExit, match="holds no metrics.csv"):
+    with pytest.raises(SystemExit, match="has no metrics.csv"):
         cli.main(["plot", str(tmp_path / "nowhere"), "--out", str(tmp_path / "plots")])
     assert not (tmp_path / "plots").exists()
 
@@ -123,4 +123,4 @@ def test_the_installed_command_has_help_and_exit_codes() -> None:
     assert wrong.returncode == 2
     failed = subprocess.run([command, "inspect", "x"], capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr == "exfusion: A model is timm:NAME or transformers:DIR, got 'x'.\n"
+    assert failed.stderr == "exfusion: model must be timm:NAME or transformers:DIR, got 'x'.\n"

@@ -77,4 +77,4 @@ def test_the_command_without_its_library_says_what_to_install() -> None:
     code = "import sys; sys.modules['tyro'] = None; import exfusion_param.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr == "exfusion: tyro is not installed; pip install tyro.\n"
+    assert result.stderr == 'exfusion: tyro is missing. Run: pip install "exfusion_param[cli]"\n'

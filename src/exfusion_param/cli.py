@@ -1,6 +1,6 @@
-"""The command line `exfusion`; needs tyro, tqdm, and what a command itself works with.
+"""The command line `exfusion`; needs the extra `cli`, and the libraries of a command's input.
 
-`exfusion --tyro-print-completion bash` prints shell completion, which tyro makes.
+`exfusion --tyro-print-completion bash` prints shell completion.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .summary import summarize
 try:
     import tyro
 except ModuleNotFoundError as error:
-    raise SystemExit("exfusion: tyro is not installed; pip install tyro.") from error
+    raise SystemExit('exfusion: tyro is missing. Run: pip install "exfusion_param[cli]"') from error
 
 
 class UsageError(Exception):
@@ -39,9 +39,9 @@ def inspect(
     config: Annotated[ExFusionConfig, tyro.conf.OmitArgPrefixes] = ExFusionConfig(),  # noqa: B008
     filter_globs: Annotated[tuple[str, ...], tyro.conf.arg(name="filter")] = (),
 ) -> None:
-    """Print what wrap() would do to a model: groups, linears, shapes, parameters and bytes.
+    """List what wrap() would do to a model: FFN groups, linears, shapes, parameters and bytes.
 
-    The model is built on the meta device: nothing is downloaded, and no memory is taken.
+    The model is built on the meta device: nothing is downloaded, and no memory is allocated.
 
         exfusion inspect timm:swin_tiny_patch4_window7_224
         exfusion inspect transformers:DIR --num-experts 8 --variant dw
@@ -50,7 +50,8 @@ def inspect(
     Args:
         model: `timm:NAME`, or `transformers:DIR` for a folder with a config.json.
         config: the settings of ExFusion.
-        filter_globs: globs for the names of the linears, instead of the FFNs that are found.
+        filter_globs: globs for the names of the linears to wrap, instead of the FFNs that are found
+            automatically.
     """
     print(summarize(_load(model), config, filter_fn=list(filter_globs) or None))
 
@@ -62,10 +63,9 @@ def fuse(
 ) -> None:
     """Fuse a wrapped checkpoint on disk into a dense one, in safetensors.
 
-    The model is not built. In memory are one file of the dense model and a few tens of MiB.
-    What the checkpoint's config.json must say is written by
-    exfusion_param.checkpoint.save_config(model, folder), and by the callbacks for transformers and
-    Lightning.
+    The model is not built; memory holds one file of the dense model and a few tens of MiB. The
+    checkpoint needs a config.json that records how the model was wrapped. The callbacks for
+    transformers and Lightning write it, or exfusion_param.checkpoint.save_config(model, folder).
 
         exfusion fuse runs/trainer/checkpoint-128 dense
         exfusion fuse runs/lightning/last.ckpt dense.safetensors
@@ -73,10 +73,10 @@ def fuse(
     Args:
         checkpoint: a folder with model.safetensors, pytorch_model.bin or shards with their index,
             or one such file; torch files are loaded with weights_only=True.
-        out: a new folder, for model.safetensors, or for several files and their index where it
-            would be larger than shard-bytes; or a new file that ends in .safetensors. It appears
+        out: a new folder, for model.safetensors, or for several files and their index if it would
+            be larger than shard-bytes; or a new file that ends in .safetensors. It appears only
             when it is complete.
-        shard_bytes: how large a file may become.
+        shard_bytes: the largest size of a file.
     """
     from tqdm import tqdm
 
@@ -104,13 +104,13 @@ def plot(
 
     Args:
         run_dir: the folder with metrics.csv.
-        out: the folder for the PNG files; by default run_dir.
+        out: the folder for the PNG files; run_dir by default.
     """
     from .history import read_history
 
     path = run_dir / "metrics.csv"
     if not path.is_file():
-        raise UsageError(f"{run_dir} holds no metrics.csv.")
+        raise UsageError(f"{run_dir} has no metrics.csv. Write it with history.append_row.")
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -138,27 +138,27 @@ def study(
     at_once: int = 1,
     metric: str = "metric",
 ) -> None:
-    """Does it help on your task? Train dense, the control and the variants, and compare them.
+    """Compare dense training, the control and the variants on your own task.
 
-    The module has a function that makes the dense model, and one that trains and tests it:
+    Your module has a function that builds the dense model, and one that trains and tests it:
     `train(model, seed) -> metric`, or `train(model, seed, lr)` with --rates. docs/study.md has an
-    example. The same command continues a study that was stopped.
+    example. If a study was interrupted, the same command resumes it.
 
         exfusion study my_task:train
         exfusion study my_task:train --rates 1e-3 3e-3 --at-once 2 --metric loss --better less
 
     Args:
-        train: `MODULE:FUNCTION`, with a module of this folder or one that is installed.
-        build: the function of the same module that makes the dense model.
-        config: the settings of the variants; each variant and seed takes its own.
-        variants: which to compare with the control.
+        train: `MODULE:FUNCTION`, with a module in the current folder or an installed one.
+        build: the function of the same module that builds the dense model.
+        config: the settings of the variants, except for variant and seed.
+        variants: the variants to compare with the control.
         out: the folder for records, table and plot.
-        seeds: of the runs that are compared.
-        rates: learning rates of which each arm takes its best.
-        tuning_seeds: of the runs that choose rates.
-        better: whether more of the metric is better, or less.
-        at_once: how many processes run at once.
-        metric: what is measured, with its unit, for the table.
+        seeds: seeds of the compared runs.
+        rates: learning rates; each arm uses the best of them.
+        tuning_seeds: seeds of the runs that choose rates.
+        better: whether more or less of the metric is better.
+        at_once: the number of parallel processes.
+        metric: the name of the metric in the table, with its unit.
     """
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -182,7 +182,7 @@ def _load(name: str) -> nn.Module:
     library, _, rest = name.partition(":")
     loaders = {"timm": _load_timm, "transformers": _load_transformers}
     if library not in loaders or not rest:
-        raise UsageError(f"A model is timm:NAME or transformers:DIR, got {name!r}.")
+        raise UsageError(f"model must be timm:NAME or transformers:DIR, got {name!r}.")
     try:
         with torch.device("meta"):
             return loaders[library](rest)
@@ -198,7 +198,7 @@ def _load_timm(name: str) -> nn.Module:
 
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
-        raise UsageError(f"timm has no model {name!r}. Some that it has: {', '.join(close)}.")
+        raise UsageError(f"timm has no model {name!r}. Similar names: {', '.join(close)}.")
     return timm.create_model(name)
 
 
@@ -213,7 +213,7 @@ def _load_transformers(folder: str) -> nn.Module:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit status 0, 1 with a message, or 2 for arguments that do not fit."""
+    """Run the command line; exit with 0, 1 and a message, or 2 for invalid arguments."""
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(f"exfusion_param {__version__}")
         return
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (UsageError, ValueError, TypeError, OSError) as error:
         sys.exit(f"exfusion: {str(error).splitlines()[0]}")
     except ModuleNotFoundError as error:
-        sys.exit(f"exfusion: {error.name} is not installed; pip install {error.name}.")
+        sys.exit(f"exfusion: {error.name} is not installed. Run: pip install {error.name}")
     except KeyboardInterrupt:
         sys.exit(130)
 

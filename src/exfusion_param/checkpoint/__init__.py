@@ -1,8 +1,8 @@
-"""Checkpoints on disk: those of a run, which it continues from, and wrapped ones made dense.
+"""Checkpoints on disk: runs that resume, and wrapped checkpoints turned into dense ones.
 
-`Checkpoints` saves and resumes a run, on one process or many (`run`). `fuse_checkpoint` makes a
-dense model of a wrapped checkpoint without its code; `save_config` writes beside a checkpoint of
-any trainer what that needs to know (`dense`). How both lie on disk is in `files`.
+`Checkpoints` saves and resumes a run, on one process or many (`run`). `fuse_checkpoint` turns a
+wrapped checkpoint into a dense one without the model's code; `save_config` records what it needs
+to know beside a checkpoint of any trainer (`dense`). `files` defines the format on disk.
 
 `files` imports neither of the others; `run` imports `dense` to describe the models it saves.
 """

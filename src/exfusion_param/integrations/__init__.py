@@ -1,4 +1,4 @@
-"""What the trainers of other libraries need: `transformers` and `lightning`.
+"""Integrations with the trainers of other libraries: `transformers` and `lightning`.
 
-Each module imports its own library, so that neither needs the other's.
+Each module imports only its own library.
 """

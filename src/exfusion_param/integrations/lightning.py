@@ -1,4 +1,4 @@
-"""Lightning: logs and checkpoints that know of experts.
+"""Lightning: logs and checkpoints for wrapped models.
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -7,8 +7,8 @@
 
     trainer = lightning.Trainer(callbacks=[ExFusionCallback()], ...)
 
-Wrap before `configure_optimizers` is called. Hyperparameters that a checkpoint saves must be plain
-values for `exfusion fuse` to load it: `config.to_dict()` in place of an ExFusionConfig.
+Wrap before `configure_optimizers` is called. `exfusion fuse` loads a checkpoint only if its saved
+hyperparameters are plain values: save `config.to_dict()` instead of an ExFusionConfig.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..measures import metrics
 
 
 class ExFusionCallback(Callback):
-    """Logs `metrics(model)` and describes checkpoints.
+    """A callback that logs `metrics(model)` and prepares checkpoints for `exfusion fuse`.
 
-    - Every `log_every_n_steps` of the Trainer the metrics go to all of its loggers. The folder of a
+    - Every `log_every_n_steps` steps, the metrics go to all loggers of the Trainer. The folder of a
       CSVLogger then holds a metrics.csv for `exfusion plot`.
-    - A checkpoint says which linears share fusion weights, so that `exfusion fuse last.ckpt OUT`
-      needs nothing else.
+    - Each checkpoint records which linears share fusion weights, so that
+      `exfusion fuse last.ckpt OUT` needs nothing else.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""transformers' Trainer: weight decay, logs and checkpoints that know of experts.
+"""transformers' Trainer: weight decay, logs and checkpoints for wrapped models.
 
     class ExFusionTrainer(ExFusionTrainerMixin, Trainer): ...
 
@@ -40,14 +40,14 @@ else:
 
 
 class ExFusionTrainerMixin(_Trainer):
-    """Goes before `Trainer` among the bases of a class.
+    """A mixin that adapts Trainer to wrapped models; list it before `Trainer` among the bases.
 
-    - Learned fusion weights do not decay; Trainer's names of biases and norms miss them. (Stacked
-      biases keep "bias" in their names, so Trainer's own rule holds for them.)
-    - `metrics(model)` goes to every tracker with each training loss, until the model is fused.
-    - Checkpoints of a wrapped model are saved under the model's own names. transformers saves some
-      models, such as ViT, under names of older versions, which its `resume_from_checkpoint` and
-      `exfusion fuse` do not find in the model.
+    - Learned fusion weights do not decay. Trainer's rule for biases and norms would miss them. (It
+      does cover stacked biases, which keep "bias" in their names.)
+    - `metrics(model)` is logged with each training loss, until the model is fused.
+    - Checkpoints of a wrapped model are saved under the model's own parameter names. transformers
+      saves some models, such as ViT, under the names of older versions, which neither
+      `resume_from_checkpoint` nor `exfusion fuse` finds in the model.
     """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -94,11 +94,12 @@ def _own_names(model: Any) -> Iterator[None]:
 
 
 class ExFusionCallback(TrainerCallback):
-    """Makes a run's files useful on the command line.
+    """A callback that prepares a run's files for the command line.
 
-    - `metrics.csv` in the output folder gets a row with each log, for `exfusion plot`. A resumed
-      run continues it.
-    - config.json in each checkpoint says which linears share fusion weights, for `exfusion fuse`.
+    - Each log adds a row to `metrics.csv` in the output folder, for `exfusion plot`. A resumed run
+      continues the file.
+    - config.json in each checkpoint records which linears share fusion weights, for
+      `exfusion fuse`.
     """
 
     def on_train_begin(

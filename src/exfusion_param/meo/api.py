@@ -33,19 +33,20 @@ def wrap(
     process_group: ProcessGroup | DeviceMesh | None = None,
     **fields: Any,
 ) -> Model:
-    """Let each FFN linear of a model merge k of N experts before it computes, in place.
+    """Make each FFN linear of a model merge k of N experts before it computes, in place.
 
-    Merging Experts into One (He et al., EMNLP 2023, arXiv 2310.09832): `W = sum g_i W_i` over the
-    experts that a gate has chosen for a sample, at about the cost of one of them.
+    This is Merging Experts into One (He et al., EMNLP 2023, arXiv 2310.09832): a gate chooses
+    experts for a sample, and the linear uses their sum `W = sum g_i W_i`, at about the cost of one
+    expert.
 
-    The first dimension of an FFN's input runs over samples (`batch_dim` for another one). A model
-    that puts the tokens of all samples into one dimension needs `token_mask(model, mask)`, whose
-    mask of shape (batch, tokens) says which tokens belong together; without it each token is a
-    sample of its own.
+    The first dimension of an FFN's input must be that of samples (or set `batch_dim`). If a model
+    puts the tokens of all samples into one dimension, use `token_mask(model, mask)`, whose shape
+    (batch, tokens) determines which tokens belong together; otherwise each token counts as a
+    sample.
 
     Args:
-        model: any module. Its classes, code and other parameters stay as they are.
-        config: the settings; None takes the paper's.
+        model: any module. Its code and its other parameters do not change.
+        config: the settings; None uses those of the paper.
         filter_fn: as for `exfusion_param.wrap`.
         generator: as for `exfusion_param.wrap`.
         process_group: as for `exfusion_param.wrap`.
@@ -56,8 +57,8 @@ def wrap(
 
     Raises:
         TypeError: a field is unknown or has the wrong type.
-        ValueError: as for `exfusion_param.wrap`; or a linear does more than a linear does, so that
-            it cannot be merged for each sample. The model is then unchanged.
+        ValueError: as for `exfusion_param.wrap`; or a linear is of a class whose forward may do
+            more than `nn.Linear`, so it cannot be merged per sample. The model is then unchanged.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

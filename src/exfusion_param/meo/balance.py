@@ -19,10 +19,11 @@ def balance_loss(model: nn.Module) -> Tensor:
 
         loss = task_loss + meo.balance_loss(model)
 
-    Of Shazeer et al. (arXiv 1701.06538, Eq. 6 to 11). The importance of an expert is the sum of its
-    gates over the samples, or segments, that the model's last forward in training has seen; its
-    load is how many of them it can expect. Of several ranks each says the same, for the samples of
-    all: a mean of the ranks' losses, as DDP and FSDP take it, is that of one rank with all samples.
+    The loss of Shazeer et al. (arXiv 1701.06538, Eq. 6 to 11), which keeps gates from choosing the
+    same experts for all samples. The importance of an expert is the sum of its gates over the
+    samples, or segments, of the model's last forward in training; its load is the expected number
+    of samples that choose it. Every rank returns the loss for the samples of all ranks, so the mean
+    of the ranks' losses, which DDP and FSDP compute, is that of one rank with all samples.
 
     Args:
         model: a model wrapped by `meo.wrap`, between its forward and the backward.
@@ -32,8 +33,8 @@ def balance_loss(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: the model has no gates.
-        RuntimeError: no forward in training came before, or none with a graph; or another thread
-            has begun one since.
+        RuntimeError: there was no forward in training, or it had no graph; or another thread has
+            started one since.
 
     Examples:
         >>> model = meo.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), num_experts=4)

@@ -13,40 +13,40 @@ Gating = Literal["noisy_top_k", "softmax"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MEOConfig(ExpertConfig):
-    """What `meo.wrap` attaches to a model. Immutable, checked when it is made.
+    """The settings of `meo.wrap`. Immutable, and checked on creation.
 
     The defaults are those of He et al., 2023 (arXiv 2310.09832): 8 experts, 4 of them merged.
 
     Args:
-        level: what has a merged weight of its own. `"task"`: the whole batch, by the task that
-            `meo.set_task` names; `"sequence"`: each sample, by the mean of its tokens; `"token"`:
-            as `"sequence"`, and each token goes through a small residual block first.
-        num_experts: N, the experts of each linear, at least 2.
-        top_k: k, how many experts are merged, 1 to N.
+        level: what shares one merged weight. `"task"`: the entire batch, chosen by the task that
+            `meo.set_task` sets; `"sequence"`: each sample, chosen by the mean of its tokens;
+            `"token"`: as `"sequence"`, with a small residual block for each token before a linear.
+        num_experts: N, the number of experts per linear, at least 2.
+        top_k: k, the number of experts that are merged, 1 to N; None merges half of them.
         gating: `"noisy_top_k"` (Shazeer et al., arXiv 1701.06538), or `"softmax"` over all experts
-            on the normalised mean, which is SMEAR (Muqeeth et al., arXiv 2306.03745); it has no
-            noise, and top_k is N.
-        shared_gate: one gate for each FFN, on its input; otherwise one for each linear, on its own.
-        task_dim: size of a task's embedding, or how many tasks there are. `"task"` only.
-        causal: never let a token see later ones, by gates from the segment before (Lory, arXiv
-            2405.03133); None does so where the modules of the attention beside an FFN say that it
-            is causal. If that shows only in the first forward, this raises, in eager mode.
-        segment_length: tokens of a segment.
-        batch_dim: dimension of a linear's input that runs over samples; None takes the first, or in
-            torch's own Transformer layers the one that they say.
-        balance_weight: what `meo.balance_loss` multiplies its sum by.
-        expert_init: as for ExFusion. Gates sum to one, so that upcycled experts without noise leave
-            the function exactly as it was; they separate as samples choose among them.
-        upcycle_noise: standard deviation of the noise, as a share of the weight's own.
-        drop_ratio: share of the hidden units that each expert redraws, in (0, 1].
-        layers: indices of the FFN groups to wrap, in the order of the model; negative ones count
+            of the normalized mean, without noise, which is SMEAR (Muqeeth et al., arXiv
+            2306.03745); top_k is then N.
+        shared_gate: True for one gate per FFN, which reads the FFN's input; False for one gate per
+            linear, which reads that linear's input.
+        task_dim: the size of a task's embedding, or the number of tasks. `"task"` only.
+        causal: let no token see later ones, by gating each segment by the previous one (Lory, arXiv
+            2405.03133); None does so if the attention modules beside an FFN tell that they are
+            causal. If only the first forward shows that, it raises, in eager mode.
+        segment_length: the number of tokens per segment.
+        batch_dim: the dimension of a linear's input that runs over samples; None uses the first, or
+            in torch's Transformer layers the one given by `batch_first`.
+        balance_weight: the factor of the sum in `meo.balance_loss`.
+        expert_init: as for ExFusion. Gates sum to one, so upcycled experts without noise leave what
+            the model computes exactly unchanged; they separate because samples choose among them.
+        upcycle_noise: standard deviation of the noise, relative to that of the weight.
+        drop_ratio: the fraction of hidden units that each expert draws again, in (0, 1].
+        layers: indices of the FFN groups to wrap, in the order of the model; negative indices count
             from the end; None wraps all.
-        seed: makes the experts and token blocks reproducible; None draws on torch's global
-            generator.
+        seed: makes the experts and token blocks reproducible; None uses torch's global generator.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field has a value outside its range, or two do not go together.
+        ValueError: a field is out of range, or two fields contradict each other.
 
     Examples:
         >>> config = meo.MEOConfig(level="sequence", num_experts=8, top_k=2)

@@ -19,17 +19,17 @@ Task = int | Tensor
 
 
 def set_task(model: nn.Module, task: Task) -> None:
-    """Name the task whose gates the model is to use from now on.
+    """Set the task whose gates the model uses from now on.
 
-    The task is the model's, whichever thread calls it: threads that serve several tasks at a time
-    need a copy of the model for each, or the dense models of `meo.fuse`.
+    The task belongs to the model, not to the calling thread: to serve several tasks at the same
+    time, use a copy of the model for each, or the dense models of `meo.fuse`.
 
     Args:
         model: wrapped with `level="task"`.
         task: a number below `task_dim`, or an embedding of the task, shape (task_dim,).
 
     Raises:
-        ValueError: the model is not wrapped so, or the task does not fit.
+        ValueError: the model is not wrapped with `level="task"`, or the task does not fit.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -46,11 +46,11 @@ def set_task(model: nn.Module, task: Task) -> None:
 
 
 def fuse(model: Model, *, task: Task | None = None) -> Model:
-    """Give the dense model of one task back, in place; see `exfusion_param.fuse`.
+    """Turn a wrapped model into the dense model of one task, in place; see `exfusion_param.fuse`.
 
     Args:
         model: wrapped with `level="task"`. Fuse a `copy.deepcopy(model)` for each task.
-        task: as for `set_task`; None takes the one that is set.
+        task: as for `set_task`; None uses the task that is set.
 
     Returns:
         `model`, the same object.
@@ -71,11 +71,11 @@ def fuse(model: Model, *, task: Task | None = None) -> Model:
 
 
 def fused_state_dict(model: nn.Module, *, task: Task | None = None) -> OrderedDict[str, Any]:
-    """The state dict that `meo.fuse(model, task=task)` would have; the model is left as it is.
+    """Return the state dict that `meo.fuse(model, task=task)` would produce; changes nothing.
 
     Args:
         model: wrapped with `level="task"`.
-        task: as for `set_task`; None takes the one that is set.
+        task: as for `set_task`; None uses the task that is set.
 
     Raises:
         ValueError: the model is not wrapped so, or the task does not fit, or is not set.

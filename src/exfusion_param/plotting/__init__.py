@@ -1,8 +1,8 @@
 """Plots of a run's history; needs matplotlib.
 
-A history maps the name of a column to its values over the run, as a CSV file of `metrics(model)`
-reads: `{"step": [...], "fusion_weights/blocks.0.mlp/0": [...], ...}`. Every function draws on the
-given axes, or on new ones, and returns them.
+A history maps the name of a column to its values over the run, as `read_history` returns it:
+`{"step": [...], "fusion_weights/blocks.0.mlp/0": [...], ...}`. Every function draws on the given
+axes, or creates new ones, and returns them.
 
 `axes` draws the figures, `columns` looks up a history's columns, `run` writes all plots of a run.
 """

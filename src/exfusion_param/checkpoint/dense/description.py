@@ -80,7 +80,7 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def save_config(model: nn.Module, folder: str | Path) -> Path:
-    """Say in a folder's config.json how its wrapped checkpoint is to be fused.
+    """Record in a folder's config.json how to fuse its wrapped checkpoint.
 
         save_file(model.state_dict(), "run/model.safetensors")  # or torch.save, or a trainer
         save_config(model, "run")
@@ -88,13 +88,13 @@ def save_config(model: nn.Module, folder: str | Path) -> Path:
 
     Args:
         model: the wrapped model whose state dict is in the folder.
-        folder: of the checkpoint; what its config.json holds already stays.
+        folder: the folder of the checkpoint. Other entries of its config.json are kept.
 
     Returns:
         The path of config.json.
 
     Raises:
-        ValueError: nothing is wrapped, or the config.json holds no JSON object.
+        ValueError: nothing is wrapped, or config.json does not contain a JSON object.
     """
     return write_description(describe(model), Path(folder))
 

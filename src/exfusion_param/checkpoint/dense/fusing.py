@@ -37,26 +37,26 @@ def fuse_checkpoint(
 ) -> Path:
     """Fuse a wrapped checkpoint on disk into a dense one, without building the model.
 
-    In memory are one file of the dense model, whose size `shard_bytes` limits, and a few tens of
-    MiB; of a checkpoint that ranks have written in pieces (`Checkpoints`, torch's distributed
-    checkpoints) one whole stack as well. A tensor larger than `shard_bytes` gets its own file.
+    Memory holds one file of the dense model, limited by `shard_bytes`, and a few tens of MiB. If
+    several ranks wrote the checkpoint in pieces (`Checkpoints`, torch's distributed checkpoints),
+    it also holds one full stack. A tensor larger than `shard_bytes` gets its own file.
 
     Args:
-        checkpoint: a safetensors or torch file, or a folder with one or with shards and their
-            index, and config.json beside it as `save_config` writes it.
-        out: a new folder, for the rest of config.json and model.safetensors, or shards of it and
-            model.safetensors.index.json, as transformers writes and loads them; or a new file that
-            ends in ".safetensors", for a model of one file. It appears when all is written.
-        shard_bytes: how large a file may become.
-        progress: called for each tensor, with its bytes and those of all of them.
+        checkpoint: a safetensors or torch file, or a folder with such a file, or with shards and
+            their index. Its folder also has the config.json that `save_config` writes.
+        out: a new folder, for config.json and model.safetensors, or for shards and
+            model.safetensors.index.json, in the format of transformers; or a new file that ends in
+            ".safetensors", for a model of one file. It appears only when it is complete.
+        shard_bytes: the largest size of a file.
+        progress: called for each tensor, with its bytes and those of all tensors.
 
     Returns:
         The path of the safetensors file, or of the index of several.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, incomplete, or does not fit its config.json; or
-            the dense one cannot be written.
-        ValueError: `out` exists already, or is a file and the model takes several, or a fused
+        CheckpointError: the checkpoint is damaged, incomplete, or does not match its config.json;
+            or the dense one cannot be written.
+        ValueError: `out` already exists, or is a file and the model needs several; or a fused
             tensor holds NaN or inf.
     """
     out = Path(out)

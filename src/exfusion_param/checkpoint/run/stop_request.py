@@ -10,7 +10,7 @@ from ..files.processes import Processes
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT, for the loop to save a checkpoint and end.
+    """Records SIGTERM and SIGINT, so that the loop can save a checkpoint and stop.
 
         stop = StopRequest()
         for batch in batches:
@@ -19,12 +19,12 @@ class StopRequest:
                 checkpoints.save(step)
                 break
 
-    A second signal stops at once.
+    A second signal stops the process at once.
 
     Args:
-        signals: those to note. Only the main thread can take signals.
-        process_group: the ranks that stop together, as for `Checkpoints`; by default all of the
-            job.
+        signals: the signals to record. Create the object in the main thread.
+        process_group: the ranks that stop together, as for `Checkpoints`; by default all ranks
+            of the job.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def received(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on all of them, at the same step.
+        """Return whether any rank was asked to stop; all ranks get the same answer.
 
-        All ranks have to call it at the same steps, as they talk to each other.
+        All ranks must call it at the same steps, because they communicate.
         """
         return self._processes.any(self._is_received)
 
