@@ -54,14 +54,14 @@ RIGHT_BEFORE = {
 """Cases that were right at commit f6fcd37, where modules were given the names they have now."""
 HEADER = """# Borders
 
-Where other people's code meets a wrapped model: their loops, optimizers, engines, initialization
-code, adapters, copies, threads. Each case is a test that compares with the dense model, with an
-oracle in float64 (each expert as a tensor of its own), or with one rank, or that expects an error
-with a way out that works; wrong is what gives another result without a word, or an error that says
-something else. What is known to go unseen is in [Compatibility](compatibility.md). `make borders`
-runs them and writes this page. Right before is how many of the same cases were right before the
-first of these tests was written, where that was counted; a case that needs a function that did not
-exist then was not.
+This page counts cases in which other people's code acts on a wrapped model: training loops,
+optimizers, engines, initialization code, adapters, copies, threads. Each case is a test. It compares
+with the dense model, with an oracle in float64 (each expert is a separate tensor), or with one rank;
+or it expects an error whose way out works. A case is wrong if the result differs silently, or the
+error is misleading. [Compatibility](compatibility.md) lists the cases that are known to be
+undetected. `make borders` runs the tests and writes this page. The column "right before" shows how
+many of the same cases were right before these tests were written. A hyphen means that this was not
+counted; cases that need a newer function are not included.
 
 | kind | cases | right before | right | not run here | wrong |
 | --- | --- | --- | --- | --- | --- |

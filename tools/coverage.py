@@ -163,12 +163,12 @@ def document(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# The FFNs that `wrap` finds",
         "",
-        f"Written by `make coverage`, over the models of timm {timm.__version__} and the model "
-        f"types of transformers {transformers.__version__} that the table counts,",
-        "built on the meta device. What to expect is in `tools/expected_ffns.py`, by the names",
-        "that the libraries give to their modules. That list and the discovery know these models,",
-        "so the shares show how far the two agree, not the rate on unseen models. A",
-        "sample that changes by day is a test.",
+        f"This page counts the FFNs that `wrap` finds in the models of timm {timm.__version__} and "
+        f"the model types of transformers {transformers.__version__},",
+        "built on the meta device. `make coverage` writes it. `tools/expected_ffns.py` lists the",
+        "expected FFNs by the names that the libraries give to their modules. Both that list and",
+        "`wrap` were written with these models at hand, so the percentages show how far the two",
+        "agree, not what to expect of unseen models. A test checks a sample that changes every day.",
         "",
         "| library | names counted | models built | with FFNs | FFNs found | wrong choices "
         "| mixtures refused | models with something left, and a warning |",

@@ -21,13 +21,14 @@ COLUMNS = [(variant, fuse_on) for fuse_on in ("forward", "step") for variant in 
 EXACT = 1e-12
 HEADER = f"""# Engines
 
-What trains a wrapped model on several ranks. Each cell is the largest difference of any number in
-the model from one rank on the whole batch, after two steps in float64 on gloo processes, or the
-letter of an error, below. `make engines` runs them and writes this page.
+This page lists the engines that train a wrapped model on several ranks. Each cell is the largest
+difference of any number in the model from training on one rank with the full batch, after two steps
+in float64 on gloo processes. A letter stands for an error, listed below the table. `make engines`
+runs the cases and writes this page.
 
-Stages under FSDP2 are sharded with `reshard_after_forward=False`: with a zero-bubble schedule (ZBV,
-DualPipeV), torch loses gradients of weights that are resharded after the forward, those of a dense
-model too. `mb` under `"step"` refuses that.
+Stages under FSDP2 are sharded with `reshard_after_forward=False`. With a zero-bubble schedule (ZBV,
+DualPipeV), torch otherwise loses gradients of weights that are resharded after the forward, also for
+a dense model. `mb` under `"step"` refuses that.
 
 | engine | {" | ".join(f'`{variant}`, `"{fuse_on}"`' for variant, fuse_on in COLUMNS)} |
 |---{"|---" * len(COLUMNS)}|

@@ -34,16 +34,17 @@ SMALL = ["--epochs", 4, "--batch-size", 32, "--dim", 32, "--depth", 2, "--save-e
 
 HEADER = """# Faults
 
-What was done to runs, and what became of them. `make faults` does it again and writes this file.
-A fault is survived if the run goes on, or one error says what to do; steps are lost if they are
-done again after the last checkpoint, which the run of these tests saves every 5 steps. A wrong
-result would be a final model that is not that of the undisturbed run bit by bit, a resumed state
-that was never saved, or an error that says nothing. The run is `examples/resume_train.py`:
-dropout, a memory bank, ExpertAdamW, a schedule, torchdata's loader, asynchronous checkpoints;
-under FSDP2 on two processes. Of damaged checkpoints one step counts as one checkpoint further
-back. Below the faults: what a long run holds, with accumulation, clipping, an average of the
-weights, metrics, records of the routers and 1 checkpoint for 200 steps. What other people's code
-does to wrapped models is counted in [Borders](borders.md).
+This page lists the faults that were injected into runs, and the results. `make faults` repeats this
+and writes the page. A fault is survived if the run continues, or if a single error explains what to
+do. A step counts as lost if it has to be repeated after restarting from the last checkpoint; these
+runs save one every 5 steps. For damaged checkpoints, the column counts checkpoints instead of steps.
+A result is wrong if the final model differs in any bit from that of the undisturbed run, if a state
+is resumed that was never saved, or if an error does not explain anything. The run is
+`examples/resume_train.py`: dropout, a memory bank, ExpertAdamW, a schedule, torchdata's loader and
+asynchronous checkpoints, with FSDP2 if there are two processes. The second table shows the resources
+that a long run holds, with accumulation, clipping, an average of the weights, metrics, records of
+the routers, and one checkpoint every 200 steps. [Borders](borders.md) counts what other people's
+code does to wrapped models.
 """
 
 
