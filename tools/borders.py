@@ -55,13 +55,13 @@ RIGHT_BEFORE = {
 HEADER = """# Borders
 
 This page counts cases in which other people's code acts on a wrapped model: training loops,
-optimizers, engines, initialization code, adapters, copies, threads. Each case is a test. It compares
-with the dense model, with an oracle in float64 (each expert is a separate tensor), or with one rank;
-or it expects an error whose way out works. A case is wrong if the result differs silently, or the
-error is misleading. [Compatibility](compatibility.md) lists the cases that are known to be
-undetected. `make borders` runs the tests and writes this page. The column "right before" shows how
-many of the same cases were right before these tests were written. A hyphen means that this was not
-counted; cases that need a newer function are not included.
+optimizers, engines, initialization code, adapters, copies, threads. Each case is a test. It
+compares with the dense model, with an oracle in float64 (each expert is a separate tensor), or
+with one rank; or it expects an error whose way out works. A case is wrong if the result differs
+silently, or the error is misleading. [Compatibility](compatibility.md) lists the cases that are
+known to be undetected. `make borders` runs the tests and writes this page. The column "right
+before" shows how many of the same cases were right before these tests were written. A hyphen
+means that this was not counted; cases that need a newer function are not included.
 
 | kind | cases | right before | right | not run here | wrong |
 | --- | --- | --- | --- | --- | --- |

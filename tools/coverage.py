@@ -168,7 +168,7 @@ def document(outcomes: Sequence[Outcome]) -> str:
         "built on the meta device. `make coverage` writes it. `tools/expected_ffns.py` lists the",
         "expected FFNs by the names that the libraries give to their modules. Both that list and",
         "`wrap` were written with these models at hand, so the percentages show how far the two",
-        "agree, not what to expect of unseen models. A test checks a sample that changes every day.",
+        "agree, not what to expect of unseen models. A test checks a daily sample.",
         "",
         "| library | names counted | models built | with FFNs | FFNs found | wrong choices "
         "| mixtures refused | models with something left, and a warning |",

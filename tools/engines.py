@@ -22,13 +22,13 @@ EXACT = 1e-12
 HEADER = f"""# Engines
 
 This page lists the engines that train a wrapped model on several ranks. Each cell is the largest
-difference of any number in the model from training on one rank with the full batch, after two steps
-in float64 on gloo processes. A letter stands for an error, listed below the table. `make engines`
-runs the cases and writes this page.
+difference of any number in the model from training on one rank with the full batch, after two
+steps in float64 on gloo processes. A letter stands for an error, listed below the table. `make
+engines` runs the cases and writes this page.
 
-Stages under FSDP2 are sharded with `reshard_after_forward=False`. With a zero-bubble schedule (ZBV,
-DualPipeV), torch otherwise loses gradients of weights that are resharded after the forward, also for
-a dense model. `mb` under `"step"` refuses that.
+Stages under FSDP2 are sharded with `reshard_after_forward=False`. With a zero-bubble schedule
+(ZBV, DualPipeV), torch otherwise loses gradients of weights that are resharded after the forward,
+also for a dense model. `mb` under `"step"` refuses that.
 
 | engine | {" | ".join(f'`{variant}`, `"{fuse_on}"`' for variant, fuse_on in COLUMNS)} |
 |---{"|---" * len(COLUMNS)}|

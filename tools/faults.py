@@ -34,17 +34,17 @@ SMALL = ["--epochs", 4, "--batch-size", 32, "--dim", 32, "--depth", 2, "--save-e
 
 HEADER = """# Faults
 
-This page lists the faults that were injected into runs, and the results. `make faults` repeats this
-and writes the page. A fault is survived if the run continues, or if a single error explains what to
-do. A step counts as lost if it has to be repeated after restarting from the last checkpoint; these
-runs save one every 5 steps. For damaged checkpoints, the column counts checkpoints instead of steps.
-A result is wrong if the final model differs in any bit from that of the undisturbed run, if a state
-is resumed that was never saved, or if an error does not explain anything. The run is
-`examples/resume_train.py`: dropout, a memory bank, ExpertAdamW, a schedule, torchdata's loader and
-asynchronous checkpoints, with FSDP2 if there are two processes. The second table shows the resources
-that a long run holds, with accumulation, clipping, an average of the weights, metrics, records of
-the routers, and one checkpoint every 200 steps. [Borders](borders.md) counts what other people's
-code does to wrapped models.
+This page lists the faults that were injected into runs, and the results. `make faults` repeats
+this and writes the page. A fault is survived if the run continues, or if a single error explains
+what to do. A step counts as lost if it has to be repeated after restarting from the last
+checkpoint; these runs save one every 5 steps. For damaged checkpoints, the column counts
+checkpoints instead of steps. A result is wrong if the final model differs in any bit from that of
+the undisturbed run, if a state is resumed that was never saved, or if an error does not explain
+anything. The run is `examples/resume_train.py`: dropout, a memory bank, ExpertAdamW, a schedule,
+torchdata's loader and asynchronous checkpoints, with FSDP2 if there are two processes. The second
+table shows the resources that a long run holds, with accumulation, clipping, an average of the
+weights, metrics, records of the routers, and one checkpoint every 200 steps.
+[Borders](borders.md) counts what other people's code does to wrapped models.
 """
 
 
