@@ -135,3 +135,52 @@ def test_a_part_of_a_model_refuses_the_dense_checkpoint_of_that_part(
     torch.testing.assert_close(model.blocks[0].fc1.weight, dense.blocks[0].fc1.weight)
     loaded = exf.fuse(model).blocks[0].fc1
     loaded.load_state_dict(dense.blocks[0].fc1.state_dict())
+
+
+def test_a_fused_bias_is_not_set_to_none_and_is_before_and_after() -> None:
+    model = wrapped()
+    with pytest.raises(TypeError, match=r"'bias' cannot be None .* before wrap\(\), or after fuse"):
+        model.blocks[0].fc1.bias = None
+    train(model)
+    linear = exf.fuse(model).blocks[0].fc1
+    linear.bias = None
+    train(exf.wrap(model))
+
+
+def without(*parts: str) -> Callable[[Any], dict[str, Tensor]]:
+    def state(model: Any) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = model.state_dict()
+        return {name: state[name] for name in state if not name.endswith(parts)}
+
+    return state
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "state"),
+    [
+        ("mb", "mb", lambda model: dict(model.named_parameters())),  # the bank is a buffer
+        ("mb", "mb", without("bank", "router")),
+        ("dw", "dw", without("weights")),
+        *((a, b, without()) for a in VARIANTS for b in VARIANTS if a != b),
+    ],
+)
+@pytest.mark.parametrize("part", ["", "blocks.0", "blocks.0.fc1"])
+def test_experts_that_load_without_their_fusion_weights_warn(
+    source: str, target: str, state: Callable[[Any], Any], part: str
+) -> None:
+    saved, model = wrapped(source).get_submodule(part), wrapped(target).get_submodule(part)
+    with pytest.warns(UserWarning, match="it fuses to other weights than the ones that were saved"):
+        model.load_state_dict(state(saved), strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_states_and_parts_without_experts_load_without_a_warning(
+    variant: str, strict: bool
+) -> None:
+    saved, model = wrapped(variant), wrapped(variant)
+    train(saved)
+    model.load_state_dict(saved.state_dict(), strict=strict)
+    torch.testing.assert_close(model.eval()(x()), saved.eval()(x()))
+    model.load_state_dict({"stem.bias": torch.ones(4)}, strict=False)
+    model.load_state_dict(without("original")(saved), strict=False)

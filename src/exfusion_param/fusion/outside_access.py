@@ -129,10 +129,11 @@ def _require_no_write(linear: Any, name: str, only_fresh: bool) -> None:
         )
 
 
-def assign(linear: Any, name: str, value: Tensor) -> None:
+def assign(linear: Any, name: str, value: Tensor | None) -> None:
     """Let a parametrized tensor be what the user assigns to it.
 
     Raises:
+        TypeError: it is None.
         ValueError: it has another shape, or is a tensor subclass that experts cannot have.
         RuntimeError: `functional_call` assigns it.
     """
@@ -142,6 +143,11 @@ def assign(linear: Any, name: str, value: Tensor) -> None:
     if not isinstance(fusion, ExpertFusion):
         parametrized.right_inverse(value)
         return
+    if value is None:
+        raise TypeError(
+            f"{name!r} cannot be None in a wrapped linear: it is fused from experts. Take it off "
+            "before wrap(), or after fuse(model)."
+        )
     is_plain = type(value.data) is Tensor or is_sharded(value)
     if not is_plain or value.shape != parametrized.original.shape[1:]:
         raise ValueError(

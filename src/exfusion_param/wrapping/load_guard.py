@@ -1,7 +1,9 @@
-"""What `load_state_dict` of a wrapped model refuses, before it copies anything."""
+"""What `load_state_dict` of a wrapped model refuses, before it copies anything, or warns of."""
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +21,30 @@ def guard_loading(model: nn.Module, group: FusionWeights, linears: Mapping[str, 
     for linear in linears.values():  # for `load_state_dict` of a module within the model
         hook = linear.register_load_state_dict_pre_hook(_LoadGuard([""], count))
         group.handles.append(hook)
+        group.handles.append(linear.register_load_state_dict_pre_hook(_warn_of_other_weights))
+
+
+def _warn_of_other_weights(
+    linear: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any
+) -> None:
+    """Warn of experts without the fusion weights that they were trained with; a hook.
+
+    torch tells no hook whether keys may be missing. If they may not, it raises later.
+    """
+    if f"{prefix}parametrizations.weight.original" not in state_dict:
+        return
+    mark = f"{prefix}parametrizations.weight.0.fusion_weights."
+    tensors = itertools.chain(linear.named_parameters(), linear.named_buffers())
+    own = {f"{prefix}{name}".removeprefix(mark) for name, _ in tensors if mark in prefix + name}
+    given = {name.removeprefix(mark) for name in state_dict if name.startswith(mark)}
+    if own != given:
+        warnings.warn(
+            f"The state dict has experts with the fusion weights {sorted(given) or 'of sw'}, and "
+            f"the model has {sorted(own) or 'those of sw'}. It keeps its own, so that it fuses to "
+            "other weights than the ones that were saved. Save the whole state_dict(), as banks "
+            "are buffers, and load it into a model that is wrapped in the same way.",
+            stacklevel=2,
+        )
 
 
 class _LoadGuard:
