@@ -194,18 +194,40 @@ def test_a_key_encoder_whose_bank_never_moves_warns_once() -> None:
     assert "sums to 0.14 and has not moved" in message
 
 
-def test_key_encoders_whose_bank_moves_is_nearly_full_or_whose_weights_are_dense_do_not_warn() -> (
-    None
-):
+def copies_each_15th(target: nn.Module, model: nn.Module) -> None:
+    """The hard updates of deep Q-learning, which no version counter sees."""
+    model.updates = getattr(model, "updates", 0) + 1  # type: ignore[assignment, operator]
+    if model.updates % 15 == 0:
+        for mean, new in zip(target.parameters(), model.parameters(), strict=True):
+            mean.data.copy_(new.data)
+
+
+@pytest.mark.parametrize(("follows", "forwards"), [(average, 10), (copies_each_15th, 100)])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_full_bank_that_stays_while_its_experts_follow_another_model_warns_once(
+    training: bool, follows: Any, forwards: int
+) -> None:
+    model = make(bank_init="uniform").train()
+    target = copy.deepcopy(model).requires_grad_(False).train(training)
+
+    @torch.no_grad()
+    def encode() -> None:
+        target(X)
+        follows(target, model)
+
+    (message,) = warned(lambda: train(model, 110, after=encode))
+    assert f"sums to 1.00 and has not moved in {forwards} forwards" in message
+    assert "are not those it averages" in message
+
+
+def test_key_encoders_whose_bank_moves_or_whose_weights_are_dense_do_not_warn() -> None:
     def both(target: nn.Module, model: nn.Module) -> None:
         average(target, model)
         average_banks(target, model, decay=0.9)
 
     assert not warned(lambda: key_encoder(make(), 25, follows=both))
     assert not warned(lambda: key_encoder(make(momentum=0.2), 1))
-    full = make(momentum=0.2)
-    train(full, 3)
-    assert not warned(lambda: key_encoder(full, 25))
+    assert not warned(lambda: key_encoder(make(bank_init="uniform"), 25, follows=both))
     assert not warned(lambda: key_encoder(make(fuse_on="step"), 25))
 
 

@@ -1,4 +1,4 @@
-"""Warns of memory banks that are still zero, or stay nearly so while their experts change.
+"""Warns of memory banks that are still zero, or stay as they are while their experts change.
 
 An optimizer's step moves a bank. The parameters of a target network, a teacher or a key encoder are
 an average of another model's, so that no step comes, and their bank stays where it was.
@@ -20,7 +20,7 @@ from .zero_gradients import is_capturing, is_transformed
 PATIENCE = 10
 """Forwards without a gradient, and without a step, after which a bank ought to have moved."""
 NEARLY_FULL = 0.9
-"""A mass from which on it does no harm that the bank stays."""
+"""A mass from which on fused weights are not too small, whatever the bank."""
 SIZE = 64
 """Numbers in a sample of the experts, at least."""
 WAYS_OUT = (
@@ -53,10 +53,11 @@ class StillBank:
         self.alarm = BankAlarm()
         self.is_filled = False  # as far as is known without reading the bank again
         self._forwards = 0
+        self._looks_at = 1  # the first forward, the 10th, the 100th, ...
         self._before: tuple[Tensor, Tensor] | None = None  # the bank, and some of its experts
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"is_filled": False, "_forwards": 0, "_before": None}
+        return vars(self) | {"is_filled": False, "_forwards": 0, "_looks_at": 1, "_before": None}
 
     def warn_if_zero(self, bank: Any) -> None:
         """Warn of an eval forward that fuses with zeros, unless it is compiled.
@@ -80,7 +81,7 @@ class StillBank:
         Args:
             bank: the MemoryBank, under `fuse_on="forward"`.
         """
-        if torch.compiler.is_compiling() or self._forwards == PATIENCE or self.alarm.is_given:
+        if torch.compiler.is_compiling() or self.alarm.is_given:
             return
         stack = next(bank.expert_stacks(), None)
         if stack is None or not (
@@ -88,22 +89,23 @@ class StillBank:
         ):
             return
         self._forwards += 1
-        if self._forwards not in (1, PATIENCE):
+        if self._forwards < self._looks_at:
             return
+        self._looks_at *= PATIENCE
         numbers = local(stack.detach()).flatten()
         now = bank.numbers.clone(), numbers[:: max(1, len(numbers) // SIZE)].clone()
-        before, self._before = self._before, now
-        if before is None or bank.votes.has_counted:
+        before = self._before = self._before or now
+        if before is now or bank.votes.has_counted or bank.is_bypassed:
             return
-        self._before = None
         mass = float(now[0].sum())
         bank_stays, experts_stay = (_is_equal(*pair) for pair in zip(before, now, strict=True))
-        if bank_stays and mass < NEARLY_FULL and not (experts_stay and mass):
+        if bank_stays and not (experts_stay and mass):
+            while_what = "" if experts_stay else ", while its experts changed"
+            but = "stay too small" if mass < NEARLY_FULL else "are not those it averages"
             self.alarm.give(
                 f"The memory bank of {bank.group!r} sums to {mass:.2f} and has not moved in "
-                f"{PATIENCE} forwards without gradients{'' if experts_stay else ', while its '}"
-                f"{'' if experts_stay else 'experts changed'}, so that its FFN's fused weights "
-                "stay too small."
+                f"{self._forwards} forwards without gradients{while_what}, so that its FFN's fused "
+                f"weights {but}."
             )
 
 
