@@ -3,6 +3,7 @@
 A module that holds projections to queries, keys or values is attention, and so is all that lies
 inside of it, such as the MLP of a position bias. A layer that holds attention is not attention,
 whatever its name. A module that is called attention and holds none of this is attention as well.
+Where an FFN stands beside such projections, the module is a layer, and the projections are attention.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import re
 from torch import nn
 
 from .ffn_shapes import FFN_NAME, class_name
-from .projections import one_projection, projections_of
+from .projections import is_wide_ffn, one_projection, projection_of, projections_of
 
 _QKV = re.compile(
     r"^(to_?|w_?|in_proj_|proj_|linear_?|lin_|fc_)?(q|k|v|qk|kv|qkv|query|key|value|queries|keys|values"
     r"|query_key_value|q_[abn]|kv_[ab]|[cqkv]_attn|in_proj)(_?(proj\w*|lin|linear|conv|weight|global))?$",
+    re.IGNORECASE,
+)
+_OUTPUT = re.compile(
+    r"^(to_?|w_?|c_|proj_?|linear_?|lin_|fc_)?(o|out|output|proj)(_?(proj\w*|lin|linear|layer))?$",
     re.IGNORECASE,
 )
 _CALLED = re.compile(r"att(entio)?n", re.IGNORECASE)
@@ -30,17 +35,35 @@ def attention_of(model: nn.Module) -> set[nn.Module]:
         held = holding.intersection(module.children())
         widths = set() if _is_ffn(module) else _widths(module)
         if widths or (_is_called(fqn, module) and not held):
-            inside.update(set(module.modules()) - _ffns_of_width(module, widths))
+            inside.update(_parts(module, widths) - _ffns_of_width(module, widths))
             holding.add(module)
         elif held:
             holding.add(module)
     return inside
 
 
+def _parts(module: nn.Module, widths: set[int]) -> set[nn.Module]:
+    """What of a module with attention's projections is attention: all, unless it is a layer."""
+    own = {name: child for name, child in module.named_children() if projection_of(child)}
+    maps = projections_of(child for name, child in own.items() if not _is_attentions(name))
+    maps = [p for p in maps if p.in_features in widths or p.out_features in widths]
+    if not any(map(is_wide_ffn, zip(maps, maps[1:], strict=False))):
+        return set(module.modules())
+    parts = [child for name, child in module.named_children() if _is_attentions(name)]
+    return {inner for part in parts for inner in part.modules()}
+
+
+def _is_attentions(name: str) -> bool:
+    return bool(_QKV.search(name) or _OUTPUT.search(name))
+
+
 def _widths(module: nn.Module) -> set[int]:
     """What the projections of a module to queries, keys and values read; none if it has none."""
-    children = [child for name, child in module.named_children() if _QKV.search(name)]
-    linears = [linear for linear in map(one_projection, children) if linear is not None]
+    children = {name: child for name, child in module.named_children() if _QKV.search(name)}
+    linears = [linear for linear in map(one_projection, children.values()) if linear is not None]
+    mixed = [one_projection(children.get(name)) for name in ("key", "value")]
+    if is_wide_ffn(projections_of(linear for linear in mixed if linear is not None)):
+        return set()  # RWKV's mixing of channels, whose value reads what its key writes
     own = dict(module.named_parameters(recurse=False))
     widths = {p.in_features for p in projections_of(linears)}
     named = [own[name] for name in own if _QKV.search(name) and own[name].ndim > 1]

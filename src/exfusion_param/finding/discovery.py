@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from itertools import takewhile
 
 from torch import nn
 
@@ -47,13 +48,14 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
     inside_blocks = {child for block in blocks - attention for child in block.children()}
     groups: list[FFNGroup] = []
     taken: set[nn.Module] = set()
+    counts = Counter(part for name in candidate_linears(model) for part in _parents(name))
     mixers = set(attention)  # modules that hold attention, and no FFN
     for fqn, module in reversed(modules.items()):  # what is inside of a module comes before it
         if module in attention:
             continue
         holder = Holder(
-            fqn,
             module,
+            _around(modules, fqn, counts),
             attention,
             taken,
             is_beside_attention=module in inside_blocks,
@@ -67,11 +69,26 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
             # A linear that several modules hold belongs to the first, by whose name it is known.
             if linears.keys() <= modules.keys() and taken.isdisjoint(linears.values()):
                 taken.update(linears.values())
-                groups.append(FFNGroup(fqn, linears, tuple(linears)[:-1]))
+                if not holder.is_called_other:
+                    groups.append(FFNGroup(fqn, linears, tuple(linears)[:-1]))
         if not mixers.isdisjoint(module.children()) and taken.isdisjoint(module.modules()):
             mixers.add(module)
     rank = {fqn: index for index, fqn in enumerate(modules)}
     return named_apart(sorted(groups, key=lambda group: rank[group.inputs[0]]))
+
+
+def _parents(fqn: str) -> list[str]:
+    """The names of the modules that hold a module, the innermost first, the model's last."""
+    parts = fqn.split(".")
+    return [".".join(parts[:length]) for length in reversed(range(len(parts)))]
+
+
+def _around(
+    modules: Mapping[str, nn.Module], fqn: str, counts: Mapping[str, int]
+) -> dict[str, nn.Module]:
+    """A module, and those around it that hold no projections but its own."""
+    parents = takewhile(lambda name: name and counts[name] == counts[fqn], _parents(fqn))
+    return {name: modules[name] for name in (fqn, *parents)}
 
 
 def named_apart(groups: Iterable[FFNGroup]) -> list[FFNGroup]:
@@ -91,7 +108,7 @@ def _first_part(group: FFNGroup) -> str:
 
 def ffns_in_module(module: nn.Module) -> list[Collection[nn.Module]]:
     """The FFNs whose linears this module holds, other than those of modules inside of it."""
-    holder = Holder("", module, attention_of(module), (), False, True)
+    holder = Holder(module, {"": module}, attention_of(module), (), False, True)
     return [set(linears.values()) for linears in holder.ffns()]
 
 

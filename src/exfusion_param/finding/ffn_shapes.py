@@ -56,13 +56,15 @@ FFN_SHAPES = (
     FFNShape(("pwconv1",), "pwconv2"),  # ConvNeXt, and SwiftFormer's encoders
     FFNShape(("point_wise_conv1",), "point_wise_conv2"),
     FFNShape(("conv1",), "conv2", re.compile("^PoolFormerOutput$")),
+    FFNShape(("key",), "value"),  # RWKV's mixing of channels
 )
 
 FFN_NAME = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$)|swiglu|geglu", re.IGNORECASE)
 """What modules and classes are called that are an FFN, or hold one."""
 
 OTHER_NAME = re.compile(
-    r"merger|projector|projection$|adapt[eo]r|router|classifier|^head$|Head$|bias|rel_pos",
+    r"merger|projector|predictor|projection$|adapt[eo]r|router|classifier|^head$|Head$|bias|embed"
+    r"|(^|_)(rel|pos|time)(_|$)",
     re.IGNORECASE,
 )
 """What modules and classes are called that map D to H and back to D and are no FFN."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from .attention import attention_of
 from .outer_modules import globs_of
-from .projections import one_projection, projection_of
-from .structure import is_ffn, is_spatial
+from .projections import is_wide_ffn, one_projection, projection_of
+from .structure import is_spatial
 
 MOST = 5  # kinds that are listed one by one
 
@@ -99,8 +99,7 @@ def _pairs(
             up, down = (projection_of(linear) for linear in pair)
             if up is None or down is None or not seen.isdisjoint(pair):
                 continue
-            is_wide = up.out_features > up.in_features
-            if is_wide and is_ffn([up, down]) and _in_turn(module, pair, seen):
+            if is_wide_ffn([up, down]) and _in_turn(module, pair, seen):
                 seen.update(pair)
                 yield (first, last), (up.in_features, up.out_features, down.out_features)
 

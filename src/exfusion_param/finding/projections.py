@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,22 @@ def projection_of(module: nn.Module) -> Projection | None:
 def projections_of(modules: Iterable[nn.Module]) -> list[Projection]:
     """What the modules map, but for those that are no projections."""
     return [p for p in map(projection_of, modules) if p is not None]
+
+
+def is_ffn(maps: Sequence[Projection], any_output: bool = False) -> bool:
+    """Whether all but the last map D to H and the last maps H, or one half of it, back to D."""
+    *first, last = maps
+    widths = {(p.in_features, p.out_features) for p in first}
+    if len(widths) != 1:
+        return False
+    ((features, hidden),) = widths
+    is_back = any_output or last.out_features == features
+    return last.in_features in (hidden, hidden / 2) and is_back
+
+
+def is_wide_ffn(maps: Sequence[Projection]) -> bool:
+    """Whether they map as an FFN's with H > D; with H < D it may be an adapter, or a gate."""
+    return len(maps) > 1 and maps[0].out_features > maps[0].in_features and is_ffn(maps)
 
 
 def one_projection(module: nn.Module | None) -> nn.Module | None:

@@ -11,8 +11,7 @@ from torch import nn
 from .discovery import FFNGroup, candidate_linears, ffns_in_module, find_ffns, named_apart
 from .mixtures import refuse_mixtures
 from .outer_modules import globs_of, listed
-from .projections import one_projection, projections_of
-from .structure import is_ffn
+from .projections import is_ffn, one_projection, projections_of
 
 MOST = 8  # linears that a message lists
 

@@ -8,7 +8,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import nn
 
 from .ffn_shapes import FFN_NAME, FFN_SHAPES, OTHER_NAME, FFNShape, class_name
-from .projections import CONVOLUTIONS, Projection, one_projection, projection_of, projections_of
+from .projections import (
+    CONVOLUTIONS,
+    Projection,
+    is_ffn,
+    is_wide_ffn,
+    one_projection,
+    projection_of,
+    projections_of,
+)
 
 Linears = Mapping[str, nn.Module]
 
@@ -17,8 +25,8 @@ class Holder:
     """A module that may hold the linears of FFNs.
 
     Args:
-        fqn: its name in the model.
         module: the module.
+        around: its name in the model, and the modules around it that hold no other projections.
         attention: modules that are attention or lie inside of it.
         taken: linears of FFNs that were found further inside.
         is_beside_attention: attention is a child of the module that holds it, as in a layer.
@@ -27,8 +35,8 @@ class Holder:
 
     def __init__(
         self,
-        fqn: str,
         module: nn.Module,
+        around: Mapping[str, nn.Module],
         attention: Collection[nn.Module],
         taken: Collection[nn.Module],
         is_beside_attention: bool,
@@ -37,14 +45,12 @@ class Holder:
         self.module, self.attention, self.taken = module, attention, set(taken)
         self.is_beside_attention = is_beside_attention
         self.holds_attention = holds_attention
-        names = (fqn.rpartition(".")[2], class_name(module))
-        self.is_called_ffn = any(map(FFN_NAME.search, names))
-        self.is_called_other = any(map(OTHER_NAME.search, names))
+        names = [(fqn.rpartition(".")[2], class_name(each)) for fqn, each in around.items()]
+        self.is_called_ffn = any(map(FFN_NAME.search, names[0]))
+        self.is_called_other = any(OTHER_NAME.search(name) for pair in names for name in pair)
 
     def ffns(self) -> Iterator[Linears]:
         """The FFNs that it holds, first those whose linears have names that are known."""
-        if self.is_called_other:
-            return
         # What lists hold need not run in turn, unless names tell.
         is_list = isinstance(self.module, nn.ModuleList | nn.ModuleDict)
         ways = (self._by_name, self._by_structure, self._in_turn)
@@ -97,9 +103,7 @@ class Holder:
 
     def _is_ffn(self, linears: Linears) -> bool:
         maps = projections_of(linears.values())
-        # With H < D it may be an adapter, or squeeze-and-excitation.
-        is_wide = maps[0].out_features > maps[0].in_features
-        return is_wide and is_ffn(maps) and self._may_mix(linears)
+        return is_wide_ffn(maps) and self._may_mix(linears)
 
     def _in_turn(self) -> Iterator[Linears]:
         """FFNs in a row of linears beside attention, in the order of their registration."""
@@ -154,20 +158,10 @@ class Holder:
         return not has_own and (self.is_called_ffn or not follows)
 
 
-def is_ffn(maps: Sequence[Projection], any_output: bool = False) -> bool:
-    """Whether all but the last map D to H and the last maps H, or one half of it, back to D."""
-    *first, last = maps
-    widths = {(p.in_features, p.out_features) for p in first}
-    if len(widths) != 1:
-        return False
-    ((features, hidden),) = widths
-    is_back = any_output or last.out_features == features
-    return last.in_features in (hidden, hidden / 2) and is_back
-
-
 def is_spatial(module: nn.Module) -> bool:
-    """Whether a module is a convolution over more than one token."""
-    return isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
+    """Whether a module runs over more than one token: a convolution, or a recurrent layer."""
+    is_convolution = isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
+    return is_convolution or isinstance(module, nn.RNNBase)
 
 
 def _descendant(module: nn.Module, name: str) -> nn.Module | None:
