@@ -46,6 +46,7 @@ IN_LAYERS = [
     ("pointwise_conv1", "pointwise_conv2"),
     ("point_wise_conv1", "point_wise_conv2"),
     ("mlp.c_fc", "mlp.c_proj"),
+    ("feed_forward.key", "feed_forward.value"),  # RWKV
 ]
 LAYER_CLASS = re.compile(r"Layer|Block|ConvEncoder|Stage")
 

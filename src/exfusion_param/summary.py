@@ -176,7 +176,7 @@ def _summary(model: nn.Module) -> Summary:
         - 2 * _bytes(fused)  # which have a gradient, and no moments
         + 3 * _bytes(experts),  # which have moments, and no gradient
         shipped_bytes=_bytes(parameters) - _bytes(surplus),
-        left_dense=tuple(f"{k.ffns} x {k.widths}, {k.first} and {k.last}" for k in left),
+        left_dense=tuple(f"{k.ffns} x {k.widths}, {k.linears}" for k in left),
     )
 
 

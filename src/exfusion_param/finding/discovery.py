@@ -2,8 +2,9 @@
 
 First by name (ffn_shapes.py), then by structure (structure.py): a module with just two linears, D
 to H and H back to D with H > D, or with two of D to H for a gated FFN; and such linears in a row
-where attention stands beside them. Nothing inside of attention counts (attention.py). What neither
-finds, a filter can name (selection.py).
+where attention stands beside them. Nothing inside of attention counts (attention.py), nor does what
+only structure tells outside of layers, unless there is nothing else. What neither finds, a filter
+can name (selection.py).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
     blocks = {m for m in modules.values() if not attention.isdisjoint(m.children())}
     inside_blocks = {child for block in blocks - attention for child in block.children()}
     groups: list[FFNGroup] = []
+    unsure: list[FFNGroup] = []
     taken: set[nn.Module] = set()
     counts = Counter(part for name in candidate_linears(model) for part in _parents(name))
     mixers = set(attention)  # modules that hold attention, and no FFN
@@ -62,19 +64,20 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
             holds_attention=not mixers.isdisjoint(module.children()),
         )
         found = [
-            {_join(fqn, name): linear for name, linear in linears.items()}
-            for linears in holder.ffns()
+            ({_join(fqn, name): linear for name, linear in linears.items()}, is_unsure)
+            for linears, is_unsure in holder.ffns()
         ]
-        for linears in found:
+        for linears, is_unsure in found:
             # A linear that several modules hold belongs to the first, by whose name it is known.
             if linears.keys() <= modules.keys() and taken.isdisjoint(linears.values()):
                 taken.update(linears.values())
                 if not holder.is_called_other:
-                    groups.append(FFNGroup(fqn, linears, tuple(linears)[:-1]))
+                    kind = unsure if is_unsure else groups
+                    kind.append(FFNGroup(fqn, linears, tuple(linears)[:-1]))
         if not mixers.isdisjoint(module.children()) and taken.isdisjoint(module.modules()):
             mixers.add(module)
     rank = {fqn: index for index, fqn in enumerate(modules)}
-    return named_apart(sorted(groups, key=lambda group: rank[group.inputs[0]]))
+    return named_apart(sorted(groups or unsure, key=lambda group: rank[group.inputs[0]]))
 
 
 def _parents(fqn: str) -> list[str]:
@@ -109,7 +112,7 @@ def _first_part(group: FFNGroup) -> str:
 def ffns_in_module(module: nn.Module) -> list[Collection[nn.Module]]:
     """The FFNs whose linears this module holds, other than those of modules inside of it."""
     holder = Holder(module, {"": module}, attention_of(module), (), False, True)
-    return [set(linears.values()) for linears in holder.ffns()]
+    return [set(linears.values()) for linears, _ in holder.ffns()]
 
 
 def _join(*names: str) -> str:

@@ -1,8 +1,8 @@
 """Models that are mixtures of experts already, which are refused.
 
-A mixture has a router, a linear from D to the number of experts (fewer than D), beside them: FFNs
-of one shape in a list, or stacks of as many matrices. Some keep their experts otherwise and are
-known by name.
+A mixture has a router, a linear or a matrix from D to the number of experts (fewer than D), beside
+them: FFNs of one shape in a list, or stacks of as many matrices. Some keep their experts otherwise
+and are known by name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,19 @@ _CALLED = re.compile(
     r"Experts$|(MoE|MOE)(Layer|Block|MLP|Mlp)?$|^Moe(Layer|MLP|Mlp|Block|FFN)?$"
     r"|SparseMo[eE]|SparseMLP|MoeLayer|MoeBlock|SwitchM(LP|lp)$|^FMo[eE]"
 )
+_EXPERTS = re.compile(r"(^|_)experts?(_?\d+|_list)?$")
 _HEAD = re.compile(r"head|classifier|logits|out", re.IGNORECASE)
 
 
 def refuse_mixtures(model: nn.Module, groups: Sequence[FFNGroup]) -> None:
     """Raise a ValueError if a model holds experts already, among which a router chooses."""
     ffns = {id(model.get_submodule(group.name)) for group in groups}
+    for group in groups:
+        if any(map(_EXPERTS.search, group.name.split("."))):
+            raise ValueError(
+                f"{class_name(model)} is a mixture of experts already: {group.name} is one of them "
+                "by its name. Choose among its dense linears with filter_fn."
+            )
     for fqn, module in reversed(dict(model.named_modules()).items()):  # the inner ones first
         if _CALLED.search(class_name(module)) or _routes(module, ffns):
             raise ValueError(
@@ -52,6 +59,9 @@ def _router_outputs(module: nn.Module) -> Iterator[int]:
         is_narrow = linear is not None and linear.out_features < linear.in_features
         if linear is not None and is_narrow and not _HEAD.search(name):
             yield linear.out_features
+    for parameter in module.parameters(recurse=False):
+        if parameter.ndim == 2 and 1 < parameter.shape[1] < parameter.shape[0]:  # x @ router
+            yield parameter.shape[1]
 
 
 def _lists(module: nn.Module, ffns: set[int]) -> Iterator[int]:

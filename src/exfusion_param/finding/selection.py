@@ -9,11 +9,13 @@ from itertools import takewhile
 from torch import nn
 
 from .discovery import FFNGroup, candidate_linears, ffns_in_module, find_ffns, named_apart
+from .left_out import left_out
 from .mixtures import refuse_mixtures
 from .outer_modules import globs_of, listed
 from .projections import is_ffn, one_projection, projections_of
 
 MOST = 8  # linears that a message lists
+MOST_KINDS = 3  # of what looks like an FFN
 
 Filter = Callable[[nn.Module, str], bool] | Sequence[str | Sequence[str]]
 NamedLinears = Mapping[str, nn.Module]
@@ -159,7 +161,9 @@ def _at(groups: Sequence[FFNGroup], layers: Sequence[int]) -> list[FFNGroup]:
 
 def _nothing_matched(model: nn.Module, linears: NamedLinears, filter_fn: Filter | None) -> str:
     what = "No FFN was found" if filter_fn is None else "filter_fn accepts no linear"
-    return f"{what} in {type(model).__name__}. {_list_of(linears)}"
+    text = f"{what} in {type(model).__name__}. {_list_of(linears)}"
+    looks = [f" {k.linears} look like one. {k.way_out}" for k in left_out(model, ())[:MOST_KINDS]]
+    return "".join([text, *looks])
 
 
 def _list_of(linears: NamedLinears) -> str:
@@ -167,4 +171,4 @@ def _list_of(linears: NamedLinears) -> str:
         return "The model has no linears."
     globs = globs_of(linears)
     some = globs if len(globs) <= MOST else [*globs[:MOST], "..."]
-    return f"Its linears are: {listed(linears, MOST)}. To choose: wrap(model, filter_fn={some})."
+    return f"Its linears are: {listed(linears, MOST)}. To choose among them: wrap(model, filter_fn={some})."

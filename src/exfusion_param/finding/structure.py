@@ -48,9 +48,16 @@ class Holder:
         names = [(fqn.rpartition(".")[2], class_name(each)) for fqn, each in around.items()]
         self.is_called_ffn = any(map(FFN_NAME.search, names[0]))
         self.is_called_other = any(OTHER_NAME.search(name) for pair in names for name in pair)
+        is_numbered = any(part.isdigit() for fqn in around for part in fqn.split("."))
+        self.is_in_layer = is_numbered or is_beside_attention or holds_attention
 
-    def ffns(self) -> Iterator[Linears]:
-        """The FFNs that it holds, first those whose linears have names that are known."""
+    def ffns(self) -> Iterator[tuple[Linears, bool]]:
+        """The FFNs that it holds, first those whose linears have names that are known.
+
+        Yields:
+            The linears of one; and whether it may be a head or an embedding as well, as nothing but
+            their widths tells, and it is not part of a layer.
+        """
         # What lists hold need not run in turn, unless names tell.
         is_list = isinstance(self.module, nn.ModuleList | nn.ModuleDict)
         ways = (self._by_name, self._by_structure, self._in_turn)
@@ -58,7 +65,8 @@ class Holder:
             for linears in find():
                 if linears and self.taken.isdisjoint(linears.values()):
                     self.taken.update(linears.values())
-                    yield linears
+                    is_known = find == self._by_name or self.is_called_ffn or self.is_in_layer
+                    yield linears, not is_known
 
     def _by_name(self) -> Iterator[Linears]:
         children = {name for name, _ in self.module.named_children()}
