@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .projections import Projection
@@ -31,5 +32,6 @@ class PlaceInGroup:
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input of a linear's call."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """The input of a linear's call; of a nested tensor its tokens, shape (tokens, D)."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    return torch.cat(x.unbind()) if isinstance(x, Tensor) and x.is_nested else x

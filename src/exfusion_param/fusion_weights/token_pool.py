@@ -152,8 +152,9 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
             loss.backward()
 
     Models of transformers do not need this call: they use the `attention_mask` that is passed to
-    them if its shape is (batch, tokens). This mask takes precedence over it. With activation
-    checkpointing, run the backward inside the block as well, because it repeats forwards.
+    them if its shape is (batch, tokens). Nor do modules that take a `key_padding_mask`, as torch's
+    do. This mask takes precedence over theirs. With activation checkpointing, run the backward
+    inside the block as well, because it repeats forwards.
 
     Args:
         model: a wrapped model.
@@ -162,7 +163,8 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
             tower, ignores the mask, with a warning.
 
     Raises:
-        ValueError: the model has no router.
+        TypeError: the mask is not a tensor.
+        ValueError: the model has no router, or the mask has other values than these.
 
     Examples:
         >>> model = exf.wrap(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
@@ -173,6 +175,7 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
     pools = [module for module in model.modules() if isinstance(module, TokenPool)]
     if not pools:
         raise ValueError(f"{type(model).__name__} has no router, so nothing pools over tokens.")
+    _require_flags(mask)
     before = [(pool.token_mask, pool.has_given_mask) for pool in pools]
     for pool in pools:
         pool.token_mask, pool.has_given_mask = mask, True
@@ -181,3 +184,18 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
     finally:
         for pool, previous in zip(pools, before, strict=True):
             pool.token_mask, pool.has_given_mask = previous
+
+
+def _require_flags(mask: Tensor) -> None:
+    """Raise unless a mask has just 1 and 0; one of integers on a GPU is not looked at."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"A token mask must be a tensor, got {type(mask).__name__}.")
+    is_known = mask.dtype == torch.bool or mask.is_meta or torch.compiler.is_compiling()
+    if is_known or not (mask.is_floating_point() or mask.device.type == "cpu"):
+        return
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            "A token mask has 1 (or true) where a token counts and 0 (or false) for padding, got "
+            f"values from {mask.min().item():g} to {mask.max().item():g}. Of an additive mask take "
+            "mask == 0, of lengths torch.arange(tokens) < lengths[:, None]."
+        )

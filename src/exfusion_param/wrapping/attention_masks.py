@@ -32,14 +32,22 @@ _TOKENS_FIRST = {"xlnet", "fsmt"}
 """Types whose layers run on (tokens, batch, D), though the model is given (batch, tokens)."""
 
 
-def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -> None:
-    """Let fusion weights that pool over tokens follow the attention masks of a model's calls."""
+def follow_attention_masks(
+    model: nn.Module, new_pools: Collection[TokenPool]
+) -> list[TokenPool]:
+    """Let fusion weights that pool over tokens follow the attention masks of a model's calls.
+
+    Returns:
+        Those that are in no model of transformers.
+    """
     module_of: dict[TokenPool, tuple[nn.Module, list[str]] | None] = {}
+    theirs: set[TokenPool] = set()
     for module in model.modules():  # an outer one comes before those inside of it
         if not isinstance(module, PreTrainedModel):
             continue
         inside = set(module.modules())
         pools = [pool for pool in new_pools if pool in inside]
+        theirs.update(pools)
         for pool in pools:
             pool.layout = _layout_in(module, pool.layout)
         arguments = list(inspect.signature(module.forward).parameters)
@@ -53,6 +61,7 @@ def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -
         module, arguments = found
         hook = functools.partial(_take_mask, pool, arguments.index(MASK))
         pool.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    return [pool for pool in new_pools if pool not in theirs]
 
 
 def _layout_in(model: PreTrainedModel, layout: Layout) -> Layout:

@@ -16,6 +16,7 @@ from ..fusion_weights.token_pool import Layout, TokenPool
 from ..tensors.ranks import ranks_in
 from .checks import check_wrappable
 from .load_guard import guard_loading
+from .padding_masks import follow_padding_masks
 from .planning import Config, MakeWeights, choose_seed, plan_groups
 
 if TYPE_CHECKING:
@@ -63,13 +64,14 @@ def wrap_linears(
 
 
 def _follow_masks(model: nn.Module, new: Iterable[FusionWeights]) -> None:
-    """Let routers follow attention masks; imports transformers only for its models."""
+    """Let routers follow masks of padding; imports transformers only for its models."""
     pools = [each for each in new if isinstance(each, TokenPool)]
     _note_tokens_first(model, pools)
     if pools and "transformers" in sys.modules:
         from .attention_masks import follow_attention_masks
 
-        follow_attention_masks(model, pools)
+        pools = follow_attention_masks(model, pools)
+    follow_padding_masks(model, pools)
 
 
 def _note_tokens_first(model: nn.Module, pools: Iterable[TokenPool]) -> None:
