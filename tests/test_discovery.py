@@ -191,7 +191,7 @@ def test_what_looks_like_an_ffn_and_is_left_warns_with_a_filter_that_takes_it() 
     }
     exf.wrap(model, filter_fn=[("merger.one", "merger.other")])
     assert exf.summarize(model).left_dense == (
-        "2 x 8 -> 12 -> 8, blocks.*.blocks.*.fc1 and blocks.*.blocks.*.fc2",
+        "2 x 8 -> 12 -> 8, blocks.0.blocks.*.fc1 and blocks.0.blocks.*.fc2",
     )
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import exfusion_param as exf
+from exfusion_testing.banks import bank_after
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -49,13 +50,6 @@ def make(name: str, **fields: Any) -> Any:
             setattr(config, field, 0.0)
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").double()
     return exf.wrap(model, momentum=0.0, seed=0).train()
-
-
-def bank_after(model: nn.Module, output: Tensor) -> list[Tensor]:
-    output.square().mean().backward()
-    torch.optim.SGD(model.parameters(), lr=0.0).step()
-    model.zero_grad()
-    return [b.clone() for name, b in model.named_buffers() if name.endswith("bank")]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -3,11 +3,12 @@
 A module that holds projections to queries, keys or values is attention, and so is all that lies
 inside of it, such as the MLP of a position bias. A layer that holds attention is not attention,
 whatever its name. A module that is called attention and holds none of this is attention as well.
-Where an FFN stands beside such projections, the module is a layer, and the projections are attention.
+A module that holds such projections beside an FFN is a layer; the projections are attention.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from torch import nn
@@ -47,7 +48,7 @@ def _parts(module: nn.Module, widths: set[int]) -> set[nn.Module]:
     own = {name: child for name, child in module.named_children() if projection_of(child)}
     maps = projections_of(child for name, child in own.items() if not _is_attentions(name))
     maps = [p for p in maps if p.in_features in widths or p.out_features in widths]
-    if not any(map(is_wide_ffn, zip(maps, maps[1:], strict=False))):
+    if not any(map(is_wide_ffn, itertools.pairwise(maps))):
         return set(module.modules())
     parts = [child for name, child in module.named_children() if _is_attentions(name)]
     return {inner for part in parts for inner in part.modules()}

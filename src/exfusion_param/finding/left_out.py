@@ -80,7 +80,9 @@ def _way_out(model: nn.Module, globs: tuple[str, ...], rows: Sequence[tuple[str,
     """A filter that takes just these: globs, or names where globs match others too."""
     modules = dict(model.named_modules())
     if not all(name in modules and projection_of(modules[name]) for name in rows[0]):
-        return "Only linears can be wrapped: make each a torch.nn.Linear, whose weight is (out, in)."
+        return (
+            "Only linears can be wrapped: make each a torch.nn.Linear, whose weight is (out, in)."
+        )
     matched = [[fqn for fqn in modules if fnmatchcase(fqn, glob)] for glob in globs]
     if all(len(found) == len(rows) for found in matched):
         return f"wrap(model, filter_fn=[{globs}]) takes these."

@@ -27,17 +27,17 @@ _HEAD = re.compile(r"head|classifier|logits|out", re.IGNORECASE)
 def refuse_mixtures(model: nn.Module, groups: Sequence[FFNGroup]) -> None:
     """Raise a ValueError if a model holds experts already, among which a router chooses."""
     ffns = {id(model.get_submodule(group.name)) for group in groups}
-    for group in groups:
-        if any(map(_EXPERTS.search, group.name.split("."))):
-            raise ValueError(
-                f"{class_name(model)} is a mixture of experts already: {group.name} is one of them "
-                "by its name. Choose among its dense linears with filter_fn."
-            )
     for fqn, module in reversed(dict(model.named_modules()).items()):  # the inner ones first
         if _CALLED.search(class_name(module)) or _routes(module, ffns):
             raise ValueError(
                 f"{class_name(model)} is a mixture of experts already: {fqn or 'the model'} is "
                 f"a {class_name(module)}. Choose among its dense linears with filter_fn."
+            )
+    for group in groups:
+        if any(map(_EXPERTS.search, group.name.split("."))):
+            raise ValueError(
+                f"{class_name(model)} is a mixture of experts already: {group.name} is called "
+                "one of them. Choose among its dense linears with filter_fn."
             )
 
 

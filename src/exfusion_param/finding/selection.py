@@ -171,4 +171,7 @@ def _list_of(linears: NamedLinears) -> str:
         return "The model has no linears."
     globs = globs_of(linears)
     some = globs if len(globs) <= MOST else [*globs[:MOST], "..."]
-    return f"Its linears are: {listed(linears, MOST)}. To choose among them: wrap(model, filter_fn={some})."
+    return (
+        f"Its linears are: {listed(linears, MOST)}. To choose among them: wrap(model, "
+        f"filter_fn={some})."
+    )

@@ -32,9 +32,7 @@ _TOKENS_FIRST = {"xlnet", "fsmt"}
 """Types whose layers run on (tokens, batch, D), though the model is given (batch, tokens)."""
 
 
-def follow_attention_masks(
-    model: nn.Module, new_pools: Collection[TokenPool]
-) -> list[TokenPool]:
+def follow_attention_masks(model: nn.Module, new_pools: Collection[TokenPool]) -> list[TokenPool]:
     """Let fusion weights that pool over tokens follow the attention masks of a model's calls.
 
     Returns:
