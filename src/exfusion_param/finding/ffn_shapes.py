@@ -63,8 +63,8 @@ FFN_NAME = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$)|swiglu|geglu", re.IGN
 """What modules and classes are called that are an FFN, or hold one."""
 
 OTHER_NAME = re.compile(
-    r"merger|projector|predictor|projection$|adapt[eo]r|router|classifier|^head$|Head$|bias|embed"
-    r"|(^|_)(rel|pos|time)(_|$)",
+    r"merger|projector|predictor|projection$|adapt[eo]r|router|classifier|^head$|Head$|bias"
+    r"|embed(ding|der)?s?$|(^|_)(rel|pos|time)(_|$)",
     re.IGNORECASE,
 )
 """What modules and classes are called that map D to H and back to D and are no FFN."""

@@ -18,7 +18,7 @@ from .projections import projection_of
 
 _CALLED = re.compile(
     r"Experts$|(MoE|MOE)(Layer|Block|MLP|Mlp)?$|^Moe(Layer|MLP|Mlp|Block|FFN)?$"
-    r"|SparseMo[eE]|SparseMLP|MoeLayer|MoeBlock|SwitchM(LP|lp)$|^FMo[eE]"
+    r"|SparseMo[eE]|SparseMLP|MoeLayer(?!Norm)|MoeBlock|SwitchM(LP|lp)$|^FMo[eE]"
 )
 _EXPERTS = re.compile(r"(^|_)experts?(_?\d+|_list)?$")
 _HEAD = re.compile(r"head|classifier|logits|out", re.IGNORECASE)
