@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import exfusion_param as exf
 from exfusion_testing.banks import bank_after
