@@ -115,7 +115,7 @@ def accumulate(rank: int, folder: Path, resumes: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.processes
-def test_votes_that_wait_for_a_step_are_shared_out_anew(tmp_path: Path) -> None:
+def test_votes_that_wait_for_a_step_are_distributed_again(tmp_path: Path) -> None:
     states = on_ranks(2, accumulate, tmp_path, False)
     for ranks in (1, 4):
         for state in on_ranks(ranks, accumulate, tmp_path, True):

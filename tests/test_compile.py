@@ -176,7 +176,7 @@ def test_compiled_autograd_takes_two_forwards_before_one_backward() -> None:
 
 
 @pytest.mark.compiled
-def test_a_fused_model_compiles_anew() -> None:
+def test_a_fused_model_compiles_again() -> None:
     model = exf.wrap(FFNs(), seed=0, bank_init="uniform").eval()
     compiled = torch.compile(model, fullgraph=True)
     x = inputs().float()

@@ -104,7 +104,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_the_report_says_what_came_out_and_what_that_means(page: Page) -> None:
+def test_the_report_states_the_results_and_what_they_mean(page: Page) -> None:
     sections = ["Results", "What these figures mean", "Plots", "Settings", "Environment"]
     assert page.headings[1:] == sections
     for row in (

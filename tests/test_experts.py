@@ -124,7 +124,7 @@ def test_wrapping_adds_the_noise_that_the_config_says(fuse_on: Any, n: int) -> N
     assert noise == pytest.approx(0.5, rel=0.03)
 
 
-def test_draws_depend_on_the_seed_and_the_name_alone() -> None:
+def test_draws_depend_only_on_the_seed_and_the_name() -> None:
     def drawn(seed: int, name: str) -> torch.Tensor:
         return torch.rand(3, generator=named_generator(seed, name, CPU))
 

@@ -253,7 +253,7 @@ def test_a_model_on_the_meta_device_is_sharded_and_gets_a_checkpoint(
     assert_same(afters, train(one, BATCHES).state_dict())
 
 
-def drawn_anew(rank: int, dense: nn.Module, config: Any) -> dict[str, Tensor]:
+def drawn_again(rank: int, dense: nn.Module, config: Any) -> dict[str, Tensor]:
     model = exf.fully_shard(exf.wrap(copy.deepcopy(dense), config), mesh=mesh_of(2))
     linear: Any = model.blocks[0].fc1
     torch.manual_seed(3)
@@ -265,14 +265,14 @@ def drawn_anew(rank: int, dense: nn.Module, config: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.processes
-def test_experts_that_are_drawn_anew_are_those_of_one_rank() -> None:
+def test_experts_that_are_drawn_again_are_those_of_one_rank() -> None:
     dense, config = dense_model(), settings_of("forward")
     one: Any = exf.wrap(copy.deepcopy(dense), config)
     torch.manual_seed(3)
     one.blocks[0].fc1.reset_parameters()
     torch.manual_seed(4)
     one.blocks[0].fc1.parametrizations.weight[0].fusion_weights.reset_parameters()
-    states = on_ranks(2, drawn_anew, dense, config)
+    states = on_ranks(2, drawn_again, dense, config)
     for state in states:
         for name, tensor in one.state_dict().items():
             torch.testing.assert_close(state[name], tensor, **EXACT, msg=name)

@@ -107,7 +107,7 @@ def test_torchs_own_removal_on_a_copy_leaves_the_original_intact() -> None:
     train(model)
 
 
-def test_a_copy_of_one_linear_alone_fuses() -> None:
+def test_a_copy_of_a_single_linear_fuses() -> None:
     linear = copy.deepcopy(wrapped("dw").blocks[0].fc2)
     weight = linear.weight
     for name in ("weight", "bias"):

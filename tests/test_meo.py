@@ -162,7 +162,7 @@ def test_smear_merges_all_experts_on_the_normalised_mean() -> None:
     torch.testing.assert_close(trained, evaluated, rtol=0, atol=0)  # it has no noise
 
 
-def test_noise_chooses_in_training_alone() -> None:
+def test_noise_chooses_only_in_training() -> None:
     model, x = wrapped(), inputs(4, 3, 9)
     torch.testing.assert_close(model.eval()(x), model(x), rtol=0, atol=0)
     first, second = model.train()(x), model(x)

@@ -22,7 +22,7 @@ def vit() -> nn.Module:
     return timm.models.VisionTransformer(img_size=32, **settings)
 
 
-def test_parts_that_are_called_without_the_model_keep_the_last_forward_alone() -> None:
+def test_parts_that_are_called_without_the_model_keep_only_the_last_forward() -> None:
     model = meo.wrap(vit(), shared_gate=True)
     for _ in range(3):
         model.forward_head(model.forward_features(torch.randn(2, 3, 32, 32)))

@@ -39,7 +39,7 @@ def test_all_experts_without_noise_are_the_full_softmax(n: int, seed: int) -> No
     torch.testing.assert_close(softmax_gates(values).gates, values.softmax(1), rtol=0, atol=0)
 
 
-def test_the_load_is_the_probability_of_being_kept_under_a_new_draw_of_the_own_noise() -> None:
+def test_the_load_is_the_probability_of_being_kept_if_the_noise_is_drawn_again() -> None:
     torch.manual_seed(0)
     values, deviation = logits(1, 5, 3), torch.rand(1, 5, dtype=torch.float64) + 0.2
     state = torch.get_rng_state()

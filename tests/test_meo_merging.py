@@ -145,7 +145,7 @@ def test_no_tensor_has_a_weight_for_each_sample_and_expert(
     assert largest.numel == x.numel() < 16 * 8 * 32 * 32 / 2
 
 
-def test_few_samples_copy_the_experts_that_they_keep_alone() -> None:
+def test_few_samples_copy_only_the_experts_that_they_keep() -> None:
     _, gates, experts, _ = case(1, 3, 32, 5, 4, 4, 0)
     with _Largest() as largest:
         few = merged_weights(gates, experts, 4)

@@ -33,7 +33,7 @@ def train(model: nn.Module, batches: list[Tensor], run: Any = None) -> list[floa
     return losses
 
 
-def test_the_balance_loss_is_that_of_what_the_gates_said() -> None:
+def test_the_balance_loss_is_that_of_the_gates_that_were_recorded() -> None:
     model = wrapped(balance_weight=0.5).train()
     model(inputs())
     said = [gate_of(linear).recorded for block in model.blocks for linear in (block.fc1, block.fc2)]
@@ -50,7 +50,7 @@ def test_the_balance_loss_is_that_of_what_the_gates_said() -> None:
         assert gate.noise.grad.any()
 
 
-def test_the_balance_loss_speaks_of_the_last_forward_in_training_alone() -> None:
+def test_the_balance_loss_is_that_of_only_the_last_forward_in_training() -> None:
     model = wrapped().train()
     model(inputs(seed=1))
     torch.manual_seed(0)

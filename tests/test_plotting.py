@@ -69,7 +69,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     assert read_history(path) == {"step": [1, 3], "loss": [0.5, 0.25]}
 
 
-def test_a_resumed_run_keeps_what_came_before_and_another_run_begins_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_earlier_rows_and_another_run_starts_its_own(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     write_history(path, [{"step": step} for step in range(1, 5)])
     drop_rows_after(path, 2)

@@ -72,7 +72,7 @@ def test_a_dense_checkpoint_loads_into_a_wrapped_model(variant: str) -> None:
         torch.testing.assert_close(value, dense.state_dict()[name])
 
 
-def test_loading_a_dense_checkpoint_starts_a_trained_models_fusion_weights_anew() -> None:
+def test_loading_a_dense_checkpoint_resets_the_fusion_weights_of_a_trained_model() -> None:
     model = exf.wrap(FFNs(), variant="dw")
     weights = model.blocks[0].fc1.parametrizations.weight[0].fusion_weights.weights
     with torch.no_grad():

@@ -150,7 +150,7 @@ def test_clipped_norms_are_those_of_the_dense_model(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_average_over_parameters_alone_is_a_dense_model(variant: str) -> None:
+def test_an_average_over_parameters_only_is_a_dense_model(variant: str) -> None:
     """As in DiT and consistency models: no buffers."""
     model = wrapped(variant)
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -109,7 +109,7 @@ def test_two_ranks_train_as_one(variant: str, script: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ranks_stay_equal_where_ddp_ignores_what_the_user_says(variant: str) -> None:
+def test_ranks_stay_equal_if_ddp_ignores_the_users_settings(variant: str) -> None:
     first, second = on_ranks(2, with_ignored_overwritten, variant)
     assert_same(first, second, 0)
 

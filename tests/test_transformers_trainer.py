@@ -140,7 +140,7 @@ def test_a_second_run_in_the_same_folder_leaves_the_first_ones_metrics(tmp_path:
         assert read_history(tmp_path / name)["step"] == [2, 4, 6]
 
 
-def test_a_fused_model_forgets_what_its_config_said_of_experts(tmp_path: Path) -> None:
+def test_a_fused_model_drops_the_entry_about_experts_in_its_config(tmp_path: Path) -> None:
     build("sw").save_pretrained(tmp_path / "wrapped")
     save_config(build("sw"), tmp_path / "wrapped")
     config = BertConfig.from_pretrained(tmp_path / "wrapped")
@@ -149,7 +149,7 @@ def test_a_fused_model_forgets_what_its_config_said_of_experts(tmp_path: Path) -
     assert "exfusion" not in (tmp_path / "dense" / "config.json").read_text()
 
 
-def test_metrics_reach_every_log_and_a_resumed_run_writes_its_rows_anew(tmp_path: Path) -> None:
+def test_metrics_reach_every_log_and_a_resumed_run_writes_its_rows_again(tmp_path: Path) -> None:
     trainer = trainer_for(build("mb"), tmp_path)
     trainer.train()
     key = "bank_mass/bert.encoder.layer.0"

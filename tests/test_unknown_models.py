@@ -102,7 +102,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.filterwarnings("error")
-def test_what_mixes_tokens_is_neither_taken_nor_said_to_look_like_an_ffn(name: str) -> None:
+def test_what_mixes_tokens_is_neither_wrapped_nor_reported_as_an_ffn(name: str) -> None:
     model = beside_known()
     model.layers.append(part(mixer=ATTENTION[name], mlp=ffn()))
     assert found(model) == [KNOWN, [n.replace("0", "1", 1) for n in KNOWN]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WORDS = {
-    r"\banew\b": "again",
+    r"(\b|_)anew(\b|_)": "again",
     r"(?<=\w )alone(?=[;,]? [a-z]|[.;,](\s|$|\"\"))": "only, or by itself",
     r"(?<![Tt]here )\bis no\b (?!longer)": "is not a",
     r"\b(say|says|said) of\b": "describes, or reports",
