@@ -48,6 +48,48 @@ class Copies:
             parameter.grad = None
 
 
+class Views:
+    """Trains a part of one buffer, which the parameters and their gradients are views of.
+
+    As Megatron's distributed optimizer: a hook adds each gradient to a buffer and drops it, a rank's
+    optimizer holds a copy of its part of the buffer, and what it steps to is copied back.
+
+    Args:
+        parameters: the model's.
+        flat: whether the part is all of the buffer, or each of two optimizers has a half.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], flat: bool) -> None:
+        self.parameters = list(parameters)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.buffer = torch.cat([p.detach().flatten() for p in self.parameters])
+        self.gradients = torch.zeros_like(self.buffer)
+        views = zip(
+            self.parameters, self.buffer.split(sizes), self.gradients.split(sizes), strict=True
+        )
+        for parameter, value, gradient in views:
+            parameter.data = value.view_as(parameter)
+            main: Any = parameter
+            main.main_grad = gradient.view_as(parameter)
+            parameter.register_post_accumulate_grad_hook(self._add)
+        self.masters = [nn.Parameter(p.clone()) for p in self.buffer.chunk(1 if flat else 2)]
+        self.optimizers = [torch.optim.AdamW([master], LR) for master in self.masters]
+
+    def _add(self, parameter: Any) -> None:
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    def step(self) -> None:
+        """Step, and forget the gradients."""
+        parts = len(self.masters)
+        for master, gradient in zip(self.masters, self.gradients.chunk(parts), strict=True):
+            master.grad = gradient.clone()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.buffer.copy_(torch.cat([master.detach() for master in self.masters]))
+        self.gradients.zero_()
+
+
 def wrapped(variant: Any = "mb", fuse_on: Any = "step", **settings: Any) -> Any:
     torch.manual_seed(0)
     settings = {"num_experts": 3, "bank_init": "uniform", "seed": 1} | settings
@@ -67,13 +109,14 @@ REFUSED = [("step", "sw"), ("step", "dw"), ("step", "mb"), ("forward", "mb")]
 
 
 @pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("kind", [Copies, Views])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(("fuse_on", "variant"), REFUSED)
 def test_experts_and_banks_that_would_stand_still_are_refused(
-    fuse_on: str, variant: str, flat: bool, micro_batches: int
+    fuse_on: str, variant: str, flat: bool, micro_batches: int, kind: Any
 ) -> None:
     model = wrapped(variant, fuse_on)
-    copies = Copies(model.parameters(), flat)
+    copies = kind(model.parameters(), flat)
     train(model, copies.step, steps=1, micro_batches=micro_batches)
     what = "experts" if fuse_on == "step" else "memory bank"
     rule = f"with a step of AdamW, which holds other tensors.* The {what} of 'blocks.0' stood still"
@@ -83,10 +126,11 @@ def test_experts_and_banks_that_would_stand_still_are_refused(
 
 
 @pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("kind", [Copies, Views])
 @pytest.mark.parametrize("variant", ["sw", "dw"])
-def test_the_way_out_is_right(variant: str, flat: bool) -> None:
+def test_the_way_out_is_right(variant: str, flat: bool, kind: Any) -> None:
     model, expected = wrapped(variant, "forward"), wrapped(variant, "forward")
-    train(model, Copies(model.parameters(), flat).step)
+    train(model, kind(model.parameters(), flat).step)
     optimizer = torch.optim.AdamW(expected.parameters(), LR)
     train(expected, lambda: (optimizer.step(), optimizer.zero_grad()))
     assert_same([model.state_dict()], expected.state_dict(), atol=1e-12)
