@@ -36,8 +36,11 @@ def run_on(rank: int, folder: Path, **settings: Any) -> Run:
     return run
 
 
-def train_and_save(rank: int, folder: Path, asynchronous: bool) -> dict[str, Tensor]:
-    run = run_on(rank, folder, asynchronous=asynchronous).train(0, 3, mine(rank))
+def train_and_save(
+    rank: int, folder: Path, asynchronous: bool, replicas: int = 1
+) -> dict[str, Tensor]:
+    run = run_on(rank, folder, asynchronous=asynchronous, replicas=replicas)
+    run.train(0, 3, mine(rank))
     run.checkpoints.save(3)
     run.train(3, 6, mine(rank))
     run.checkpoints.wait()
@@ -67,6 +70,14 @@ def test_saved_by_two_ranks_it_continues_on_any_number(tmp_path: Path) -> None:
     others.append(alone.train(3, 6).state())
     for state in others:
         for name, tensor in states[0].items():
+            torch.testing.assert_close(state[name], tensor, **EXACT)
+
+
+@pytest.mark.processes
+def test_a_job_that_has_lost_a_replica_continues(tmp_path: Path) -> None:
+    expected = on_ranks(4, train_and_save, tmp_path, False, 2)[0]
+    for state in on_ranks(2, resume_and_train, tmp_path):
+        for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor, **EXACT)
 
 

@@ -51,8 +51,8 @@ class Copies:
 class Views:
     """Trains a part of one buffer, which the parameters and their gradients are views of.
 
-    As Megatron's distributed optimizer: a hook adds each gradient to a buffer and drops it, a rank's
-    optimizer holds a copy of its part of the buffer, and what it steps to is copied back.
+    As Megatron's distributed optimizer: a hook adds each gradient to a buffer and drops it, the
+    optimizer of a rank holds a copy of a part of the buffer, and what it steps to is copied back.
 
     Args:
         parameters: the model's.

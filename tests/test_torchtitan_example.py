@@ -1,5 +1,6 @@
 """The torchtitan example trains one model under any layout, and after a stop under another one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,20 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return train(tmp_path_factory.mktemp("one"), 1)
 
 
-@pytest.mark.parametrize(
-    ("layout", "resumed_on"), [(("--tp", 2), 2), (("--pp", 2), 1), (("--tp", 2, "--pp", 2), None)]
-)
-def test_a_layout_equals_one_rank_also_when_it_changes(
-    layout: tuple[object, ...],
-    resumed_on: int | None,
-    one_rank: dict[str, Tensor],
-    tmp_path: Path,
+@pytest.mark.parametrize("layout", [("--tp", 2), ("--pp", 2)])
+def test_a_run_that_stops_continues_on_another_layout(
+    layout: tuple[object, ...], one_rank: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    steps = () if resumed_on is None else ("--steps", 2)
-    state = train(tmp_path, 4, *layout, *steps)
-    if resumed_on is not None:
-        state = train(tmp_path, resumed_on)
+    train(tmp_path / "stopped", 4, *layout, "--steps", 2)
+    assert (tmp_path / "stopped" / "step-000002" / ".metadata").is_file()
+    for ranks, again in ((2, layout), (1, ())):
+        folder = shutil.copytree(tmp_path / "stopped", tmp_path / f"on-{ranks}")
+        torch.testing.assert_close(train(folder, ranks, *again), one_rank, **TOLERANCE)
+
+
+def test_tensors_and_stages_together_equal_one_rank(
+    one_rank: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state = train(tmp_path, 4, "--tp", 2, "--pp", 2)
     assert "layers.0.feed_forward.w1.weight" in state
     torch.testing.assert_close(state, one_rank, **TOLERANCE)

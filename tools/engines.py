@@ -27,8 +27,8 @@ steps in float64 on gloo processes. A letter stands for an error, listed below t
 engines` runs the cases and writes this page.
 
 Stages under FSDP2 are sharded with `reshard_after_forward=False`. With a zero-bubble schedule
-(ZBV, DualPipeV), torch otherwise loses gradients of weights that are resharded after the forward,
-also for a dense model. `mb` under `"step"` refuses that.
+(InterleavedZeroBubble, ZBV, DualPipeV), torch otherwise loses gradients of weights that are
+resharded after the forward, also for a dense model. `mb` under `"step"` refuses that.
 
 | engine | {" | ".join(f'`{variant}`, `"{fuse_on}"`' for variant, fuse_on in COLUMNS)} |
 |---{"|---" * len(COLUMNS)}|

@@ -14,6 +14,8 @@ from torch.distributed.pipelining import (
     ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
 
@@ -29,7 +31,9 @@ SIZE = 16
 SCHEDULES: dict[str, tuple[Any, int]] = {
     "GPipe": (ScheduleGPipe, 1),
     "1F1B": (Schedule1F1B, 1),
+    "LoopedBFS": (ScheduleLoopedBFS, 2),
     "Interleaved1F1B": (ScheduleInterleaved1F1B, 2),
+    "InterleavedZeroBubble": (ScheduleInterleavedZeroBubble, 2),
     "ZBV": (ScheduleZBVZeroBubble, 2),
     "DualPipeV": (ScheduleDualPipeV, 2),
 }

@@ -19,6 +19,7 @@ class Run:
     Args:
         folder: of the checkpoints.
         shards: sharded by FSDP2 over the ranks.
+        replicas: of the model, each sharded over as many of the ranks (HSDP).
         fields: of the config; "optimizer" is a class, and "state_dtype" its argument.
         keep: checkpoints that stay.
         asynchronous: checkpoints.
@@ -29,6 +30,7 @@ class Run:
         folder: Path,
         *,
         shards: bool = False,
+        replicas: int = 1,
         keep: int | None = 3,
         asynchronous: bool = False,
         optimizer: Any = exf.ExpertAdamW,
@@ -41,7 +43,8 @@ class Run:
         settings = {"num_experts": 3, "bank_init": "uniform", "seed": 1} | fields
         self.model: nn.Module = exf.wrap(model, **settings)
         if shards:
-            exf.fully_shard(self.model, mesh=mesh_of(distributed.get_world_size()))
+            shape = (replicas, distributed.get_world_size() // replicas)
+            exf.fully_shard(self.model, mesh=mesh_of(*shape[replicas == 1 :]))
         more = {} if state_dtype is None else {"state_dtype": state_dtype}
         groups = exf.param_groups(self.model, 0.1)
         self.optimizer = optimizer(groups, lr=0.02, **more)
