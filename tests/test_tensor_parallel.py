@@ -132,6 +132,19 @@ def test_four_ranks_equal_one(engine: str, variant: str, results: list[Any]) -> 
         torch.testing.assert_close(state, dict(expected(variant)), rtol=0, atol=1e-9)
 
 
+def in_three_dimensions(rank: int, models: list[Any]) -> dict[str, Tensor]:
+    mesh = mesh_of(2, 2, 2)
+    model = tensor_parallel(models[rank], mesh["tensor"])
+    model = stock(model, mesh["replicate", "data"])
+    train(model, make_optimizer(model), rank // 2, 4)
+    return whole_state(model)
+
+
+def test_eight_ranks_in_three_dimensions_equal_one() -> None:
+    for state in on_threads(8, in_three_dimensions, [transformer("mb") for _ in range(8)]):
+        torch.testing.assert_close(state, dict(expected("mb")), rtol=0, atol=1e-9)
+
+
 def attention_on_forward(rank: int, variant: str) -> list[dict[str, Tensor]]:
     states = []
     for engine, parts in ((tensors_of_attention, 1), (attention_only, 2)):
