@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import exfusion_param as exf
 from exfusion_testing.models import FFNs, inputs, loss_of
@@ -117,6 +118,20 @@ def test_fsdp2_equals_one_process(variant: Any, fuse_on: Any, form: str, mesh: D
     torch.testing.assert_close(
         losses_of(sharded), losses_of(plain.cuda()), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*view tensor:UserWarning")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensor_parallelism_under_fsdp2_equals_one_process(variant: Any, mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    plain = exf.wrap(FFNs(64, 128), variant=variant, fuse_on="step", seed=0).cuda()
+    split: Any = copy.deepcopy(plain)
+    two = init_device_mesh("cuda", (1, 1), mesh_dim_names=("data", "tensor"))
+    for block in split.blocks:
+        plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+        parallelize_module(block, two["tensor"], plan)
+    sharded = exf.fully_shard(split, mesh=two["data"])
+    torch.testing.assert_close(losses_of(sharded), losses_of(plain), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
