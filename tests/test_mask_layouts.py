@@ -1,5 +1,6 @@
 """Token masks where a model's layers have the tokens laid out in another way than its caller."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,7 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 import exfusion_param as exf
+from exfusion_param import meo
 from exfusion_testing.banks import bank_after
+from exfusion_testing.meo_models import with_random_gates
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -134,3 +137,46 @@ def test_a_stride_reads_every_so_many_tokens_of_each_sample(
     kept = torch.stack([*tokens[0, [0, 2, 4]], tokens[1, 0]])
     shares = (kept @ router.T).softmax(dim=-1).mean(dim=0)
     torch.testing.assert_close(bank, shares, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [2, 6])  # as many samples as tokens, too
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("by_context", [False, True])
+@pytest.mark.parametrize("fields", [{"gating": "softmax"}, {"shared_gate": True, "causal": True}])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_padding_changes_nothing_in_torchs_encoders_under_meo(
+    fields: Any, by_context: bool, batch_first: bool, batch: int
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer.double(), 2)
+    model = with_random_gates(meo.wrap(model, num_experts=4, seed=0, **fields)).eval()
+    x, mask = torch.randn(batch, 6, 8, dtype=torch.float64), torch.ones(batch, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+
+    def run(x: Tensor) -> Tensor:
+        with exf.token_mask(model, mask) if by_context else contextlib.nullcontext():
+            y = model(x if batch_first else x.transpose(0, 1), src_key_padding_mask=~mask)
+        return y if batch_first else y.transpose(0, 1)
+
+    expected = run(x)
+    junk = x.clone()
+    junk[~mask] = 7.0
+    torch.testing.assert_close(run(junk)[mask], expected[mask], rtol=0, atol=1e-12)
+    single = x[0, :4] if batch_first else x[0, :4].unsqueeze(1)
+    alone = model(single).reshape(4, 8)
+    torch.testing.assert_close(expected[0, :4], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [exf.wrap, meo.wrap])
+def test_the_padding_mask_of_one_sample_without_a_batch_is_followed(method: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
+    model = method(nn.TransformerEncoder(layer, 2), seed=0)
+    if method is meo.wrap:
+        with_random_gates(model).eval()
+    x, padding = torch.randn(6, 8, dtype=torch.float64), torch.arange(6) >= 4
+    expected = model(x, src_key_padding_mask=padding)
+    junk = torch.where(padding.unsqueeze(1), 7.0, x)
+    actual = model(junk, src_key_padding_mask=padding)
+    torch.testing.assert_close(actual[:4], expected[:4], rtol=0, atol=1e-12)

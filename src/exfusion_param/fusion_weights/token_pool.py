@@ -33,7 +33,8 @@ class Layout:
 def laid_out(mask: Tensor, shape: Sequence[int], layout: Layout) -> Tensor | None:
     """A mask, shape (batch, tokens), as an input of `shape` has its tokens, or None."""
     if mask.ndim != 2:
-        return mask if mask.shape == torch.Size(shape) else None
+        is_one_sample = tuple(shape) == (1, *mask.shape)
+        return mask.reshape(shape) if is_one_sample or mask.shape == torch.Size(shape) else None
     batch, tokens = mask.shape
     is_transposed = layout.tokens_first or (batch, tokens) != tuple(shape)
     if is_transposed and tuple(shape) == (tokens, batch):
@@ -112,19 +113,21 @@ class TokenPool(FusionWeights):
             return x[::stride], None if mask is None else mask[::stride]
         return x[..., ::stride, :], None if mask is None else mask[..., ::stride]
 
-    def mask_for(self, x: Tensor) -> Tensor | None:
+    def mask_for(self, x: Tensor, *, is_moved: bool = False) -> Tensor | None:
         """The token mask as x has its tokens, or None if it does not say which of them count.
 
         Args:
             x: shape (batch, tokens, D) or (tokens, batch, D), with tokens in several dimensions, or
                 all in one.
+            is_moved: whether it is (batch, ...) now, whatever the layout of the FFN's input.
 
         Returns:
             The mask, shape (...) of x without its features.
         """
         if self.token_mask is None:
             return None
-        mask = laid_out(self.token_mask, x.shape[:-1], self.layout)
+        layout = dataclasses.replace(self.layout, tokens_first=False) if is_moved else self.layout
+        mask = laid_out(self.token_mask, x.shape[:-1], layout)
         if mask is None:
             self._warn_of_unused(x)
         return mask

@@ -96,7 +96,7 @@ def _in_samples(gate: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
     A mask also says which tokens are of one sample where a model has put all in one dimension.
     """
-    mask = gate.mask_for(x)
+    mask = gate.mask_for(x, is_moved=gate.batch_dim > 0 and x.ndim > 2)
     if mask is not None:
         mask = mask.reshape(gate.token_mask.shape if x.ndim == 2 else (x.shape[0], -1))
         return x.reshape(*mask.shape, x.shape[-1]), mask
