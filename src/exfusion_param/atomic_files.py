@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""What the name of something half-written ends in."""
+"""The suffix of files and folders that are not complete yet."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; its message is for them."""
+    """An error that the command line reports to the user, without a traceback."""
 
 
 def inspect(

@@ -1,4 +1,4 @@
-"""What the settings of all methods have in common: their experts, and how settings behave."""
+"""The settings that all methods share, and the behavior of settings."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _weight_stacks(group: FusionWeights) -> list[Tensor]:
 
 
 def _sums_of_squares(stack: Tensor) -> Tensor:
-    """Of the experts' mean distance from their mean, and of the mean, shape (2,)."""
+    """Squares of the experts' mean distance from their mean, and of the mean, shape (2,)."""
     mean = stack.mean(dim=0, dtype=accumulation_dtype(stack.dtype))
     # One expert at a time: the difference of whole stacks would take their memory once more.
     within = [_sum_of_squares(expert - mean) / len(stack) for expert in stack]

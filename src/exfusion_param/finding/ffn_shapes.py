@@ -60,14 +60,14 @@ FFN_SHAPES = (
 )
 
 FFN_NAME = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$)|swiglu|geglu", re.IGNORECASE)
-"""What modules and classes are called that are an FFN, or hold one."""
+"""Names of modules and classes that are an FFN, or contain one."""
 
 OTHER_NAME = re.compile(
     r"merger|projector|predictor|projection$|adapt[eo]r|router|classifier|^head$|Head$|bias"
     r"|embed(ding|der)?s?$|(^|_)(rel|pos|time)(_|$)",
     re.IGNORECASE,
 )
-"""What modules and classes are called that map D to H and back to D and are no FFN."""
+"""Names of modules and classes that map D to H and back to D, but are not an FFN."""
 
 
 def class_name(module: nn.Module) -> str:

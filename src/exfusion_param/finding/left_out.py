@@ -1,4 +1,4 @@
-"""What looks like an FFN and is not wrapped, for `wrap` and `summarize` to report."""
+"""Finds linears that look like an FFN but are not wrapped, for `wrap` and `summarize` to report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a linear is to its FFN."""
+"""The position of a linear in its FFN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .projections import Projection
 
 @dataclasses.dataclass(frozen=True)
 class PlaceInGroup:
-    """What a linear is to its FFN group.
+    """The position of a linear in its FFN group.
 
     Args:
         projection: what it maps.

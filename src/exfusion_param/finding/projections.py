@@ -40,7 +40,7 @@ class Projection:
 
 
 def projection_of(module: nn.Module) -> Projection | None:
-    """What a module maps, or None if it is not a projection."""
+    """The dimensions that a module maps, or None if it is not a projection."""
     if isinstance(module, nn.Linear):
         return Projection(module.in_features, module.out_features)
     if isinstance(module, CONVOLUTIONS):
@@ -56,7 +56,7 @@ def projection_of(module: nn.Module) -> Projection | None:
 
 
 def projections_of(modules: Iterable[nn.Module]) -> list[Projection]:
-    """What the modules map, but for those that are no projections."""
+    """The dimensions that the modules map, without those that are not projections."""
     return [p for p in map(projection_of, modules) if p is not None]
 
 

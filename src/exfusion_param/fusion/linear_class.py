@@ -201,7 +201,7 @@ def _reset_experts(self: Any) -> None:
 
 
 def _describe(self: Any) -> str:
-    """What the dense class's `extra_repr` tells, without computing a fused tensor."""
+    """The dense class's `extra_repr`, without computing a fused tensor."""
     scratch = _dense_without_tensors(self)
     shapes = {name: self.parametrizations[name].original.shape[1:] for name in self._fused}
     like = {name: nn.Parameter(torch.empty(s, device="meta")) for name, s in shapes.items()}

@@ -93,7 +93,7 @@ def labels_of(model: nn.Module) -> dict[FusionWeights, str]:
 
 
 def fused_parameter(parameter: nn.Parameter) -> Fused | None:
-    """What is known of a parameter that is fused at each step; None for any other."""
+    """The record of a parameter that is fused at each step; None for any other."""
     every = (fused for group in live_groups() for fused in group.fused)
     return next((fused for fused in every if fused.parameter is parameter), None)
 

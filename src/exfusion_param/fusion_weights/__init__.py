@@ -1,4 +1,4 @@
-"""What each expert counts for now: the fusion weights of an FFN group.
+"""The fusion weights of an FFN group: the factor of each expert in the sum.
 
 All variants share `base`: the weights of one group, a module that must exist only once
 (`single_instance`), and the protocol `fused` for the tensors that are fused from them under

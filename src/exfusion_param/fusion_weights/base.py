@@ -43,7 +43,7 @@ def on_creation(prepare: Callable[[], None]) -> None:
 
 
 class FusionWeights(SingleInstance):
-    """What all variants share. Calling the module gives the `w` to fuse with now.
+    """The base of all variants. Calling the module returns the `w` to fuse with now.
 
     Args:
         group: the linears that fuse with these weights, named as in the model that is wrapped.
@@ -77,7 +77,7 @@ class FusionWeights(SingleInstance):
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along."""
+        """The state that a copy or a pickle includes."""
         return self.__dict__ | {"_ddp_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # deepcopy ends here
@@ -123,7 +123,7 @@ class FusionWeights(SingleInstance):
         """Raise a ValueError unless there is one dense model to fuse to."""
 
     def reported(self) -> Tensor:
-        """What `metrics` reports of the fusion weights, shape (N,)."""
+        """The fusion weights that `metrics` reports, shape (N,)."""
         return full_tensor(self())
 
     def start(self) -> Tensor:

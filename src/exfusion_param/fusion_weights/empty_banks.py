@@ -47,7 +47,7 @@ class BankAlarm:
 
 
 class StillBank:
-    """What is known of a bank that no step may ever move."""
+    """The record of a bank that possibly no step ever moves."""
 
     def __init__(self) -> None:
         self.alarm = BankAlarm()

@@ -1,4 +1,4 @@
-"""What fusion weights know of the tensors that are fused at an optimizer's step."""
+"""The record that fusion weights keep of tensors that are fused at an optimizer's step."""
 
 from __future__ import annotations
 

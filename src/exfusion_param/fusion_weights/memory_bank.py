@@ -54,7 +54,7 @@ class MemoryBank(TokenPool):
         self.reset_parameters(self.generator(self.bank.device))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: not the running forward, nor what waits for a step."""
+        """The state that a deepcopy includes, without the running forward and waiting votes."""
         return super().__getstate__() | {"votes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

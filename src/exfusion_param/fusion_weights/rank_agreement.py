@@ -90,7 +90,7 @@ def _share_draws(group: FusionWeights, every: Sequence[Mapping[str, Any]], ranks
 
 
 def _fingerprint(group: FusionWeights) -> dict[str, Any]:
-    """What ranks can compare without sending tensors."""
+    """A description that ranks can compare without sending tensors."""
     stacks = [stack for stack in group.expert_stacks() if _is_whole(stack)]
     dense = [fused.parameter for fused in group.fused if not is_sharded(fused.parameter)]
     parameters = [parameter for parameter in group.parameters() if _is_whole(parameter)]

@@ -19,5 +19,5 @@ class SingleInstance(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             "TorchScript cannot compile a wrapped model. Call fuse(model) first, or a "
-            "copy.deepcopy(model) of one that trains on."
+            "copy.deepcopy(model) to continue training."
         )

@@ -58,13 +58,13 @@ class TokenPool(FusionWeights):
     _traced: Tensor | None = None  # `current` while torch.compile traces
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: not the running forward, nor handles of a model gone."""
+        """The state that a deepcopy includes, without the running forward and stale handles."""
         handles = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
         return super().__getstate__() | {"token_mask": None, "_running": {}, "handles": handles}
 
     @property
     def current(self) -> Tensor | None:
-        """What the linears of this thread's running forward fuse with."""
+        """The fusion weights of this thread's running forward."""
         if torch.compiler.is_compiling():
             return self._traced
         return self._by_thread().get(threading.get_ident())

@@ -62,7 +62,7 @@ class Gate(TokenPool):
         self.reset_parameters(self.generator(self.gate.device))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deepcopy takes along: not the running forward."""
+        """The state that a deepcopy includes, without the running forward."""
         return super().__getstate__() | {"recorded": (), "mean_gates": None}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -178,7 +178,7 @@ REDUCTION = 64
 
 
 class TokenBlock(nn.Module):
-    """What each token goes through at the token level: `x + W_up relu(W_down x)`.
+    """The residual block of each token at the token level: `x + W_up relu(W_down x)`.
 
     That is x at the start, as W_up is zero.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Gates(NamedTuple):
-    """What a gate says.
+    """The output of a gate.
 
     Args:
         gates: `g`, shape (B, N); k of them are not zero.
@@ -26,7 +26,7 @@ class Gates(NamedTuple):
 
     @property
     def importance(self) -> Tensor:
-        """What each expert counts for over the samples, shape (N,)."""
+        """The importance of each expert over the samples, shape (N,)."""
         return self.gates.sum(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""What gates read: the mean of a sample's tokens, or of the segment before.
+"""The input of gates: the mean of a sample's tokens, or of the previous segment.
 
 Note [Segments]
 The mean of a whole sequence lets each token see all later ones. A causal model is merged by

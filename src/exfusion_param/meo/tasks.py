@@ -1,4 +1,4 @@
-"""What a model at the task level can do: change its task, and become the dense model of one."""
+"""Models at the task level: set the task, and fuse to the dense model of one."""
 
 from __future__ import annotations
 

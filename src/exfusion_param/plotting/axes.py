@@ -18,7 +18,7 @@ OVER_GROUPS = {
     "expert_distance": "distance between experts, relative",
     "bank_mass": "mass of the memory bank",
 }
-"""What `metrics` measures once for each FFN group, and what its plot's axis is called."""
+"""The values that `metrics` measures per FFN group, and the labels of their axes."""
 
 
 def curves(

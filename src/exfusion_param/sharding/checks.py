@@ -1,4 +1,4 @@
-"""What `fully_shard` refuses, before it changes anything."""
+"""Errors of `fully_shard`, raised before it changes anything."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def expert_placement(parameter: nn.Parameter) -> Shard | None:
 def _placements(
     model: nn.Module, mesh: DeviceMesh, by_user: PlacementFunction | None
 ) -> PlacementFunction:
-    """Where each parameter of a model is sharded, decided before anything is."""
+    """Decide how each parameter of a model is sharded, before any of them is."""
     from torch.distributed.tensor import Shard
 
     chosen: dict[nn.Parameter, Any] = {}

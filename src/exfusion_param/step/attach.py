@@ -1,4 +1,4 @@
-"""What `wrap` attaches to a dense model under `fuse_on="step"`, and `fuse` takes off."""
+"""Attaches fusion weights to a dense model under `fuse_on="step"`, and removes them in `fuse`."""
 
 from __future__ import annotations
 

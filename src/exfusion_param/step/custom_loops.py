@@ -124,7 +124,7 @@ class CustomLoopCheck:
         self._had_backward = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: nothing of what this group has seen."""
+        """The state that a copy includes: nothing that this group has observed."""
         return {"fusion_weights": self.fusion_weights}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a parameter from before it had experts."""
+"""Optimizer states of a parameter from before it had experts."""
 
 from __future__ import annotations
 

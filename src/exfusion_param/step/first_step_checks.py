@@ -1,4 +1,4 @@
-"""What is checked once for an optimizer and an FFN group, at their first step together.
+"""Checks of an optimizer and an FFN group at their first step together.
 
 Under `fuse_on="forward"` expert stacks are parameters like any other, and rules that others have
 for parameters do not fit them: a stacked bias has two dimensions and a name that does not end in

@@ -61,7 +61,7 @@ class FusedParameter:
         self.products: Tensor | None = None  # `<E_i, G>` of this rank's share, shape (N,)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: not the experts, which belong to an optimizer."""
+        """The state that a copy or a pickle includes, without experts, which optimizers hold."""
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return kept | {"products": None, "writes": None}
 

@@ -16,7 +16,7 @@ from ..fusion_weights.base import FusionWeights
 
 
 class _Look(NamedTuple):
-    """What is on its way to the CPU.
+    """Values that are being copied to the CPU.
 
     Args:
         groups: whose numbers these are.

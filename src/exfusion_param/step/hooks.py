@@ -1,4 +1,4 @@
-"""What happens at an optimizer's step, without a call by the user.
+"""Hooks around an optimizer's step, which run without a call by the user.
 
 torch runs global hooks around the `step` of every `torch.optim.Optimizer`. Ours find the FFN groups
 whose parameters that optimizer holds. Before the step they refuse state that does not fit; after it

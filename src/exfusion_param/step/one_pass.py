@@ -1,4 +1,4 @@
-"""What optimizers that update expert stacks in one pass share; see adamw_and_sgd.py."""
+"""The base of optimizers that update expert stacks in one pass; see adamw_and_sgd.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _plans: weakref.WeakKeyDictionary[Optimizer, dict[int, _KnownPlan]] = weakref.We
 
 
 class OnePassOptimizer(Optimizer):
-    """What optimizers of experts have in common."""
+    """The base class of optimizers of experts."""
 
     required: ClassVar[Mapping[str, Any]]
     """Settings of torch's optimizer that experts have with these values only."""
@@ -199,7 +199,7 @@ class OnePassOptimizer(Optimizer):
         raise NotImplementedError
 
     def _of_grad_scaler(self) -> dict[str, Any]:
-        """What a GradScaler knows of this step."""
+        """The scale and the skip flag of a GradScaler for this step."""
         return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
 
 

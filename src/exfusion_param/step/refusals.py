@@ -1,4 +1,4 @@
-"""What is refused before an optimizer steps."""
+"""Errors that are raised before an optimizer steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was written to a fused parameter since the last step.
+"""Finds what was written to a fused parameter since the last step.
 
 Note [Writes from outside]
 Whatever the parameter holds when a step begins is what its experts fuse to. What was written since

@@ -75,7 +75,7 @@ class Comparison:
         return rows
 
     def sentence(self) -> str:
-        """What the data can and cannot tell."""
+        """Describe in a sentence which differences are significant."""
         size = len(self.results[self.control])
         if size == 1:
             return "One seed cannot tell a difference from chance: give at least two."

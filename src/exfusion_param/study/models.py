@@ -26,7 +26,7 @@ Build = Callable[[], nn.Module]
 Train = Callable[..., Numbers]
 
 OPTIONAL = ("lr", "length", "tuning")
-"""What `train` gets by keyword if it has such parameters."""
+"""Parameters that `train` receives by keyword, if it has them."""
 
 
 def run(

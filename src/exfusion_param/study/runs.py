@@ -20,7 +20,7 @@ import torch
 from ..atomic_files import write_file
 
 Numbers = float | Mapping[str, float]
-"""What a run measures: the metric, or several numbers, one of them called "metric"."""
+"""The result of a run: the metric, or several numbers, one of them called "metric"."""
 
 
 class Run(NamedTuple):
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a run has measured.
+    """The numbers that a run has measured.
 
     Args:
         run: what was run.
@@ -111,7 +111,7 @@ def attempt(trial: Trial, run: Run, folder: Path) -> str:
 
 
 def as_numbers(found: Numbers) -> dict[str, float]:
-    """What a run has returned, as floats by their names.
+    """Convert the value that a run has returned to floats by their names.
 
     Raises:
         TypeError: it is not a number, nor a mapping of numbers with a metric.

@@ -1,4 +1,4 @@
-"""What FSDP knows of the parameters that it manages; torch has public names for none of it."""
+"""Reads FSDP's records of the parameters that it manages, which have no public names in torch."""
 
 from __future__ import annotations
 

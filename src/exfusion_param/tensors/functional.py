@@ -107,7 +107,7 @@ def rows_of_statistics(num_experts: int, features: int) -> int:
 
 
 def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What a step keeps of the router's inputs in place of the inputs themselves.
+    """Statistics of the router's inputs that a step keeps instead of the inputs themselves.
 
     Args:
         x: input of the FFN, shape (..., D), at least one token.
@@ -169,7 +169,7 @@ def _shares(x: Tensor, router: Tensor) -> Tensor:
 
 
 def _token_weights(mask: Tensor, shares: Tensor) -> Tensor:
-    """What each token counts for in a mean, shape (tokens,)."""
+    """The factor of each token in a mean, shape (tokens,)."""
     counts = (mask != 0).flatten().to(shares.dtype)
     counts = torch.where(counts.any(), counts, torch.ones_like(counts))
     return counts / counts.sum()

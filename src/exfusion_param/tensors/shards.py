@@ -181,7 +181,7 @@ def as_stack(part: Tensor, like: Tensor) -> Tensor:
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of a whole stack, shape (N, *S), that is spread as `like`, shape (*S).
+    """This rank's part of a full stack, shape (N, *S), that is sharded as `like`, shape (*S).
 
     Every rank has the whole. A dimension that two dimensions of the mesh share is cut as tensor
     parallelism and FSDP2 cut it: by the inner one first where the placement is strided.

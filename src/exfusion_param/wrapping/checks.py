@@ -1,4 +1,4 @@
-"""What `wrap` and `fuse` refuse, before they change anything.
+"""Errors of `wrap` and `fuse`, raised before they change anything.
 
 Each check raises a ValueError that names the linears and the way out.
 """

@@ -1,4 +1,4 @@
-"""What `load_state_dict` of a wrapped model refuses, before it copies anything, or warns of."""
+"""Errors and warnings of a wrapped model's `load_state_dict`, before it copies anything."""
 
 from __future__ import annotations
 

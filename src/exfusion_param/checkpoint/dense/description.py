@@ -1,4 +1,4 @@
-"""What a wrapped checkpoint's tensors are, in words that a file can hold.
+"""Describes the tensors of a wrapped checkpoint, as plain values that a file can store.
 
 The names in a wrapped checkpoint do not say which linears share fusion weights, so `save_config`
 writes that into the config.json beside it.
@@ -24,7 +24,7 @@ from ..files.reader import CONFIG, read_config
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What a wrapped model's tensors are, as plain values for JSON or a torch checkpoint.
+    """Describe a wrapped model's tensors, as plain values for JSON or a torch checkpoint.
 
     Returns:
         `version`; `wraps`, for each method and config the FFN groups with their linears and fused

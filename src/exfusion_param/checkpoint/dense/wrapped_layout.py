@@ -24,7 +24,7 @@ _OWN_TENSORS = {"sw": (), "dw": ("weights",), "mb": ("bank", "router")}
 """The names of a group's tensors; the first are the fusion weights to ship."""
 
 DDP = "module."
-"""What DistributedDataParallel puts before every name."""
+"""The prefix that DistributedDataParallel adds to every name."""
 
 
 class FusedTensor(NamedTuple):

@@ -27,7 +27,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any], processes: Processe
 
 
 def read_manifest(folder: Path, processes: Processes) -> dict[str, Any]:
-    """What was given to `write_manifest`, after verifying every file.
+    """Return the content given to `write_manifest`, after verifying every file.
 
     Raises:
         CheckpointError: on every rank, if something is damaged, missing or not of this format.

@@ -96,7 +96,7 @@ def _of_numpy(value: Any, name: str) -> Any:
 
 
 def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `split` was given.
+    """Restore the value that was given to `split`.
 
     Raises:
         CheckpointError: the value is not of `split`, or a tensor is missing.

@@ -69,7 +69,7 @@ class Processes:
         return bool(any_flag)
 
     def each(self, work: Callable[[], T]) -> T:
-        """What this rank's work gives.
+        """Return the result of this rank's work.
 
         Raises:
             CheckpointError: a rank failed; every rank raises.
@@ -87,11 +87,11 @@ class Processes:
         return result
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What every rank's work gives; raises as `each` does."""
+        """Return the results of every rank's work; raises as `each` does."""
         return self.gather(self.each(work))
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What rank 0's work gives, on every rank; raises as `each` does."""
+        """Return the result of rank 0's work on every rank; raises as `each` does."""
         return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""What each rank has for itself: one JSON file, and one of tensors beside it."""
+"""The state of each rank: one JSON file, and one of tensors beside it."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class CheckpointReader:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What a folder's config.json holds, empty if there is none.
+    """Read a folder's config.json; empty if there is none.
 
     Raises:
         CheckpointError: it holds no JSON object.

@@ -29,11 +29,11 @@ class RunFolder:
         self.path = path
 
     def of(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """The folder of a step's checkpoint."""
         return self.path / f"step-{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """Where the checkpoint of a step is written."""
+        """The folder that a step's checkpoint is written to, before it is renamed."""
         return self.path / f"{self.of(step).name}{PARTIAL}"
 
     def start(self, step: int) -> None:

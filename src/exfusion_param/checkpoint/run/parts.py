@@ -1,4 +1,4 @@
-"""What a run consists of, and how each part of it is saved and loaded."""
+"""The parts of a run, and how each of them is saved and loaded."""
 
 from __future__ import annotations
 

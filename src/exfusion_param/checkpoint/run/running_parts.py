@@ -1,4 +1,4 @@
-"""What a run has beyond its parts: random numbers, and gradients that wait for a step."""
+"""State that is saved besides the parts: random numbers, and gradients that wait for a step."""
 
 from __future__ import annotations
 

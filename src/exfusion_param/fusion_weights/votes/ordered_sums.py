@@ -78,7 +78,7 @@ class OrderedSums:
 
 
 def text_of_difference(details: str = "") -> str:
-    """What has happened, and the ways out.
+    """The text of the error: what has happened, and the ways out.
 
     Args:
         details: what each rank ran, if it is known.

@@ -1,4 +1,4 @@
-"""What is said where votes cannot follow the gradient: in some pipelines of torch."""
+"""Errors for pipelines of torch in which votes cannot follow the gradient."""
 
 from __future__ import annotations
 

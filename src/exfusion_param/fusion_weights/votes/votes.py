@@ -40,7 +40,7 @@ from .refusals import lost_gradients, split_backwards
 
 @dataclasses.dataclass
 class _Backward:
-    """What one backward has noted and not counted yet.
+    """The votes that one backward has noted but not counted yet.
 
     Args:
         noted: the sum of its w and how many it sums, shape (N + 1,), or None.
