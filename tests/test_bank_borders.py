@@ -1,4 +1,4 @@
-"""The memory bank at its borders: unusual loops count right, and what cannot is said."""
+"""The memory bank in unusual loops: counted correctly, or refused with an error."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A memory bank that stays empty where its experts train says so, and can be averaged."""
+"""Memory banks that stay empty while their experts train: warnings, and averages of banks."""
 
 import copy
 import warnings

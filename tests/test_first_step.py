@@ -1,4 +1,4 @@
-"""What is said at an optimizer's first step on expert stacks, `fuse_on="forward"`."""
+"""Warnings and errors at an optimizer's first step on expert stacks, `fuse_on="forward"`."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Writes to a fused weight that someone holds, under `fuse_on="forward"`: none is lost unseen."""
+"""Writes to a fused weight under `fuse_on="forward"`: none is lost silently."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Token masks where a model's layers have the tokens laid out in another way than its caller."""
+"""Token masks for layers whose layout of tokens differs from the caller's."""
 
 import contextlib
 import copy

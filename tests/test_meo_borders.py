@@ -1,4 +1,4 @@
-"""MEO where other people's code meets it: parts of models, threads, flat tokens."""
+"""MEO and other people's code: parts of models, threads, flat tokens."""
 
 import copy
 import sys

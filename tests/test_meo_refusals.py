@@ -1,4 +1,4 @@
-"""What Merging Experts into One refuses: settings, linears, fusing a weight of each sample."""
+"""Errors of Merging Experts into One: settings, linears, fusing per-sample weights."""
 
 import copy
 from pathlib import Path

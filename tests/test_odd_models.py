@@ -1,4 +1,4 @@
-"""Models that share, lack or part with modules, and odd shapes and formats of their linears."""
+"""Models that share, lack or replace modules, and unusual shapes and formats of linears."""
 
 import copy
 import gc

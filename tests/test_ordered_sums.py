@@ -1,4 +1,4 @@
-"""Ranks that run different FFNs at the same time all raise, and soon; or pool at the step."""
+"""Ranks that run different FFNs at the same time: all raise promptly, or pool at the step."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""`param_groups`: the order of its groups, and the user's own groups mended."""
+"""`param_groups`: the order of its groups, and corrections of the user's groups."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Banks under FSDP2 count what they count unsharded: thrown away gradients, frozen phases, others.
+"""Banks under FSDP2 count the same as unsharded: discarded gradients, frozen phases, others.
 
 FSDP2 is the stock one, and `exf.fully_shard`, which follows sharded parameters from the start.
 """

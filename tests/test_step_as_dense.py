@@ -1,4 +1,4 @@
-"""Under `fuse_on="step"` a wrapped model is the dense one to whatever is done to it."""
+"""Under `fuse_on="step"` a wrapped model behaves as the dense one, whatever is done to it."""
 
 import copy
 import io

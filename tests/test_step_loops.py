@@ -1,4 +1,4 @@
-"""Loops in the manner of public repositories, in which `wrap` is the only line of ours."""
+"""Training loops like those of public repositories, with `wrap` as the only addition."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Under `fuse_on="step"`: optimizers as public repositories have them, several at once, resumed."""
+"""Under `fuse_on="step"`: optimizers from public repositories, several at once, resumed."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Loops of public DDP scripts, in which `wrap` is the only line of ours."""
+"""Training loops of public DDP scripts, with `wrap` as the only addition."""
 
 from typing import Any
 

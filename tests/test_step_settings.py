@@ -1,4 +1,4 @@
-"""Under `fuse_on="step"`: settings of optimizers, and optimizers of one's own."""
+"""Under `fuse_on="step"`: settings of optimizers, and custom optimizers."""
 
 from typing import Any
 

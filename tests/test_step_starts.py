@@ -1,4 +1,4 @@
-"""What experts start from under `fuse_on="step"`, and what is said if that may not be meant."""
+"""The start of experts under `fuse_on="step"`, and warnings if it may not be intended."""
 
 import copy
 from typing import Any

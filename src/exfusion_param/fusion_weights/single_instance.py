@@ -18,6 +18,6 @@ class SingleInstance(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
-            "TorchScript cannot compile a wrapped model. Call fuse(model) first, or a "
-            "copy.deepcopy(model) to continue training."
+            "TorchScript cannot compile a wrapped model. Call fuse(model) first, or fuse "
+            "a copy.deepcopy(model) to continue training."
         )
