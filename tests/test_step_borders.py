@@ -1,4 +1,4 @@
-"""Optimizers and loops that meet experts half way under fuse_on="step"."""
+"""Optimizer states, GradScaler, compiled and traced models with experts, `fuse_on="step"`."""
 
 import copy
 import warnings
