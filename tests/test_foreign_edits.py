@@ -147,6 +147,22 @@ def test_a_fused_bias_is_not_set_to_none_and_is_before_and_after() -> None:
     train(exf.wrap(model))
 
 
+@pytest.mark.parametrize("use", [lambda m: m(x()), exf.metrics, exf.fuse])
+def test_a_weight_that_is_taken_from_its_experts_without_its_bias_is_named(use: Any) -> None:
+    model = wrapped()
+    expected = model.eval()(x())
+    linear = model.blocks[0].fc1
+    parametrize.remove_parametrizations(linear, "weight")
+    with pytest.raises(RuntimeError, match=r"its bias is still fused.* weight and bias of all"):
+        use(model)
+    parametrize.remove_parametrizations(linear, "bias")
+    for name in ("weight", "bias"):
+        parametrize.remove_parametrizations(model.blocks[0].fc2, name)
+    torch.testing.assert_close(model(x()), expected)
+    torch.testing.assert_close(exf.fuse(model)(x()), expected)
+    assert type(linear) is type(model.blocks[1].fc2) is nn.Linear
+
+
 def without(*parts: str) -> Callable[[Any], dict[str, Tensor]]:
     def state(model: Any) -> dict[str, Tensor]:
         state: dict[str, Tensor] = model.state_dict()

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from ..finding.outer_modules import clean_name, unwrapped
 from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.fused import Fused
+from ..fusion_weights.routed_forward import half_removed
 from ..tensors import shards
 from .expert_fusion import ExpertFusion
 from .outside_access import computed, require_sound
@@ -57,9 +58,15 @@ def wrapped_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fusion_weights_of(linear: nn.Module) -> FusionWeights:
-    """The fusion weights of a wrapped linear."""
-    if not parametrized_names(linear):
+    """The fusion weights of a wrapped linear.
+
+    Raises:
+        RuntimeError: its weight is not fused any more, and its bias is.
+    """
+    if not (fused := parametrized_names(linear)):
         return _weights_by_step()[id(linear)]
+    if "weight" not in fused:
+        raise half_removed(linear)
     group = linear.get_submodule("parametrizations.weight.0").fusion_weights
     assert isinstance(group, FusionWeights)
     return group

@@ -16,6 +16,8 @@ def routed_forward(dense: Any, place: PlaceInGroup) -> Callable[..., Any]:
         def run_dense() -> Any:
             return dense_forward(self, *args, **kwargs)
 
+        if "weight" not in self.parametrizations:
+            raise half_removed(self)
         weights = self.parametrizations.weight[0].fusion_weights
         try:
             return weights.run(self, input_of(args, kwargs), place, run_dense)
@@ -24,3 +26,12 @@ def routed_forward(dense: Any, place: PlaceInGroup) -> Callable[..., Any]:
                 weights.end_forward()
 
     return forward
+
+
+def half_removed(linear: Any) -> RuntimeError:
+    """The error for a linear whose bias is still fused and whose weight is not any more."""
+    return RuntimeError(
+        f"The weight of a wrapped {type(linear).__bases__[0].__name__} was taken from its experts "
+        "by remove_parametrizations, and its bias is still fused. Call exfusion_param.fuse(model) "
+        "instead of it; or let it take weight and bias of all linears of the FFN."
+    )
