@@ -87,7 +87,12 @@ MODELS = {
     "torch": (encoder, ["layers.0", "layers.1", "layers.2"]),
     "two FFNs in a block": (
         lambda: nn.Sequential(Conformer(), nn.ModuleDict({"last": Conformer()})),
-        ["0", "1"],
+        ["0", "1.last"],
+    ),
+    "one block": (lambda: nn.ModuleDict({"h": nn.ModuleList([Conformer()])}), ["h.0"]),
+    "blocks that are lists": (
+        lambda: nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), mlp()]) for _ in range(2)),
+        ["0.1", "1.1"],
     ),
     "one FFN": (mlp, []),
     # FFNs within a block that are elements themselves: one block, not one within another

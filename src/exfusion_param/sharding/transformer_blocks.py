@@ -12,7 +12,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
 
     An element of an `nn.ModuleList`, `nn.ModuleDict` or `nn.Sequential` that holds an FFN is a
     block, or lies within one: T5 keeps attention and FFN in a list within each block. The block is
-    the largest element that holds no more FFNs than the smallest one. Where FFNs of a block have
+    the largest element that holds no more FFNs than the smallest one. A list or a dict of modules
+    is none, as it has no forward at which FSDP2 could gather it. Where FFNs of a block have
     elements of their own in it, as in MobileBERT, the block is one.
 
     Returns:
@@ -44,4 +45,5 @@ def _ancestors(fqn: str) -> list[str]:
 
 def _is_element(model: nn.Module, path: str) -> bool:
     parent = model.get_submodule(path.rpartition(".")[0])
-    return isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    has_forward = not isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict)
+    return has_forward and isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential)
