@@ -41,8 +41,7 @@ class Settings:
         out: the folder for checkpoints, logs, results.json and the model.
         size: pixels of the images' shorter side.
         scenes: to train on.
-        steps: of the optimizer; the learning rate falls to a tenth after 8 and 11 twelfths.
-            By default 12 epochs.
+        steps: by default 12 epochs; the learning rate falls to a tenth after 8 and 11 twelfths.
         batch_size: images of a step, on all ranks together; by default 16, for pvt_large 8.
         lr: highest learning rate of AdamW; by default the head's, for pvt_large divided by 1.4.
         warmup_steps: in which the learning rate grows.

@@ -164,7 +164,7 @@ def test_a_forward_that_was_patched_before_wrap_is_refused_where_a_router_needs_
 def test_pruning_a_wrapped_linear_is_refused_and_works_after_fuse(name: str) -> None:
     model = wrapped()
     expected = model.eval()(x())
-    with pytest.raises(TypeError, match=rf"'{name}_orig' is .* Call fuse\(model\) first"):
+    with pytest.raises(TypeError, match=rf"'{name}_orig' cannot be .* Call fuse\(model\) first"):
         prune.random_unstructured(model.blocks[0].fc1, name, 0.5)
     torch.testing.assert_close(model(x()), expected)
     prune.random_unstructured(exf.fuse(model).blocks[0].fc1, name, 0.5)

@@ -226,7 +226,7 @@ class OwnList(torch.optim.Optimizer):
 def test_an_optimizer_with_a_list_of_its_own_is_refused(variant: str, by_data: bool) -> None:
     model = wrapped(variant)
     optimizer = OwnList(model.parameters(), by_data=by_data)
-    with pytest.raises(RuntimeError, match="OwnList steps on a list.*fuse_on=.forward"):
+    with pytest.raises(RuntimeError, match="OwnList steps on its own list.*fuse_on=.forward"):
         train(model, optimizer)
     forward = exf.wrap(Net(), variant=variant, bank_init="uniform")
     before = copy.deepcopy(forward.state_dict())

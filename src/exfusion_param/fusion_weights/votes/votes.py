@@ -179,6 +179,8 @@ class Votes:
         backward = self._backward()
         backward.has_written = True
         self._count(backward)
+        if len(self._backwards) == 1:
+            return
         running = current_backward()
         for identity, inner in self._backwards.items():
             if running is not None and inner.writes and (identity or 0) > running:
