@@ -26,8 +26,6 @@ from support.arms import ARMS, CANDIDATES, CONTROL, TASKS
 from support.recipe_runs import Recipe, plot_curves
 from support.table import write_table
 
-PIECES = 2048  # of the tokenizer
-
 
 @dataclasses.dataclass
 class Settings:
@@ -66,16 +64,6 @@ class Settings:
     at_once: int = 1
     launcher: str = sys.executable
     smoke: bool = False
-
-
-def shared_tokenizer(data: Path | None, out: Path) -> Path:
-    """A tokenizer that all runs share, as two trainings of one may differ in a few pieces."""
-    path = out / "tokenizer.json"
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        files = corpus.files_in(data or corpus.EMBEDDED)
-        corpus.train_tokenizer(files, PIECES).save(str(path))
-    return path
 
 
 def report(
@@ -122,7 +110,7 @@ def main(settings: Settings) -> None:
     data = f"--data {settings.data}" if settings.data else ""
     common = f"{task.common} {data} {settings.extra}"
     if settings.task == "text" and not settings.smoke:
-        common += f" --tokenizer {shared_tokenizer(settings.data, out)}"
+        common += f" --tokenizer {corpus.tokenizer_in(out, settings.data)}"
     recipe = Recipe(
         task.recipe,
         common,

@@ -19,6 +19,7 @@ from support.spans import Lengths, corrupt
 EMBEDDED = Path(__file__).parents[1] / "data" / "shakespeare"
 """Plays of Shakespeare that come with the repository."""
 
+PIECES = 2048  # of a tokenizer that runs share
 PASSAGE = 20  # lines of plain text that are a document
 HELD_OUT = 20  # one of so many documents is
 END, PADDING, UNKNOWN = "</s>", "<pad>", "<unk>"
@@ -72,6 +73,15 @@ def train_tokenizer(files: list[Path], size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator((text for path in files for text in documents(path)), trainer)
     return tokenizer
+
+
+def tokenizer_in(folder: Path, data: Path | None) -> Path:
+    """A tokenizer that runs share, as two trainings of one may differ in a few pieces."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(files_in(data or EMBEDDED), PIECES).save(str(path))
+    return path
 
 
 class CorruptedSpans(IterableDataset[tuple[Tensor, Tensor]]):

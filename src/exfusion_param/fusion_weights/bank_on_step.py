@@ -116,6 +116,4 @@ class BankOnStep(MemoryBank):
 
     def current_weights(self) -> Tensor:
         """The bank, shape (N,), which no forward under "step" moves."""
-        bank = self._buffers["bank"]  # quicker than by nn.Module's getattr
-        assert bank is not None
-        return local(bank)
+        return self.numbers

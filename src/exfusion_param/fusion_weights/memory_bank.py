@@ -161,7 +161,9 @@ class MemoryBank(TokenPool):
     @property
     def numbers(self) -> Tensor:
         """The bank, shape (N,), also where `distribute_module` has replicated it."""
-        return local(self.bank)
+        bank = self._buffers["bank"]  # quicker than by nn.Module's getattr
+        assert bank is not None
+        return bank.detach() if type(bank) is Tensor else local(bank)
 
     def is_empty(self) -> bool:
         """Whether the bank is all zeros."""
