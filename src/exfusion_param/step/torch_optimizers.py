@@ -184,7 +184,9 @@ def _states(
         if key == EXPERTS or f"{EXPERTS}.{key}" in state:  # of the parameter itself
             continue
         name = key.removeprefix(f"{EXPERTS}.")
-        if is_whole or name == key:
+        if is_whole:
+            values = [value]
+        elif name == key:
             values = [value.clone() if isinstance(value, Tensor) else value for _ in units]
         else:
             values = unstacked(value) if isinstance(value, Tensor) else value
