@@ -40,8 +40,7 @@ class Settings:
         method: exfusion, or what it is compared with (support/methods.py).
         model: a model of timm, or pvt_tiny, pvt_small, pvt_medium, pvt_large.
         model_kwargs: whole numbers that the model is made with, such as `depth 6 embed_dim 96`.
-        data: an ImageFolder with train/ and val/, or Fashion-MNIST's IDX files; the default is a
-            subset of Fashion-MNIST.
+        data: an ImageFolder with train/ and val/, or Fashion-MNIST's IDX files; else a subset.
         out: the folder for checkpoints, logs, results.json and the dense model.
         image_size: pixels.
         epochs: passes over the training images; parts of one count.
@@ -55,8 +54,7 @@ class Settings:
         min_lr: to which the learning rate falls.
         augment: RandAugment, Mixup, CutMix, random erasing and label smoothing.
         fusion_lr: learning rate of routers and learned fusion weights; by default the others'.
-        held_out: train on nine tenths of the training images and test on the rest, to choose
-            settings without the test images.
+        held_out: test on a tenth of the training images instead, to choose settings.
         limit: train on no more than this many images.
         evaluate_every: epochs between two tests, and between two checkpoints.
         ema: decay of an average of the weights, which is then tested and shipped.
@@ -99,21 +97,19 @@ TINY = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 def main(given: Settings, device: torch.device) -> None:
     """Train, test, and ship the dense model."""
     if given.smoke:
-        given = dataclasses.replace(given, **SMOKE)
-        given.model_kwargs = TINY if given.model == Settings.model else {}
+        kwargs = TINY if given.model == Settings.model else {}
+        given = dataclasses.replace(given, **SMOKE, model_kwargs=kwargs)
     settings = with_defaults(given, OTHERS | SOURCES.get(given.model, {}))
     seed = start(settings.out, settings, settings.exfusion.seed)
-    augmentation = AUGMENTATION if settings.augment else None
-    images, tests, classes = timm_images.load(
-        settings.data, settings.image_size, augmentation, settings.held_out, settings.limit
-    )
+    options = AUGMENTATION if settings.augment else None, settings.held_out, settings.limit
+    images, tests, classes = timm_images.load(settings.data, settings.image_size, *options)
     training = ranks.loader(images, settings.batch_size, settings.workers, seed)
     make = partial(build, settings.model, settings.image_size, classes, settings.model_kwargs)
 
     def prepare() -> methods.Method:
         torch.manual_seed(seed)  # the same weights for every method
-        dense = make(drop_path_rate=settings.drop_path)
-        return methods.prepare(settings.method, dense, settings.exfusion.replace(seed=seed))
+        dense, config = make(drop_path_rate=settings.drop_path), settings.exfusion
+        return methods.prepare(settings.method, dense, config.replace(seed=seed))
 
     method = prepare()
     model = method.model.to(device)
@@ -121,15 +117,12 @@ def main(given: Settings, device: torch.device) -> None:
     scale = settings.batch_size / 1024
     fusion_lr = None if settings.fusion_lr is None else settings.fusion_lr * scale
     groups = exf.param_groups(model, settings.weight_decay, fusion_lr=fusion_lr)
-    optimizer = exf.ExpertAdamW(groups, lr=settings.lr * scale)
-    steps, every = (
-        max(1, round(epochs * len(training)))
-        for epochs in (settings.epochs, settings.evaluate_every)
-    )
+    optimizer = exf.ExpertAdamW(groups, settings.lr * scale)
+    steps = max(1, round(settings.epochs * len(training)))
+    every = max(1, round(settings.evaluate_every * len(training)))
     warmup = {"warmup_t": round(settings.warmup_epochs * len(training)), "warmup_lr_init": 1e-6}
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=steps, lr_min=settings.min_lr, t_in_epochs=False, **warmup
-    )
+    cosine = {"t_initial": steps, "lr_min": settings.min_lr, "t_in_epochs": False}
+    scheduler = CosineLRScheduler(optimizer, **cosine, **warmup)
     run = Pretraining(
         out=settings.out,
         method=method,

@@ -16,16 +16,15 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from support import labelled_images, ranks
-from support.downstream import Segmenter
+from support.downstream import Segmenter, pixel_loss
 from support.methods import Method
-from support.pretraining import Batch, Pretraining, moved, start
+from support.pretraining import Pretraining, moved, start
 from support.pyramid import Pyramid
 from support.scenes import IGNORED
 from support.schedules import (
@@ -84,18 +83,6 @@ class Settings:
 
 
 SMOKE: dict[str, Any] = {"size": 64, "scenes": 10, "steps": 2, "batch_size": 2, "workers": 0}
-
-
-AUXILIARY = 0.4  # weight of its loss
-
-
-def pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the pixels that have a class, and a share of the auxiliary head's."""
-    images, classes = batch
-    loss, *others = (
-        F.cross_entropy(logits, classes, ignore_index=IGNORED) for logits in model(images)
-    )
-    return loss + AUXILIARY * sum(others)
 
 
 class MeanIoU:

@@ -99,7 +99,7 @@ def test_a_line_is_ended_with_all_that_it_has_started(
     )
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setattr(gpu, "GRACE", 0.0)
-    gpu.run_apart("steps", gpu.parsed(["--out", str(tmp_path)]), 1.5)
+    gpu.run_apart("steps", gpu.parsed(["--out", str(tmp_path)]), 5.0)
     assert "did not stop" in capsys.readouterr().out
     pid = int(mark.read_text())
     for _ in range(100):

@@ -13,11 +13,14 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from support.pretraining import Batch
 from support.pyramid import Pyramid
+from support.scenes import IGNORED
 
 WIDTH = 256  # of the pyramid's maps
 UPERNET_WIDTH = 512  # of UPerNet's, in mmsegmentation
 DROPOUT = 0.1  # before each last convolution, as there
+AUXILIARY = 0.4  # weight of the auxiliary head's loss, as there
 
 
 class Segmenter(nn.Module):
@@ -60,6 +63,15 @@ class Segmenter(nn.Module):
         if self.auxiliary is not None and self.training:
             logits.append(self.auxiliary(maps[-1]))
         return [F.interpolate(each, images.shape[-2:], mode="bilinear") for each in logits]
+
+
+def pixel_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the pixels that have a class, and a share of the auxiliary head's."""
+    images, classes = batch
+    loss, *others = (
+        F.cross_entropy(logits, classes, ignore_index=IGNORED) for logits in model(images)
+    )
+    return loss + AUXILIARY * sum(others)
 
 
 class Levels(nn.Module):
