@@ -64,7 +64,8 @@ def test_a_padded_batch_moves_banks_as_its_tokens_do(name: str) -> None:
     try:
         exf.wrap(model, momentum=0.0, bank_init="uniform", seed=0).train()
     except ValueError as refused:
-        assert re.search("is a mixture of experts already|No FFN was found", str(refused)), refused
+        if not re.search("is a mixture of experts already|No FFN was found", str(refused)):
+            raise
         pytest.skip(str(refused)[:80])
     unpadded = copy.deepcopy(model)
     with warnings.catch_warnings(record=True) as caught:
