@@ -24,8 +24,8 @@ from ..files.manifest import read_manifest, write_manifest
 from ..files.processes import Processes
 from ..files.rank_files import read_rank, write_rank
 from ..files.run_folder import RunFolder
-from ..files.tensor_files import read_tensors, stored_tensors, write_tensors
-from .holders import Holders, for_each, saved_by
+from ..files.tensor_files import read_tensors, stored_tensors
+from .holders import Holders, saved_by
 from .optimizer_part import OptimizerPart
 from .parts import Module, Part
 from .resizing import ResizedModule, ResizedOptimizer
@@ -191,18 +191,9 @@ class Checkpoints:
     def _write_files(self, step: int, captured: Captured) -> None:
         folder, ranks = self._run.partial(step), self._processes
         ranks.on_first(lambda: self._run.start(step))
-        ranks.each(
-            lambda: for_each(
-                self._holders.processes,
-                lambda name, those: write_tensors(
-                    folder / name, captured.tensors[name], those.group
-                ),
-            )
-        )
+        self._holders.each(lambda name, those: captured.write(folder, name, those))
         own = captured.rank_values, captured.rank_tensors
         ranks.each(lambda: write_rank(folder, ranks.rank, *own))
-        firsts = [name for name, those in self._holders.processes.items() if those.rank == 0]
-        ranks.each(lambda: captured.describe(folder, firsts))
         content = {
             "step": step,
             "ranks": ranks.count,
@@ -214,17 +205,14 @@ class Checkpoints:
         ranks.on_first(lambda: self._run.commit(step))
 
     def _load(self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]) -> None:
-        ranks = self._processes
-        plans = ranks.each(lambda: self._checked_plans(folder, manifest, parts))
-        ranks.each(
-            lambda: for_each(
-                {name: plans[name] for name in self._holders.processes if name in plans},
-                lambda name, plan: read_tensors(
-                    folder / name, plan.tensors, self._holders.processes[name].group
-                ),
-            )
-        )
-        ranks.each(lambda: load_all(plans.values()))
+        plans = self._processes.each(lambda: self._checked_plans(folder, manifest, parts))
+
+        def read(name: str, those: Processes) -> None:
+            if name in plans:
+                read_tensors(folder / name, plans[name].tensors, those.group)
+
+        self._holders.each(read)
+        self._processes.each(lambda: load_all(plans.values()))
 
     def _checked_plans(
         self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from ..files.processes import Processes
 from .parts import Part
-
-T = TypeVar("T")
 
 
 class Holders:
@@ -31,7 +29,7 @@ class Holders:
             for name in sorted({name for digests in every for name in digests})
         }
         """Their numbers within the run's, by the part's name."""
-        self._count = processes.count
+        self._run = processes
         for name, ranks in self.ranks.items():
             _refuse_different(name, ranks, [every[rank][name] for rank in ranks])
         groups: dict[tuple[int, ...], Processes] = {tuple(range(processes.count)): processes}
@@ -44,29 +42,31 @@ class Holders:
 
     def described(self) -> dict[str, list[int]]:
         """For the manifest: the ranks of the parts that some ranks lack."""
-        return {name: ranks for name, ranks in self.ranks.items() if len(ranks) < self._count}
+        return {name: ranks for name, ranks in self.ranks.items() if len(ranks) < self._run.count}
+
+    def each(self, work: Callable[[str, Processes], None]) -> None:
+        """Do some work for each part of this rank, together with the ranks that hold it.
+
+        Raises:
+            CheckpointError: a rank failed; every rank raises.
+        """
+        self._run.each(lambda: self._do(work))
+
+    def _do(self, work: Callable[[str, Processes], None]) -> None:
+        failed: list[Exception] = []
+        for name, those in self.processes.items():
+            try:
+                work(name, those)
+            except Exception as error:  # the next ones are tried, as other ranks wait for them
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
 
 def saved_by(name: str, manifest: Mapping[str, Any]) -> Sequence[int]:
     """The numbers of the ranks that have saved a part."""
     ranks: Sequence[int] = manifest.get("holders", {}).get(name, range(manifest["ranks"]))
     return ranks
-
-
-def for_each(items: Mapping[str, T], work: Callable[[str, T], None]) -> None:
-    """Do some work for each part, also after one that failed, as other ranks wait for it.
-
-    Raises:
-        Exception: the first one.
-    """
-    failed: list[Exception] = []
-    for name, item in items.items():
-        try:
-            work(name, item)
-        except Exception as error:
-            failed.append(error)
-    if failed:
-        raise failed[0]
 
 
 def _digest(names: Sequence[str]) -> str:

@@ -15,7 +15,9 @@ from ...fusion.lookup import groups_of
 from ..dense.description import describe, write_description
 from ..files.errors import CheckpointError
 from ..files.plain_values import split
+from ..files.processes import Processes
 from ..files.rank_files import RANKS
+from ..files.tensor_files import write_tensors
 from .optimizer_part import OptimizerPart, parameter_names
 from .parts import Module, Part, Stateful
 from .running_parts import RANDOM_NUMBERS, Accumulated, RandomNumbers
@@ -52,9 +54,10 @@ class Captured:
             if isinstance(part, Module) and groups_of(part.module)
         }
 
-    def describe(self, folder: Path, names: Iterable[str]) -> None:
-        """Write beside a wrapped model's tensors how they are fused, for the parts so named."""
-        for name in self.descriptions.keys() & set(names):
+    def write(self, folder: Path, name: str, holders: Processes) -> None:
+        """Write a part's tensors; beside those of a wrapped model, how they are fused."""
+        write_tensors(folder / name, self.tensors[name], holders.group)
+        if name in self.descriptions and holders.rank == 0:
             write_description(self.descriptions[name], folder / name)
 
     def copy_to_cpu(self) -> None:
