@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...finding.outer_modules import listed
@@ -61,8 +60,3 @@ def refuse_other_shape(name: str, tensor: Tensor, stored: Tensor) -> None:
     raise CheckpointError(
         f"{name} was saved in shape {tuple(stored.shape)}, and is of shape {shape} here."
     )
-
-
-def like(tensor: Tensor, stored: Tensor) -> Tensor:
-    """Room for what was stored, spread over the ranks as `tensor` is."""
-    return torch.empty_like(tensor.detach(), dtype=stored.dtype)

@@ -20,7 +20,6 @@ from ...fusion.lookup import fused_parameter
 from ...tensors.shards import as_stack, is_sharded, local, with_memory_of
 from ..files.errors import CheckpointError
 from ..files.plain_values import is_quantized
-from .fitting import like
 from .parts import Part
 
 
@@ -78,7 +77,7 @@ class OptimizerPart(Part):
                 raise CheckpointError(
                     f"{self.name}: {name} is not the state of any parameter here."
                 )
-            room[name] = self.room(name, room_of_state(parameter, spec), spec)
+            room[name] = self.room(name, target_of_state(parameter, spec), spec)
         self._state_dict(room, values)
         return room
 
@@ -158,14 +157,14 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     }
 
 
-def room_of_state(parameter: nn.Parameter, spec: Tensor) -> Tensor:
-    """Room for a state of a parameter's shape, or for one of its experts', a dimension more."""
+def target_of_state(parameter: nn.Parameter, stored: Tensor) -> Tensor:
+    """A tensor like a stored state: the parameter, or a stack of its experts, a dimension more."""
     fused = fused_parameter(parameter)
-    if fused is None or len(spec.shape) != parameter.ndim + 1:
-        return like(parameter, spec)
+    if fused is None or stored.ndim != parameter.ndim + 1:
+        return parameter
     part = local(parameter)
     shape = (fused.fusion_weights.config.num_experts, *part.shape)
-    return as_stack(part.new_empty(shape, dtype=spec.dtype), parameter)
+    return as_stack(part.new_empty(shape), parameter)
 
 
 def _is_spread(value: Any, parameter: nn.Parameter) -> bool:

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...finding.outer_modules import unwrapped
 from ..files.errors import CheckpointError
-from .fitting import common, like, refuse_other_names, refuse_other_shape
+from .fitting import common, refuse_other_names, refuse_other_shape
 
 
 class Part(ABC):
@@ -54,7 +55,7 @@ class Part(ABC):
     def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """An empty tensor to read a stored one into that is to become `tensor`."""
         refuse_other_shape(f"{self.name}: {name}", tensor, stored)
-        return like(tensor, stored)
+        return torch.empty_like(tensor.detach(), dtype=stored.dtype)
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:

@@ -8,7 +8,7 @@ weights are exactly what they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,7 @@ from ...tensors.shards import (
     with_memory_of,
 )
 from ..files.errors import CheckpointError
-from .fitting import like as room_like
-from .fitting import refuse_other_shape
-from .optimizer_part import OptimizerPart, room_of_state
+from .optimizer_part import OptimizerPart, target_of_state
 from .parts import Module
 from .resize_math import apply, resize
 
@@ -40,16 +38,17 @@ class ResizedModule(Module):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
-        names, groups = self._names(), groups_of(self.module)
+        names = {id(v): name for name, v in self.module.state_dict(keep_vars=True).items()}
         self._of_experts = {
-            names[id(tensor)] for group in groups for tensor in _tensors_of_experts(group)
+            group: {names[id(t)]: t for t in (*group.expert_stacks(), *group.own_tensors())}
+            for group in groups_of(self.module)
         }
 
     def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """Room for as many experts as are stored."""
-        if name not in self._of_experts:
-            return super().room(name, tensor, stored)
-        return _room(f"{self.name}: {name}", tensor, stored)
+        if any(name in named for named in self._of_experts.values()):
+            tensor = _of_stored_count(tensor, stored)
+        return super().room(name, tensor, stored)
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Resize what was read, and load it."""
@@ -61,37 +60,28 @@ class ResizedModule(Module):
     def _resized(
         self, group: FusionWeights, called: str, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        names, count = self._names(), group.config.num_experts
-        counted = [names[id(tensor)] for tensor in _tensors_of_experts(group)]
-        if not counted or (old := len(tensors[counted[0]])) == count:
+        named, count = self._of_experts[group], group.config.num_experts
+        if not named or (old := len(tensors[next(iter(named))])) == count:
             return {}
         if not isinstance(group.config, ExFusionConfig):
             raise CheckpointError(f"The experts of {called!r} are merged by gates, not resized.")
-        vector = next(
-            (own for own in group.own_tensors() if own.ndim == 1), None
-        )  # bank or learned
-        saved = (
-            uniform_weights(old, torch.device("cpu"), torch.float64)
-            if vector is None
-            else full_tensor(tensors[names[id(vector)]]).cpu()
-        )
+        saved = uniform_weights(old, torch.device("cpu"), torch.float64)
+        for name, tensor in named.items():
+            if tensor.ndim == 1:  # a bank or learned weights
+                saved = full_tensor(tensors[name]).cpu()
         try:
             how = resize(saved, count)
         except ValueError as error:
             message = f"The {old} experts of {called!r} cannot become {count}: {error}."
             raise CheckpointError(message) from error
-        resized = {}
-        for tensor in _tensors_of_experts(group):
-            if tensor is vector:
-                resized[names[id(tensor)]] = spread(how.weights.to(local(tensor)), tensor)
-                continue
-            is_router = any(tensor is own for own in group.own_tensors())
-            name, matrix = names[id(tensor)], how.shares if is_router else how.experts
-            resized[name] = resized_stack(matrix, tensors[name], tensor)
+        stacks, resized = set(group.expert_stacks()), {}
+        for name, tensor in named.items():
+            if tensor.ndim == 1:
+                resized[name] = spread(how.weights.to(local(tensor)), tensor)
+            else:
+                matrix = how.experts if tensor in stacks else how.shares  # those of a router
+                resized[name] = resized_stack(matrix, tensors[name], tensor)
         return resized
-
-    def _names(self) -> dict[int, str]:
-        return {id(v): name for name, v in self.module.state_dict(keep_vars=True).items()}
 
 
 class ResizedOptimizer(OptimizerPart):
@@ -99,7 +89,7 @@ class ResizedOptimizer(OptimizerPart):
 
     def room(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """Room for as many experts as are stored."""
-        return _room(f"{self.name}: {name}", tensor, stored)
+        return super().room(name, _of_stored_count(tensor, stored), stored)
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Average what was read, and load it.
@@ -110,30 +100,25 @@ class ResizedOptimizer(OptimizerPart):
         ours = self._parameters()
         resized = dict(tensors)
         for name, tensor in tensors.items():
-            target = room_of_state(ours[name.rpartition("/")[0]], tensor)
+            target = target_of_state(ours[name.rpartition("/")[0]], tensor)
             if (old := len(tensor)) != len(target):
                 shares = resize(torch.ones(old), len(target)).shares
-                resized[name] = resized_stack(shares, tensor, target)
+                resized[name] = resized_stack(shares, tensor, target).to(tensor.dtype)
         super().load(resized, values)
 
 
-def _room(name: str, tensor: Tensor, stored: Tensor) -> Tensor:
-    if not stored.shape or stored.shape[1:] != tuple(tensor.shape[1:]):
-        refuse_other_shape(name, tensor, stored)
-    room = room_like(tensor, stored)
-    return room if tuple(room.shape) == stored.shape else room_for_experts(room, stored.shape[0])
+def _of_stored_count(stack: Tensor, stored: Tensor) -> Tensor:
+    """A tensor like a stack, with as many experts as were stored, if nothing else differs."""
+    is_alike = stored.ndim == stack.ndim > 0 and stored.shape[1:] == stack.shape[1:]
+    is_resized = is_alike and len(stored) != len(stack)
+    return room_for_experts(stack, len(stored)) if is_resized else stack
 
 
 def resized_stack(matrix: Tensor, stack: Tensor, target: Tensor) -> Tensor:
     """A matrix, shape (M, N), times a stack, shape (N, *S), spread over the ranks as `target`."""
-    part = apply(matrix, local(with_all_experts(stack))).to(target.dtype)
+    part = apply(matrix, local(with_all_experts(stack)))
     if not is_sharded(target):
         return part
     sharded: Any = with_memory_of(part, with_all_experts(target))
     goal: Any = target
     return sharded.redistribute(placements=goal.placements)
-
-
-def _tensors_of_experts(group: FusionWeights) -> Iterator[Tensor]:
-    yield from group.expert_stacks()
-    yield from group.own_tensors()

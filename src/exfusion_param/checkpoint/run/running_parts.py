@@ -72,7 +72,6 @@ class Accumulated(Part):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(f"{name}.gradients")
         self._module = module
-        self._drops_sharded = False  # gradients that are stored
 
     def tensors(self) -> dict[str, Tensor]:
         """Sharded gradients."""
@@ -101,29 +100,27 @@ class Accumulated(Part):
         parameters = dict(self._module.named_parameters())
         if unknown := [n for n in (*stored, *values["plain"]) if n not in parameters]:
             raise CheckpointError(f"{self.name}: the model has no parameter {unknown[0]}.")
-        if values["experts"] != self._experts():
-            self._drops_sharded = bool(stored)
-            return {}
-        return {name: self.room(name, parameters[name], spec) for name, spec in stored.items()}
+        if values["experts"] == self._experts():
+            return {name: self.room(name, parameters[name], spec) for name, spec in stored.items()}
+        totals = [total for total in values["counted"].values() if total is not None]
+        if stored or values["plain"] or any(total[-1] > 0 for total in totals):
+            warnings.warn(
+                f"{self.name}: gradients and router outputs that waited for an optimizer's step "
+                "are dropped, as the model has another number of experts than the checkpoint. The "
+                "first step applies only what is accumulated from now on.",
+                stacklevel=2,
+            )
+        return {}
 
     def load(self, tensors: Mapping[str, Tensor], values: Any) -> None:
         """Set the gradients and the sums."""
         plain, counted = values["plain"], values["counted"]
         if values["experts"] != self._experts():
-            votes = any(total is not None and total[-1] > 0 for total in counted.values())
-            if self._drops_sharded or plain or votes:
-                warnings.warn(
-                    f"{self.name}: gradients and router outputs that waited for an optimizer's "
-                    "step are dropped, as the model has another number of experts than the "
-                    "checkpoint. The first step applies only what is accumulated from now on.",
-                    stacklevel=2,
-                )
             tensors, plain, counted = {}, {}, {}
         for name, parameter in self._module.named_parameters():
             gradient = tensors.get(name, plain.get(name))
             # A copy, as kernels round by how memory is aligned, and a file's is aligned otherwise.
-            copy = None if gradient is None else gradient.to(parameter.device, copy=True)
-            parameter.grad = copy
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         for name, bank in self._banks():
             total = counted.get(name)
             bank.votes.resume(None if total is None else total.to(bank.bank.device))
