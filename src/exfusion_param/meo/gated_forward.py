@@ -42,18 +42,16 @@ def _gated(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Any:
         if segments is not None:
             segments = dataclasses.replace(segments, x=block(segments.x))
     stacks = {name: _stack(linear, name) for name in linear.parametrizations}
-    arguments: dict[str, Any] = {
-        "gates": gates,
-        "experts": stacks["weight"].flatten(2),  # of a convolution with a kernel of one
-        "bias": stacks.get("bias"),
-        "kept": gate.config.kept,
-        "is_transposed": place.projection.weight_out == 1,
-    }
-    if segments is None:
-        y = merged_linear(tokens, **arguments)
-    else:
-        parts = merged_linear(segments.x.flatten(0, 1), **arguments)
-        y = segments.joined(parts.unflatten(0, segments.x.shape[:2]))
+    y = merged_linear(
+        tokens if segments is None else segments.x.flatten(0, 1),
+        gates,
+        stacks["weight"].flatten(2),  # of a convolution with a kernel of one
+        stacks.get("bias"),
+        kept=gate.config.kept,
+        is_transposed=place.projection.weight_out == 1,
+    )
+    if segments is not None:
+        y = segments.joined(y.unflatten(0, segments.x.shape[:2]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
