@@ -2,6 +2,5 @@
 
 `wrap_linears` goes through it: find the groups, check them (`checks`), plan the draws of all
 (`planning`, `drop_upcycling`), and only then change the model (`attach`, or step/attach.py). It
-ends with what follows the model from then on: `load_guard`, `attention_masks` and
-`padding_masks`.
+ends with what follows the model from then on: `load_guard` and `padding_masks`.
 """

@@ -1,10 +1,18 @@
-"""Padding masks of models that are not transformers': followed by torch's names, or a warning.
+"""Padding masks that modules are called with are the token masks of the routers inside of them.
 
-`key_padding_mask`, and what torch's Transformers call after it, is true (or below zero) at padding.
-Routers inside of a module that takes one follow it. For other arguments that a model calls a mask
-or lengths nothing tells what they mean, so where one may mark padding the model warns.
+A router follows the innermost module around it that takes one:
 
-A mask stays until the next forward, as those of attention_masks.py do.
+- a model of transformers takes an `attention_mask`. The decoder of an encoder-decoder is a model by
+  itself, and is called with the decoder's mask. Masks of another shape than (batch, tokens) do not
+  tell which tokens are padding, so the model warns of one.
+- other modules take torch's `key_padding_mask`, or what torch's Transformers call after it, which
+  is true (or below zero) at padding.
+
+For other arguments that a model calls a mask or lengths nothing tells what they mean, so where one
+may mark padding the model warns.
+
+A mask stays until the next forward, because activation checkpointing runs the layers again in the
+backward. So with activation checkpointing run each backward before the next forward.
 """
 
 from __future__ import annotations
@@ -12,38 +20,50 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..fusion_weights.token_pool import TokenPool
+from ..fusion_weights.token_pool import Layout, TokenPool
 
+ATTENTION_MASK = "attention_mask"
 FOLLOWED = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 _MAY_MARK_PADDING = re.compile(r"mask|padding|lengths?$|valid", re.IGNORECASE)
 _IS_OF_TOKENS = re.compile(r"^attention_mask|pad|valid|token", re.IGNORECASE)
 _IS_OTHER = re.compile(r"^(src|tgt|memory)_mask|attn|causal|cross|loss|label|masked", re.IGNORECASE)
+_TOKENS_FIRST = {"xlnet", "fsmt"}
+"""Types of transformers' models that are given (batch, tokens), and run on (tokens, batch, D)."""
 
 
 def follow_padding_masks(model: nn.Module, pools: Collection[TokenPool]) -> None:
-    """Let fusion weights that pool over tokens follow torch's padding masks; warn of others."""
-    module_of: dict[TokenPool, tuple[nn.Module, tuple[str, int]]] = {}
+    """Let fusion weights that pool over tokens follow a model's padding masks; warn of others."""
+    taken: dict[TokenPool, tuple[nn.Module, str]] = {}
+    in_transformers: set[TokenPool] = set()
     for module in model.modules():  # an outer one comes before those inside of it
-        found = [(name, at) for name, at in _arguments_of(module).items() if name in FOLLOWED]
-        if len(found) != 1:  # nn.Transformer takes two, and hands them on
-            continue
-        inside = set(module.modules())
-        for pool in pools:
-            # A hook in an encoder's layer would turn off torch's fast path in eval.
-            is_known = pool in module_of and isinstance(module, nn.TransformerEncoderLayer)
-            if pool in inside and not is_known:
-                module_of[pool] = module, found[0]
-    for pool, (module, argument) in module_of.items():
-        hook = functools.partial(_take_mask, pool, *argument)
+        arguments = _arguments_of(module)
+        found = [name for name in FOLLOWED if name in arguments]
+        if _is_of_transformers(module):
+            for pool in _inside(module, pools):
+                in_transformers.add(pool)
+                pool.layout = _layout_in(module, pool.layout)
+                if ATTENTION_MASK in arguments:
+                    taken[pool] = module, ATTENTION_MASK
+                elif module.main_input_name != "input_ids":  # a vision tower, with its own tokens
+                    taken.pop(pool, None)
+        elif len(found) == 1:  # nn.Transformer takes two, and hands them on
+            for pool in _inside(module, pools):
+                # A hook in an encoder's layer would turn off torch's fast path in eval.
+                is_known = pool in taken and isinstance(module, nn.TransformerEncoderLayer)
+                if pool not in in_transformers and not is_known:
+                    taken[pool] = module, found[0]
+    for pool, (module, name) in taken.items():
+        hook = functools.partial(_take_mask, pool, name, _arguments_of(module)[name])
         pool.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    rest = [pool for pool in pools if pool not in module_of]
+    rest = [pool for pool in pools if pool not in taken and pool not in in_transformers]
     names = {
         name: at
         for name, at in _arguments_of(model).items()
@@ -52,6 +72,23 @@ def follow_padding_masks(model: nn.Module, pools: Collection[TokenPool]) -> None
     if rest and names:
         hook = functools.partial(_warn_of_masks, rest[0], names, set())
         rest[0].handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _inside(module: nn.Module, pools: Iterable[TokenPool]) -> list[TokenPool]:
+    modules = set(module.modules())
+    return [pool for pool in pools if pool in modules]
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    library: Any = sys.modules.get("transformers")  # who has a model of it has imported it
+    return library is not None and isinstance(module, library.PreTrainedModel)
+
+
+def _layout_in(model: Any, layout: Layout) -> Layout:
+    """How a model of transformers has its tokens inside, beside what is known of one around it."""
+    pads = any(name.startswith("_pad_to_") for name in dir(type(model)))  # to a window, or block
+    tokens_first = model.config.model_type in _TOKENS_FIRST
+    return Layout(layout.tokens_first or tokens_first, layout.pads or pads)
 
 
 def _arguments_of(module: nn.Module) -> Mapping[str, int]:
@@ -72,9 +109,27 @@ def _take_mask(
     if pool.has_given_mask:
         return
     mask = _given(name, position, args, kwargs)
-    if isinstance(mask, Tensor):
-        mask = ~mask if mask.dtype == torch.bool else mask >= 0
+    if name != ATTENTION_MASK:
+        if isinstance(mask, Tensor):
+            mask = ~mask if mask.dtype == torch.bool else mask >= 0
+    elif not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if mask is not None and (module.training or pool.pools_in_eval):
+            _warn_of_pairs(module, mask)
+        mask = None
     pool.remember("token_mask", mask)
+
+
+def _warn_of_pairs(module: nn.Module, mask: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    kind = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    warnings.warn(
+        f"The {ATTENTION_MASK} of {type(module).__name__} ({kind}) says what attends to what, not "
+        "which tokens count, so all of them count for the routers, padding too. If there is "
+        "padding, run the forward within exf.token_mask(model, mask), with a mask of (batch, "
+        "tokens).",
+        stacklevel=2,
+    )
 
 
 def _warn_of_masks(

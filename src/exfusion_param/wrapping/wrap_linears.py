@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -64,13 +63,9 @@ def wrap_linears(
 
 
 def _follow_masks(model: nn.Module, new: Iterable[FusionWeights]) -> None:
-    """Let routers follow masks of padding; imports transformers only for its models."""
+    """Let routers follow masks of padding."""
     pools = [each for each in new if isinstance(each, TokenPool)]
     _note_tokens_first(model, pools)
-    if pools and "transformers" in sys.modules:
-        from .attention_masks import follow_attention_masks
-
-        pools = follow_attention_masks(model, pools)
     follow_padding_masks(model, pools)
 
 
