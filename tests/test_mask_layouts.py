@@ -68,6 +68,16 @@ def test_banks_of_a_padded_batch_are_those_without_padding(name: str) -> None:
         torch.testing.assert_close(ours, (three + 2 * six) / 3, rtol=0, atol=1e-9)
 
 
+def test_xlnets_input_mask_is_the_inverse_of_an_attention_mask() -> None:
+    moved = []
+    for mask in ({"attention_mask": MASK}, {"input_mask": 1 - MASK}, {"input_mask": MASK == 0}, {}):
+        model = make("xlnet", **FAMILIES["xlnet"])
+        moved.append(bank_after(model, model(IDS, **mask)[0]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=0)
+    torch.testing.assert_close(moved[2], moved[0], rtol=0, atol=0)
+    assert not torch.allclose(moved[3][0], moved[0][0])
+
+
 def test_square_masks_of_layers_with_tokens_first_are_transposed() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0).double()

@@ -64,6 +64,24 @@ class ByName(Plain):
         parameter -= lr * (0.0 if "fc1" in name else 1.0) * parameter.grad
 
 
+class ByDict(Plain):
+    """Has its momentum in a dict of its own, filled at the start or as it steps."""
+
+    def __init__(self, params: Any, key: Any, is_filled: bool) -> None:
+        super().__init__(params)
+        self.key = key
+        self.momentum = {
+            key(p): torch.zeros_like(p)
+            for group in self.param_groups
+            for p in group["params"]
+            if is_filled
+        }
+
+    def update(self, name: str, parameter: nn.Parameter, lr: float) -> None:
+        momentum = self.momentum.setdefault(self.key(parameter), torch.zeros_like(parameter))
+        parameter -= lr * momentum.mul_(0.9).add_(parameter.grad)
+
+
 class Combined(Plain):
     """Steps by the optimizers that it holds, on whose groups it was made."""
 
@@ -143,3 +161,16 @@ def test_weights_in_the_groups_of_both_optimizers_are_refused(variant: str) -> N
     with pytest.raises(RuntimeError, match="its param_groups hold both. Have its"):
         train(model, optimizer)
     assert_same(model.state_dict(), before, 0)
+
+
+@pytest.mark.parametrize("is_filled", [True, False])
+@pytest.mark.parametrize("key", [lambda p: p, id], ids=["parameter", "id"])
+def test_a_dict_by_parameter_is_refused_and_trains_under_forward(key: Any, is_filled: bool) -> None:
+    model = wrapped("sw")
+    with pytest.raises(RuntimeError, match=r"dict by parameter, 'momentum'. .* self.state\[param"):
+        train(model, ByDict(model.parameters(), key, is_filled))
+    train(wrapped("sw"), ByDict(wrapped("sw").head.parameters(), key, is_filled))
+    ours, theirs = wrapped("sw", fuse_on="forward"), wrapped("sw", fuse_on="forward")
+    train(ours, ByDict(ours.parameters(), key, is_filled))
+    train(theirs, SGD(theirs.parameters(), lr=LR, momentum=0.9))
+    assert_same(ours.state_dict(), theirs.state_dict(), 1e-14)

@@ -129,6 +129,15 @@ def test_fusion_weights_of_own_groups_get_their_learning_rate() -> None:
 
 
 def test_weight_decay_and_groups_exclude_each_other() -> None:
-    for arguments in ({}, {"weight_decay": 0.1, "groups": []}):
-        with pytest.raises(TypeError, match="needs weight_decay, or groups"):
+    for arguments, got in (({}, "neither"), ({"weight_decay": 0.1, "groups": []}, "both")):
+        with pytest.raises(TypeError, match=f"either weight_decay or groups .*, got {got}"):
             exf.param_groups(wrapped(), **arguments)
+
+
+def test_what_is_no_model_or_no_group_is_named() -> None:
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got generator"):
+        exf.param_groups(wrapped().parameters(), 0.05)
+    with pytest.raises(TypeError, match=r"dicts that have 'params', .* got Parameter. For one"):
+        exf.param_groups(wrapped(), groups=wrapped().parameters())
+    model = wrapped()
+    assert len(exf.param_groups(model, groups=[{"params": model.parameters()}])) == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import exfusion_param as exf
 from exfusion_testing.models import FFNs, inputs
@@ -65,6 +65,15 @@ def converted() -> nn.Module:
     return model
 
 
+def with_its_weight_computed(edit: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = FFNs()
+        edit(model.blocks[0].fc1)
+        return model
+
+    return make
+
+
 def without_ffn() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 5))
 
@@ -79,6 +88,13 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (frozen, {}, r"blocks.0.fc1, blocks.0.fc2: are frozen. Set requires_grad"),
     (quantised, {}, "blocks.0.fc1: is not of a floating dtype"),
     (normalised, {}, "blocks.0.fc1: is parametrized by something else"),
+    *(
+        (with_its_weight_computed(edit), {}, f"weight parameter.* or norms first .*{way_out}")
+        for edit, way_out in (
+            (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), "prune.remove"),
+            (spectral_norm, "remove_spectral_norm"),
+        )
+    ),
     (with_lora, {}, r"fc1: are inside an adapter \(peft\). Merge it first"),
     (converted, {}, "blocks.0.fc1: is converted to a tensor subclass"),
     (lazy, {}, r"blocks.0.fc1 is lazy, without a shape yet. Run a forward before wrap\(\)"),
@@ -121,7 +137,7 @@ def test_wrap_refuses_and_leaves_the_model_as_it_was(
     assert after == before
 
 
-@pytest.mark.parametrize(("make", "arguments", "message"), REFUSED[:12])
+@pytest.mark.parametrize(("make", "arguments", "message"), REFUSED[:14])
 def test_a_dry_run_refuses_what_wrap_refuses(
     make: Callable[[], nn.Module], arguments: dict[str, Any], message: str
 ) -> None:

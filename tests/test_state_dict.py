@@ -265,6 +265,51 @@ def test_stacks_under_other_names_are_refused_and_parts_are_not() -> None:
         model.load_state_dict(renamed, strict=False)
 
 
+@pytest.mark.parametrize("outer", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_the_line_that_renames_a_state_dict_of_an_outer_module_works(outer: str) -> None:
+    model = exf.wrap(FFNs(), seed=0)
+    state_dict = {outer + name: value for name, value in exf.wrap(FFNs()).state_dict().items()}
+    with pytest.raises(ValueError, match="saved under other names. Load {") as caught:
+        model.load_state_dict(state_dict)
+    line = str(caught.value).partition("Load ")[2].rstrip(".")
+    renamed = eval(line, {"state_dict": state_dict})
+    model.load_state_dict(renamed)
+    assert_unchanged(model, renamed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_experts_of_forward_are_refused_under_step_and_the_way_out_works(
+    variant: str, strict: bool
+) -> None:
+    settings: dict[str, Any] = {"variant": variant, "bank_init": "uniform"}
+    trained = exf.wrap(FFNs(), **settings)
+    model = exf.wrap(FFNs(), fuse_on="step", **settings)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="with load_dense_state_dict"):
+        model.load_state_dict(trained.state_dict(), strict=strict)
+    with pytest.raises(ValueError, match="with load_dense_state_dict"):
+        model.blocks[0].fc1.load_state_dict(trained.blocks[0].fc1.state_dict(), strict=strict)
+    assert_unchanged(model, before)
+    exf.load_dense_state_dict(model, exf.fused_state_dict(trained))
+    x = inputs().float()
+    torch.testing.assert_close(model.eval()(x), trained.eval()(x))
+    state = exf.fuse(model).state_dict()
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_dict_of_step_loads_under_forward_as_the_message_says(variant: str) -> None:
+    settings: dict[str, Any] = {"variant": variant, "bank_init": "uniform"}
+    trained = exf.wrap(FFNs(), fuse_on="step", **settings)
+    model = exf.wrap(FFNs(), **settings)
+    with pytest.raises(ValueError, match=r"is dense.*load_dense_state_dict\(model, state_dict"):
+        model.load_state_dict(trained.state_dict())
+    assert exf.load_dense_state_dict(model, trained.state_dict()) == ([], [])
+    x = inputs().float()
+    torch.testing.assert_close(model.eval()(x), trained.eval()(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fuse_on", ["forward", "step"])
 def test_checkpoint_wrapper_leaves_no_trace_in_names(fuse_on: str) -> None:
     plain = exf.wrap(FFNs(), variant="mb", fuse_on=fuse_on, bank_init="uniform", seed=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -49,7 +49,8 @@ def param_groups(
         your groups, and then those with the parameters that were moved.
 
     Raises:
-        TypeError: both or neither of `weight_decay` and `groups` are given.
+        TypeError: both or neither of `weight_decay` and `groups` are given, or the groups are not
+            dicts that have "params".
         ValueError: `weight_decay` or `fusion_lr` is negative, or a glob matches no parameter.
 
     Examples:
@@ -60,12 +61,17 @@ def param_groups(
         >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
     """
     if (weight_decay is None) == (groups is None):
-        raise TypeError("param_groups needs weight_decay, or groups that have their own.")
+        got = "neither" if groups is None else "both"
+        raise TypeError(
+            f"param_groups needs either weight_decay or groups that have their own, got {got}."
+        )
     for name, value in (("weight_decay", weight_decay), ("fusion_lr", fusion_lr)):
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}.")
     names = no_weight_decay_names(model, no_weight_decay)
     if groups is not None:
+        groups = list(groups)
+        _refuse_other_groups(groups)
         names &= _unknown_to_rules(model) | _matched(model, no_weight_decay)
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -73,6 +79,15 @@ def param_groups(
     exempt = {id(p) for name, p in model.named_parameters() if name in names}
     fusion = set() if fusion_lr is None else _fusion_parameters(model)
     return _split([dict(group) for group in groups], exempt, fusion, fusion_lr)
+
+
+def _refuse_other_groups(groups: Sequence[Any]) -> None:
+    for group in groups:
+        if not (isinstance(group, Mapping) and "params" in group):
+            raise TypeError(
+                "groups must be dicts that have 'params', as optimizers take them, got "
+                f'{type(group).__name__}. For one group pass [{{"params": parameters}}].'
+            )
 
 
 def _split(
@@ -148,6 +163,8 @@ def no_weight_decay_names(model: nn.Module, also: Collection[str] = ()) -> set[s
         >>> sorted(exf.no_weight_decay_names(model))
         ['0.bias', '2.bias']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     also = [also] if isinstance(also, str) else list(also)
     _refuse_unmatched(model, also)
     globs = [*also, *_declared_by(model)]

@@ -93,7 +93,8 @@ def load_dense_state_dict(
     Args:
         model: a wrapped model.
         state_dict: tensors under the keys of the dense model. For a sharded model, either full
-            tensors on every rank, or DTensors like those of the model.
+            tensors on every rank, or DTensors like those of the model. The fusion weights that the
+            state dict of a model under `fuse_on="step"` has in addition are left out.
         strict: whether missing and unexpected keys raise an error.
         generator: draws the noise and the routers; None uses torch's global generator.
 
@@ -115,7 +116,7 @@ def load_dense_state_dict(
     dense = _dense_view(model)
     keys = IncompatibleKeys(
         [key for key in dense if key not in state_dict],
-        [key for key in state_dict if key not in dense],
+        [key for key in state_dict if key not in dense and not _is_of_fusion_weights(key)],
     )
     _check_dense(dense, state_dict, keys, strict)
     given = {key: state_dict[key] for key in dense if key in state_dict}
@@ -140,6 +141,11 @@ def load_dense_state_dict(
         group.was_loaded = False  # experts start around these weights on purpose
     warn_of_empty_banks(touched)
     return keys
+
+
+def _is_of_fusion_weights(key: str) -> bool:
+    """Whether a key is one that a model under `fuse_on="step"` has beside the dense ones."""
+    return "fusion_weights" in key.split(".") and "parametrizations" not in key.split(".")
 
 
 def dense_keys(model: nn.Module) -> list[str]:

@@ -136,7 +136,10 @@ def summarize(
 def _meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters have shapes and no memory."""
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    # Attributes that are tensors are weights that pruning and older norms have computed.
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor)]
+    for tensor in (*model.parameters(), *model.buffers(), *computed):
         if nn.parameter.is_lazy(tensor):
             continue
         meta = tensor.detach().to("meta")

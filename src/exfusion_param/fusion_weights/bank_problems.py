@@ -80,6 +80,7 @@ def warn_of_bypass(group: str) -> None:
     warnings.warn(
         f"The experts of {group!r} have gradients, but its router has seen no input: the model "
         "reads their weights without calling the linears, trains in eval mode, or has gradients "
-        'from torch.func. The memory bank stays as it is. Use variant="sw" or "dw".',
+        "from torch.func or from another copy of it. The memory bank stays as it is. Use "
+        'variant="sw" or "dw".',
         stacklevel=2,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from ..tensors.sliced_sums import fuse_into
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned
 from .one_pass import OnePassOptimizer
-from .refusals import refuse_graph
+from .refusals import refuse_graph, refuse_own_dicts
 from .slots import Slot, slot_of
 from .starts import refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
@@ -103,6 +104,8 @@ class ExpertStep:
     def _make_stand_ins(self) -> StandIns | None:
         if isinstance(self.optimizer, OnePassOptimizer) or steps_one_by_one(self.optimizer):
             return None
+        if self._may_be_loaded:
+            refuse_own_dicts(self.optimizer, [slot.parameter for slot in self._held])
         return StandIns(self.optimizer, self._held)
 
     def _make_view(self) -> Optimizer:
@@ -167,6 +170,8 @@ class ExpertStep:
         self.return_gradients()
         self._refuse_own_lists()
         self._is_under_way = True
+        if self._stand_ins is not None and self._may_be_loaded:
+            refuse_own_dicts(self.view, itertools.chain(*self._stand_ins.units.values()))
         copy_back(self.view, self.optimizer)
         for group in self.groups:
             group.optimizer_stepped(skipped)

@@ -83,6 +83,21 @@ def refuse_graph(optimizer: optim.Optimizer) -> NoReturn:
     )
 
 
+def refuse_own_dicts(optimizer: optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Raise if an optimizer has a dict by these tensors, or by their ids, beside its state."""
+    ids = set(map(id, tensors))
+    for name, value in vars(optimizer).items():
+        if name == "state" or not isinstance(value, dict):
+            continue
+        if any((id(key) if isinstance(key, Tensor) else key) in ids for key in value):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has a dict by parameter, {name!r}. Under "
+                'fuse_on="step" its param_groups hold the experts while it steps, which are '
+                "other tensors at each step. Keep these values in self.state[parameter], or wrap "
+                'with fuse_on="forward".'
+            )
+
+
 def refuse_dense_state(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
     """Raise if the optimizer remembers the dense tensor that a stack has taken the place of."""
     for stack in weights.expert_stacks():

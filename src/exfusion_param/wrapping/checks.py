@@ -47,13 +47,15 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
     _refuse(
         linears,
         lambda linear: not isinstance(linear.weight, nn.Parameter),
-        "without a weight of their own, as FSDP and pruning leave them. Wrap first.",
+        "without a weight parameter: something computes it. Remove pruning or norms first, by "
+        "torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm. Wrap before FSDP "
+        "shards them.",
     )
     _refuse(
         linears,
         _has_shards,
-        "sharded (DTensor). Wrap first, shard after; tensor parallelism of wrapped linears needs "
-        'fuse_on="step".',
+        "sharded (DTensor). Wrap first, shard after; have from_pretrained load the model without "
+        'tp_plan. Tensor parallelism of wrapped linears needs fuse_on="step".',
     )
     _refuse(
         linears,

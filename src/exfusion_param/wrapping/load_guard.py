@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Mapping
@@ -9,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..fusion.lookup import fused_names
+from ..fusion.lookup import fused_names, parametrized_names
 from ..fusion_weights.base import FusionWeights
 
 
 def guard_loading(model: nn.Module, group: FusionWeights, linears: Mapping[str, nn.Module]) -> None:
-    """Let `model.load_state_dict` refuse what does not fit the stacks, and then change nothing."""
+    """Let `model.load_state_dict` refuse what does not fit the experts, and then change nothing."""
     count = group.config.num_experts
     guard = _LoadGuard([f"{fqn}.".lstrip(".") for fqn in linears], count)
     group.handles.append(model.register_load_state_dict_pre_hook(guard))
@@ -68,6 +69,9 @@ class _LoadGuard:
                 continue
             for tensor in fused_names(linear):
                 stack = f"{name}parametrizations.{tensor}.original"
+                if not parametrized_names(linear):
+                    _refuse_stacks(state_dict, stack)
+                    continue
                 self._check(state_dict, f"{name}{tensor}", stack)
                 if stack not in state_dict:  # some are left out with strict=False
                     _refuse_renamed(module, state_dict, prefix, stack)
@@ -87,6 +91,16 @@ class _LoadGuard:
             )
 
 
+def _refuse_stacks(state_dict: Mapping[str, Any], stack: str) -> None:
+    """Raise if experts are given to a model that has none, which strict=False would leave out."""
+    if stack in state_dict:
+        raise ValueError(
+            f'{stack} was saved under fuse_on="forward", and the model is wrapped with '
+            'fuse_on="step". Load the state dict into a model that is wrapped with "forward", and '
+            "its exfusion_param.fused_state_dict into this one with load_dense_state_dict."
+        )
+
+
 def _refuse_renamed(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str, missing: str
 ) -> None:
@@ -97,6 +111,18 @@ def _refuse_renamed(
         if is_stack and name.startswith(prefix) and name not in known:
             raise ValueError(
                 f"The state dict has no {missing}, but a stack {name} that the model lacks: it was "
-                "saved under other names. Save a wrapped model of transformers with "
-                "save_pretrained(folder, save_original_format=False); ExFusionTrainerMixin does."
+                f"saved under other names. {_way_out(name, missing)}"
             )
+
+
+def _way_out(name: str, missing: str) -> str:
+    """How to give a state dict the model's names, one of which differs in it."""
+    added = [outer for outer in ("module.", "_orig_mod.") if outer in name]
+    renamed = functools.reduce(lambda text, outer: text.replace(outer, ""), added, name)
+    if renamed == missing:
+        change = "".join(f".replace({outer!r}, '')" for outer in added)
+        return f"Load {{name{change}: tensor for name, tensor in state_dict.items()}}."
+    return (
+        "Save a wrapped model of transformers with save_pretrained(folder, "
+        "save_original_format=False); ExFusionTrainerMixin does."
+    )

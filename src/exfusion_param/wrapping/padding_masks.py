@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from ..fusion_weights.token_pool import Layout, TokenPool
 
 ATTENTION_MASK = "attention_mask"
+INVERSE = "input_mask"
+"""XLNet's, which is 1 at padding, and which it takes instead of an attention mask."""
 FOLLOWED = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")
 _MAY_MARK_PADDING = re.compile(r"mask|padding|lengths?$|valid", re.IGNORECASE)
 _IS_OF_TOKENS = re.compile(r"^attention_mask|pad|valid|token", re.IGNORECASE)
@@ -61,7 +63,7 @@ def follow_padding_masks(model: nn.Module, pools: Collection[TokenPool]) -> None
                 if pool not in in_transformers and not is_known:
                     taken[pool] = module, found[0]
     for pool, (module, name) in taken.items():
-        hook = functools.partial(_take_mask, pool, name, _arguments_of(module)[name])
+        hook = functools.partial(_take_mask, pool, name, _arguments_of(module))
         pool.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     rest = [pool for pool in pools if pool not in taken and pool not in in_transformers]
     names = {
@@ -104,11 +106,19 @@ def _given(name: str, position: int, args: Any, kwargs: Mapping[str, Any]) -> An
 
 
 def _take_mask(
-    pool: TokenPool, name: str, position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    pool: TokenPool,
+    name: str,
+    places: Mapping[str, int],
+    module: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
 ) -> None:
     if pool.has_given_mask:
         return
-    mask = _given(name, position, args, kwargs)
+    mask = _given(name, places[name], args, kwargs)
+    if mask is None and name == ATTENTION_MASK and INVERSE in places:
+        padding = _given(INVERSE, places[INVERSE], args, kwargs)
+        mask = None if padding is None else padding == 0
     if name != ATTENTION_MASK:
         if isinstance(mask, Tensor):
             mask = ~mask if mask.dtype == torch.bool else mask >= 0

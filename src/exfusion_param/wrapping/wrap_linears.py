@@ -53,8 +53,7 @@ def wrap_linears(
     for plan in plans:
         plan.fusion_weights.given_ranks = ranks
         plan.carry_out(model)
-        if config.fuse_on == "forward":
-            guard_loading(model, plan.fusion_weights, plan.group.linears)
+        guard_loading(model, plan.fusion_weights, plan.group.linears)
     new = [plan.fusion_weights for plan in plans]
     _follow_masks(model, new)
     if filter_fn is None and config.layers is None:
