@@ -89,7 +89,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (quantised, {}, "blocks.0.fc1: is not of a floating dtype"),
     (normalised, {}, "blocks.0.fc1: is parametrized by something else"),
     *(
-        (with_its_weight_computed(edit), {}, f"weight parameter.* or norms first .*{way_out}")
+        (with_its_weight_computed(edit), {}, f"weight parameter.* or norms first,.*{way_out}")
         for edit, way_out in (
             (lambda linear: prune.l1_unstructured(linear, "weight", 0.5), "prune.remove"),
             (spectral_norm, "remove_spectral_norm"),
