@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.variants import LearnedWeights, StaticWeights
 from ..tensors.ranks import ALONE, Ranks, has_ranks, sum_together
-from ..tensors.shards import is_sharded, like, local, padded, ranks_of, replicas_of, spread
+from ..tensors.shards import local, padded, ranks_of, replicas_of, spread
 from ..tensors.sliced_sums import products_with
 from .slots import Slot
 
@@ -47,7 +47,8 @@ def fusion_gradients(
             group.step_gradients.clear()
             for parameter, gradient in group.gradients(sums).items():
                 if parameter.requires_grad:
-                    group.step_gradients[parameter] = _as_gradient(parameter, gradient)
+                    gradient = gradient.to(parameter.device, parameter.dtype)
+                    group.step_gradients[parameter] = spread(gradient, parameter)
     return {p: grad for group in slots for p, grad in group.step_gradients.items()}
 
 
@@ -87,12 +88,6 @@ def _products(group: FusionWeights, slots: Sequence[Slot]) -> Tensor:
         if slot.fused.products is not None:
             total += slot.fused.products.to(total)
     return total
-
-
-def _as_gradient(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    if is_sharded(parameter):
-        return spread(gradient.to(parameter.dtype), parameter)
-    return like(parameter, gradient)
 
 
 def gather_learned(groups: Iterable[FusionWeights]) -> None:

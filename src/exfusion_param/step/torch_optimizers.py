@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from ..tensors.shards import as_stack, is_sharded, local, stacked, unstacked
+from ..tensors.shards import as_stack, local, stacked, unstacked
 from ..tensors.sliced_sums import fuse_into
 from .fused_parameter import EXPERTS, FusedParameter
 from .slots import Slot, have_stepped
@@ -217,15 +217,10 @@ def _joined(values: list[Any], before: Any) -> Any:
     """The values of all experts; `before` where they are written in its memory."""
     if isinstance(before, Tensor) and all(map(_is_in, values, unstacked(before))):
         return before
-    is_plain = all(type(local_of(value)) is Tensor for value in values)
+    is_plain = all(isinstance(v, Tensor) and type(local(v)) is Tensor for v in values)
     if is_plain and len({(value.shape, value.dtype) for value in values}) == 1:
         return stacked(values)
     return values
-
-
-def local_of(value: Any) -> Any:
-    """This rank's part of a tensor, or another value as it is."""
-    return local(value) if isinstance(value, Tensor) and is_sharded(value) else value
 
 
 def _is_in(value: Any, place: Tensor) -> bool:

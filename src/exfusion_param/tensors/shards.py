@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from .ranks import ALONE, Ranks, ranks_of_groups
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: object) -> bool:
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor."""
     if type(tensor) is nn.Parameter or type(tensor) is Tensor:  # asked often
         return False
@@ -29,69 +32,49 @@ def local(tensor: Tensor) -> Tensor:
     kind = type(tensor)  # asked often
     if kind is nn.Parameter or kind is Tensor or not is_sharded(tensor):
         return tensor.detach()
-    sharded: Any = tensor
     with torch.no_grad():  # else a view comes, whose version says nothing of the tensor's
-        return sharded.to_local()
+        return tensor.to_local()
 
 
 def local_to_differentiate(tensor: Tensor) -> Tensor:
     """The part that this rank holds, for autograd to follow."""
-    sharded: Any = tensor
-    return sharded.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def plus(tensor: Tensor, number: Tensor) -> Tensor:
     """A tensor plus a number of this rank, whose gradient is plain whatever the tensor is."""
     if not is_sharded(tensor):
         return tensor + number
-    sharded: Any = tensor
-    part = sharded.to_local() + number
-    return _from_local(part, sharded.device_mesh, sharded.placements, sharded.shape)
+    return with_memory_of(tensor.to_local() + number, tensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all ranks; they have to call this together."""
-    sharded: Any = tensor.detach()
-    return sharded.full_tensor() if is_sharded(tensor) else tensor
-
-
-def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A new tensor, sharded as `tensor` is; `part` is what this rank holds of it."""
-    if not is_sharded(tensor):
-        return part.to(tensor.device, tensor.dtype)
-    result = torch.empty_like(tensor.detach())
-    local(result).copy_(part)
-    return result
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def with_memory_of(part: Tensor, like: Tensor) -> Tensor:
     """A tensor spread over the ranks as `like` is, in the memory of this rank's `part`."""
-    if not is_sharded(like):
-        return part
-    sharded: Any = like
-    mesh, placements = sharded.device_mesh, sharded.placements
-    return _from_local(part, mesh, placements, like.shape, like.stride())
+    return _from_local(part, like, like.shape, like.stride()) if is_sharded(like) else part
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every rank has, spread over the ranks as `like` is."""
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
-    sharded: Any = like
     return sys.modules["torch.distributed.tensor"].distribute_tensor(
-        tensor.to(local(like).device), sharded.device_mesh, sharded.placements, src_data_rank=None
+        tensor.to(local(like).device), like.device_mesh, like.placements, src_data_rank=None
     )
 
 
-def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+def replicated(tensor: Tensor, like: DTensor) -> Tensor:
     """A whole tensor, which every rank has, on the mesh of the DTensor `like`."""
     if is_sharded(tensor):
         return tensor
     module = sys.modules["torch.distributed.tensor"]
-    sharded: Any = like
-    mesh = sharded.device_mesh
-    places = [module.Replicate()] * mesh.ndim
-    return module.DTensor.from_local(tensor, mesh, places, run_check=False)
+    places = [module.Replicate()] * like.device_mesh.ndim
+    return module.DTensor.from_local(tensor, like.device_mesh, places, run_check=False)
 
 
 def has_nonzero(tensor: Tensor) -> Tensor:
@@ -110,12 +93,12 @@ def with_all_experts(stack: Tensor) -> Tensor:
 
     FSDP2 shards along the experts where it is not told otherwise.
     """
+    stack = stack.detach()
     if not is_sharded(stack):
-        return stack.detach()
+        return stack
     tensor = sys.modules["torch.distributed.tensor"]
-    sharded: Any = stack.detach()
-    placements = [tensor.Shard(1) if p.is_shard(0) else p for p in sharded.placements]
-    return sharded.redistribute(placements=placements)
+    placements = [tensor.Shard(1) if p.is_shard(0) else p for p in stack.placements]
+    return stack.redistribute(placements=placements)
 
 
 def room_for_experts(stack: Tensor, count: int) -> Tensor:
@@ -124,17 +107,14 @@ def room_for_experts(stack: Tensor, count: int) -> Tensor:
     part = local(stack).new_empty((count, *local(stack).shape[1:]))
     if not is_sharded(stack):
         return part
-    sharded: Any = stack
-    shape = torch.Size((count, *stack.shape[1:]))
-    return _from_local(part, sharded.device_mesh, sharded.placements, shape)
+    return _from_local(part, stack, torch.Size((count, *stack.shape[1:])))
 
 
 def ranks_of(tensor: Tensor) -> Ranks | None:
     """The ranks of a DTensor's mesh; None for a plain tensor."""
     if not is_sharded(tensor):
         return None
-    sharded: Any = tensor
-    mesh = sharded.device_mesh
+    mesh = tensor.device_mesh
     return ranks_of_groups([mesh.get_group(dim) for dim in range(mesh.ndim)])
 
 
@@ -142,8 +122,7 @@ def replicas_of(tensor: Tensor, ranks: Ranks) -> int:
     """How many of the ranks hold the same part of a tensor."""
     if not is_sharded(tensor):
         return ranks.count
-    sharded: Any = tensor
-    mesh, places = sharded.device_mesh, sharded.placements
+    mesh, places = tensor.device_mesh, tensor.placements
     return ranks.count // math.prod(
         mesh.size(dim) for dim, place in enumerate(places) if not place.is_replicate()
     )
@@ -151,8 +130,6 @@ def replicas_of(tensor: Tensor, ranks: Ranks) -> int:
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape (*S), spread over the ranks alike, as one of shape (N, *S)."""
-    if not is_sharded(parts[0]):
-        return torch.stack([part.detach() for part in parts])
     return as_stack(torch.stack([local(part) for part in parts]), parts[0])
 
 
@@ -164,20 +141,15 @@ def unstacked(stack: Tensor) -> list[Tensor]:
 
 
 def as_expert(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor, shape (*S), of this rank's part, spread as a DTensor of shape (N, *S) is."""
-    sharded: Any = like
-    placements = [_moved(place, -1) for place in sharded.placements]
-    return _from_local(part, sharded.device_mesh, placements, like.shape[1:])
+    """A tensor, shape (*S), of this rank's part, spread as one of shape (N, *S) is."""
+    return _from_local(part, like, like.shape[1:], moved=-1) if is_sharded(like) else part
 
 
 def as_stack(part: Tensor, like: Tensor) -> Tensor:
     """A stack, shape (N, *S), of this rank's part, spread as a tensor of shape (*S) is."""
     if not is_sharded(like):
         return part
-    sharded: Any = like
-    placements = [_moved(place, 1) for place in sharded.placements]
-    shape = torch.Size((len(part), *like.shape))
-    return _from_local(part, sharded.device_mesh, placements, shape)
+    return _from_local(part, like, torch.Size((len(part), *like.shape)), moved=1)
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
@@ -188,9 +160,8 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
     """
     if not is_sharded(like):
         return full
-    sharded: Any = like
-    places = [(dim, place) for dim, place in enumerate(sharded.placements) if hasattr(place, "dim")]
-    mesh = sharded.device_mesh
+    places: list[Any] = [(dim, p) for dim, p in enumerate(like.placements) if hasattr(p, "dim")]
+    mesh = like.device_mesh
     for mesh_dim, place in sorted(places, key=lambda pair: hasattr(pair[1], "split_factor")):
         pieces = full.chunk(mesh.size(mesh_dim), dim=place.dim + 1)
         rank = mesh.get_local_rank(mesh_dim)
@@ -206,6 +177,27 @@ def padded(tensor: Tensor) -> Tensor:
     return result.view(tensor.shape)
 
 
+def _from_local(
+    part: Tensor,
+    like: DTensor,
+    shape: torch.Size,
+    stride: tuple[int, ...] | None = None,
+    *,
+    moved: int = 0,
+) -> Tensor:
+    """A DTensor of this rank's part, each dimension spread as that which is `moved` before it."""
+    placements = [_moved(place, moved) for place in like.placements] if moved else like.placements
+    tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
+        part,
+        like.device_mesh,
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=stride or torch.empty(shape, device="meta").stride(),
+    )
+    return tensor.to(part.device)  # CPU offload: from_local moves to the mesh's device
+
+
 def _moved(place: Any, by: int) -> Any:
     """A placement whose dimension is `by` further behind."""
     if not hasattr(place, "dim"):
@@ -215,24 +207,9 @@ def _moved(place: Any, by: int) -> Any:
     return type(place)(place.dim + by)
 
 
-def _from_local(
-    part: Tensor,
-    mesh: Any,
-    placements: Sequence[Any],
-    shape: torch.Size,
-    stride: tuple[int, ...] | None = None,
-) -> Tensor:
-    stride = stride or torch.empty(shape, device="meta").stride()
-    tensor = sys.modules["torch.distributed.tensor"].DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=shape, stride=stride
-    )
-    return tensor.to(part.device)  # CPU offload: from_local moves to the mesh's device
-
-
 def holders_of(tensor: Tensor) -> Ranks:
     """The ranks that together hold a tensor once."""
     if not is_sharded(tensor):
         return ALONE
-    sharded: Any = tensor
-    dims = [dim for dim, place in enumerate(sharded.placements) if place.is_shard()]
-    return ranks_of_groups([sharded.device_mesh.get_group(dim) for dim in dims])
+    dims = [dim for dim, place in enumerate(tensor.placements) if place.is_shard()]
+    return ranks_of_groups([tensor.device_mesh.get_group(dim) for dim in dims])

@@ -242,5 +242,4 @@ def _is_gathered(parameter: Tensor, before: Tensor) -> bool:
 
 def _mesh_dims(parameter: Tensor) -> int:
     """How many dimensions the mesh of a DTensor has; 0 for a plain tensor."""
-    sharded: Any = parameter
-    return sharded.device_mesh.ndim if is_sharded(parameter) else 0
+    return parameter.device_mesh.ndim if is_sharded(parameter) else 0
