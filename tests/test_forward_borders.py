@@ -148,8 +148,7 @@ def test_experts_that_are_written_to_between_accesses_are_no_lost_write(write: A
 def test_nothing_is_kept_of_a_training_loop() -> None:
     from exfusion_param.fusion import handed_out
 
-    handed_out._fresh.clear()
-    handed_out._held.clear()
+    handed_out._handed_out.clear()
     model = wrapped()
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):

@@ -14,7 +14,6 @@ from .fusion.lookup import (
     dense_shape,
     fused_names,
     fused_tensor,
-    fusion_of,
     fusion_weights_of,
     groups_of,
     original,
@@ -233,10 +232,10 @@ def _start_from(fused: _Fused, tensor: Tensor, generator: torch.Generator | None
         parameter = fused.linear.get_parameter(fused.name)
         assign(parameter, full_tensor(tensor).to(parameter.device, parameter.dtype))
         return
-    stack, fusion = original(fused.linear, fused.name), fusion_of(fused.linear, fused.name)
+    stack = original(fused.linear, fused.name)
     tensor = full_tensor(tensor).to(stack.device, stack.dtype)
     noise = group.config.upcycle_noise
-    fusion.start_from(stack, upcycled_experts(tensor, group.start(), noise, generator))
+    assign(stack, upcycled_experts(tensor, group.start(), noise, generator))
 
 
 def _shape(value: Any) -> torch.Size | None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..fusion_weights.base import FusionWeights
-from ..tensors import functional
 from ..tensors.expert_starts import upcycled_experts
-from ..tensors.shards import as_expert, assign, full_tensor, is_sharded, local, with_all_experts
 
 
 class ExpertFusion(nn.Module):
@@ -49,19 +47,7 @@ class ExpertFusion(nn.Module):
 
     def extra_repr(self) -> str:
         """N and the shape of the fused tensor."""
-        fusions = self.fusion_weights.fusions
-        stacks = [parametrized.original for parametrized, fusion in fusions if fusion is self]
+        holders = self.fusion_weights.holders
+        stacks = [holder.original for holder in holders if holder[0] is self]
         shapes = [f"{stack.shape[0]} x {tuple(stack.shape[1:])}" for stack in stacks if stack.ndim]
         return ", ".join(shapes)
-
-    def dense(self, stack: Tensor) -> Tensor:
-        """The fused tensor as the stack has it now, shape (*S); a DTensor if the stack is one."""
-        weights = self.fusion_weights()
-        if not is_sharded(stack):
-            return functional.fuse(stack, weights)
-        stack = with_all_experts(stack)  # each rank fuses its own part
-        return as_expert(functional.fuse(local(stack), full_tensor(weights)), stack)
-
-    def start_from(self, stack: Tensor, experts: Tensor) -> None:
-        """Start over from whole experts, shape (N, *S)."""
-        assign(stack, experts)

@@ -21,10 +21,8 @@ from ..fusion_weights.zero_gradients import is_capturing
 from ..tensors.shards import is_sharded, local
 
 # Not attributes of the modules, for a deepcopy not to take them along.
-_fresh: weakref.WeakKeyDictionary[nn.Module, list[_HandedOut]] = weakref.WeakKeyDictionary()
-"""By the tensor's parametrization, what was read since the last check."""
-_held: weakref.WeakKeyDictionary[nn.Module, list[_HandedOut]] = weakref.WeakKeyDictionary()
-"""What was checked, and may still be written to."""
+_handed_out: weakref.WeakKeyDictionary[nn.Module, list[_HandedOut]] = weakref.WeakKeyDictionary()
+"""By the tensor's parametrization, what was read and may still be written to."""
 
 
 class _HandedOut:
@@ -38,6 +36,7 @@ class _HandedOut:
     """
 
     def __init__(self, tensor: Tensor, keep: bool) -> None:
+        self.is_checked = False
         self._kept = tensor if keep else None
         self._tensor = weakref.ref(tensor)
         self._alias = local(tensor.detach())
@@ -84,7 +83,7 @@ def remember(fusion: nn.Module, fused: Tensor, *, is_in_forward: bool, is_empty:
         return
     if is_empty:
         local(fused.detach()).copysign_(fused.new_full((), -1.0))
-    _fresh.setdefault(fusion, []).append(_HandedOut(fused, keep=not is_in_forward))
+    _handed_out.setdefault(fusion, []).append(_HandedOut(fused, keep=not is_in_forward))
 
 
 def found_write(fusion: nn.Module, *, only_fresh: bool = False) -> bool:
@@ -95,32 +94,24 @@ def found_write(fusion: nn.Module, *, only_fresh: bool = False) -> bool:
         only_fresh: compare the numbers only of what was not found unchanged before.
     """
     found = False
-    for known in (_fresh, _held):
-        if fusion not in known:
-            continue
-        if only_fresh and known is _held and not _has_new_version(known[fusion]):
-            continue
-        for handed_out in known.pop(fusion, ()):  # another thread may have been quicker
-            if handed_out.was_written():
-                found = True
-            elif handed_out.is_held():
-                _held.setdefault(fusion, []).append(handed_out)
+    for one in _handed_out.pop(fusion, ()):  # another thread may have been quicker
+        is_quick = only_fresh and one.is_checked
+        if one.has_new_version() if is_quick else one.was_written():
+            found = True
+        elif one.is_held():
+            one.is_checked = True
+            _handed_out.setdefault(fusion, []).append(one)
     return found
-
-
-def _has_new_version(held: list[_HandedOut]) -> bool:
-    return any(handed_out.has_new_version() for handed_out in held)
 
 
 def is_any_handed_out() -> bool:
     """Whether there may be a write to find, in any model."""
-    return bool(_fresh or _held)
+    return bool(_handed_out)
 
 
 def forget(fusion: nn.Module) -> None:
     """What was handed out so far counts no more."""
-    _fresh.pop(fusion, None)
-    _held.pop(fusion, None)
+    _handed_out.pop(fusion, None)
 
 
 def _version(tensor: Tensor) -> int:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..finding.place import PlaceInGroup
 from ..fusion_weights.routed_forward import routed_forward
 from ..tensors.precision import leaves_memory_unset
-from ..tensors.shards import is_sharded
+from ..tensors.shards import assign, is_sharded
 from . import outside_access
 from .expert_fusion import ExpertFusion
 from .refused_edits import OwnParameters, qconfig_property, refuse_deletion, split_property
@@ -197,7 +197,7 @@ def _reset_experts(self: Any) -> None:
         scratch.reset_parameters()
     for name, stack in stacks.items():
         if is_sharded(stack):
-            self.parametrizations[name][0].start_from(stack, drawn[name])
+            assign(stack, drawn[name])
 
 
 def _describe(self: Any) -> str:

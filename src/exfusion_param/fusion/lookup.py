@@ -12,7 +12,8 @@ from ..finding.outer_modules import clean_name, unwrapped
 from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.fused import Fused
 from ..fusion_weights.routed_forward import half_removed
-from ..tensors import shards
+from ..tensors import functional
+from ..tensors.shards import as_expert, full_tensor, is_sharded, local, with_all_experts
 from .expert_fusion import ExpertFusion
 from .outside_access import computed, require_sound
 
@@ -27,9 +28,10 @@ def fused_tensor(linear: nn.Module, name: str) -> Tensor:
     if name not in parametrized_names(linear):
         return linear.get_parameter(name).detach().clone()
     require_sound(linear, name)
-    stack = original(linear, name)
-    if shards.is_sharded(stack):
-        return fusion_of(linear, name).dense(stack)
+    if is_sharded(original(linear, name)):  # each rank fuses its own part
+        stack = with_all_experts(original(linear, name))
+        weights = full_tensor(fusion_weights_of(linear)())
+        return as_expert(functional.fuse(local(stack), weights), stack)
     return computed(linear, name)
 
 
@@ -38,13 +40,6 @@ def dense_shape(linear: nn.Module, name: str) -> torch.Size:
     if name in parametrized_names(linear):
         return original(linear, name).shape[1:]
     return linear.get_parameter(name).shape
-
-
-def fusion_of(linear: nn.Module, name: str) -> ExpertFusion:
-    """The parametrization of a fused tensor."""
-    fusion = linear.get_submodule(f"parametrizations.{name}.0")
-    assert isinstance(fusion, ExpertFusion)
-    return fusion
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ least, also in a bfloat16 model: they move by less than bfloat16 resolves.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ class FusionWeights(SingleInstance):
     drawn = "router"
     """What draws by `reset_parameters` are named after."""
     linears: tuple[nn.Module, ...]
-    fusions: list[tuple[Any, Any]]
-    """For each stack the `ParametrizationList` that holds it, and the parametrization."""
+    holders: list[Any]
+    """For each stack the `ParametrizationList` that holds it."""
     fused: list[Fused]
     """Under `fuse_on="step"`: the weights and biases of the linears."""
 
@@ -73,7 +73,7 @@ class FusionWeights(SingleInstance):
         self.is_in_custom_loop = False  # which no optimizer steps in, on "step"
         self.step_gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward, on "step"
         # Kept out of the submodules: the linears own this module, not the reverse.
-        self.__dict__.update(linears=tuple(group.linears.values()), fusions=[], fused=[])
+        self.__dict__.update(linears=tuple(group.linears.values()), holders=[], fused=[])
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -227,9 +227,9 @@ class FusionWeights(SingleInstance):
         """The parameters that the experts learn through: their stacks, or what they fuse into."""
         return [*[fused.parameter for fused in self.fused], *self.expert_stacks()]
 
-    def expert_stacks(self) -> Iterator[nn.Parameter]:
+    def expert_stacks(self) -> list[nn.Parameter]:
         """The expert stacks that fuse with these weights."""
-        return iter([parametrized.original for parametrized, _ in self.fusions])
+        return [holder.original for holder in self.holders]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
         def keep_precision(tensor: Tensor) -> Tensor:

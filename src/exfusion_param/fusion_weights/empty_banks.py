@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors.shards import local
+from ..tensors.shards import local, sample
 from .base import FusionWeights
 from .zero_gradients import is_capturing, is_transformed
 
@@ -83,17 +83,14 @@ class StillBank:
         """
         if torch.compiler.is_compiling() or self.alarm.is_given:
             return
-        stack = next(bank.expert_stacks(), None)
-        if stack is None or not (
-            _can_be_read(bank.numbers) and _can_be_read(local(stack.detach()))
-        ):
+        stacks = bank.expert_stacks()
+        if not (stacks and _can_be_read(bank.numbers) and _can_be_read(local(stacks[0]))):
             return
         self._forwards += 1
         if self._forwards < self._looks_at:
             return
         self._looks_at *= PATIENCE
-        numbers = local(stack.detach()).flatten()
-        now = bank.numbers.clone(), numbers[:: max(1, len(numbers) // SIZE)].clone()
+        now = bank.numbers.clone(), sample(stacks[0], SIZE)
         before = self._before = self._before or now
         if before is now or bank.votes.has_counted or bank.is_bypassed:
             return

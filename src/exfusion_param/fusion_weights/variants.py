@@ -36,7 +36,7 @@ class StaticWeights(FusionWeights):
     def forward(self) -> Tensor:
         """1/N, shape (N,)."""
         # Not a buffer: a constant one would come back from the meta device unset.
-        like: Any = self.fusions[0][0].original if self.fusions else self.linears[0].weight
+        like: Any = self.holders[0].original if self.holders else self.linears[0].weight
         dtype = accumulation_dtype(like.dtype)
         return uniform_weights(self.config.num_experts, local(like).device, dtype)
 

@@ -16,9 +16,9 @@ first step. A compiled forward is not checked.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +28,9 @@ from torch.optim import Optimizer
 
 from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.variants import StaticWeights
-from ..fusion_weights.zero_gradients import is_transformed
+from ..fusion_weights.zero_gradients import is_capturing, is_transformed
 from ..tensors.ranks import is_joining
-from ..tensors.shards import local
+from ..tensors.shards import sample
 
 PATIENCE = 12
 """Backwards before a loop without an optimizer is warned of."""
@@ -39,33 +39,16 @@ SIZE = 64
 
 _stepped: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 
-
-@dataclasses.dataclass
-class _Steps:
-    """How many there were in this process.
-
-    Args:
-        of_groups: of optimizers that hold wrapped parameters.
-        others: of those that hold none.
-        last: which of the others stepped last.
-    """
-
-    of_groups: int = 0
-    others: int = 0
-    last: str = ""
-
-
-_steps = _Steps()
+_OWN = ""
+_steps: Counter[str] = Counter()
+"""How many steps there were in this process, by the names of the optimizers; of all that hold
+wrapped parameters under `_OWN`."""
 
 
 def note_step(optimizer: Optimizer, groups: Sequence[FusionWeights]) -> None:
     """An optimizer has stepped on these groups, or on none."""
-    if groups:
-        _stepped.update(groups)
-        _steps.of_groups += 1
-    else:
-        _steps.others += 1
-        _steps.last = type(optimizer).__name__
+    _stepped.update(groups)
+    _steps[_OWN if groups else type(optimizer).__name__] += 1
 
 
 class _Sample:
@@ -79,14 +62,9 @@ class _Sample:
         # Those that are here: ZeRO's third stage takes weights away between their linears.
         parameters = [*group.trained(), *group.parameters()]
         held = [p for p in parameters if isinstance(p, nn.Parameter) and p.requires_grad]
-        every = [local(p).flatten() for p in held if not p.is_meta]
-        self.numbers = [numbers[:: max(1, len(numbers) // SIZE)].clone() for numbers in every]
-        self._was_loaded = group.was_loaded
-        self._steps = dataclasses.replace(_steps)
-
-    def is_after_load(self, before: _Sample) -> bool:
-        """Whether a load has come between."""
-        return self._was_loaded != before._was_loaded
+        self.numbers = [sample(parameter, SIZE) for parameter in held if not parameter.is_meta]
+        self.was_loaded = group.was_loaded
+        self.steps = _steps.copy()
 
     def equals(self, before: _Sample) -> bool:
         """Whether no tensor that both have has changed."""
@@ -96,14 +74,6 @@ class _Sample:
             for one, other in pairs
             if (one.shape, one.device) == (other.shape, other.device)
         )
-
-    def has_only_others_since(self, before: _Sample) -> bool:
-        """Whether optimizers that hold no wrapped parameter have stepped, and no other ones.
-
-        Where one that holds some has stepped, what changed may be an average of its model.
-        """
-        now, then = self._steps, before._steps
-        return now.others > then.others and now.of_groups == then.of_groups
 
 
 class CustomLoopCheck:
@@ -145,7 +115,9 @@ class CustomLoopCheck:
             )
         if group in _stepped or group.is_in_custom_loop:
             return
-        if not (group.training and output.requires_grad) or is_transformed(output):
+        if not (group.training and output.requires_grad):
+            return
+        if is_transformed(output) or is_capturing(output):
             return
         self._forwards += 1
         if self._forwards >= self._due:
@@ -157,20 +129,19 @@ class CustomLoopCheck:
 
     @torch.no_grad()
     def _look(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return
-        before, sample = self._sample, _Sample(self.fusion_weights)
-        if before is None or sample.is_after_load(before):
+        before, now = self._sample, _Sample(self.fusion_weights)
+        if before is None or now.was_loaded != before.was_loaded:
             self._changes = 0
         elif not self._had_backward:
             return
-        elif sample.equals(before):
+        elif now.equals(before):
             self._changes, self._interval = 0, 2 * self._interval
-        elif sample.has_only_others_since(before):
-            raise _foreign_optimizer(self.fusion_weights)
+        elif (steps := now.steps - before.steps) and _OWN not in steps:
+            # Otherwise what has changed may be an average of a model that has stepped.
+            raise _foreign_optimizer(self.fusion_weights, next(iter(steps)))
         else:
             self._changes += 1
-        self._sample, self._had_backward = sample, False
+        self._sample, self._had_backward = now, False
         self._due = self._forwards + self._interval
         if self._changes > 1 and self._forwards > PATIENCE:
             self._warn()
@@ -193,10 +164,10 @@ class CustomLoopCheck:
         )
 
 
-def _foreign_optimizer(group: FusionWeights) -> RuntimeError:
+def _foreign_optimizer(group: FusionWeights, optimizer: str) -> RuntimeError:
     what = "experts" if group.fused else "memory bank"
     return RuntimeError(
-        f"The weights of {group.group!r} have changed with a step of {_steps.last}, which holds "
+        f"The weights of {group.group!r} have changed with a step of {optimizer}, which holds "
         "other tensors, as under DeepSpeed's ZeRO and Megatron's distributed optimizer: flat or in "
         f"another dtype, and copied into the weights. The {what} of {group.group!r} stood still. "
         "Use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP, and an optimizer of "

@@ -83,6 +83,12 @@ def has_nonzero(tensor: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(part)).any() if part.numel() else part.any()
 
 
+def sample(tensor: Tensor, count: int) -> Tensor:
+    """A copy of at least `count` numbers of this rank's part, evenly spread; one dimension."""
+    numbers = local(tensor).flatten()
+    return numbers[:: max(1, len(numbers) // count)].clone()
+
+
 def assign(target: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor, which every rank has, into one that may be spread over the ranks."""
     local(target).copy_(local(spread(tensor, target)))

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ..finding.place import PlaceInGroup
 from ..fusion.expert_fusion import ExpertFusion
 from ..fusion.linear_class import dense_order, share_class
-from ..fusion.lookup import fused_names, fusion_of, fusion_weights_of, original, parametrized_names
+from ..fusion.lookup import fused_names, fusion_weights_of, original, parametrized_names
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.memory_bank import MemoryBank
 from ..step.custom_loops import CustomLoopCheck
@@ -29,8 +29,7 @@ def attach(
         owns_weights = place.is_first and name == "weight"
         fusion = ExpertFusion(fusion_weights, experts, owns_weights)
         parametrize.register_parametrization(linear, name, fusion, unsafe=True)
-        parametrized = linear.get_submodule(f"parametrizations.{name}")
-        fusion_weights.fusions.append((parametrized, fusion))
+        fusion_weights.holders.append(linear.get_submodule(f"parametrizations.{name}"))
         original(linear, name).grad = None
         if fusion_weights.own_tensors():
             _take_place_of(linear, name)
@@ -56,9 +55,9 @@ def detach(linear: nn.Module) -> None:
         return
     order, fused, group = dense_order(linear), fused_names(linear), fusion_weights_of(linear)
     for name in fused:
-        fusion = fusion_of(linear, name)
+        holder = linear.get_submodule(f"parametrizations.{name}")
         parametrize.remove_parametrizations(linear, name, leave_parametrized=True)
-        group.fusions[:] = [entry for entry in group.fusions if entry[1] is not fusion]
+        group.holders.remove(holder)
         linear.get_parameter(name).grad = None  # it has the stack's shape
     linear._parameters = dict(linear._parameters)  # see refused_edits.py
     held = dict(linear.named_parameters(recurse=False))

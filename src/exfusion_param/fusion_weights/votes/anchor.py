@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ...tensors.fsdp_groups import is_flattened, is_resharded_after_forward
-from ...tensors.shards import has_nonzero, is_sharded, local
+from ...tensors.shards import has_nonzero, is_sharded, local, sample
 from .custom_ops import current_backward
 
+SIZE = 1024
+"""Numbers in a sample of a gradient, at least."""
 Gradients = list[tuple[int, int]]
 """The identity and version of each."""
 
@@ -153,7 +155,7 @@ class Anchor:
         self._written = None if gradient is None else weakref.ref(gradient)
         self._sample = None
         if gradient is not None and not is_sharded(gradient):
-            self._sample = _sample_of(gradient), gradient._version
+            self._sample = sample(gradient, SIZE).float(), gradient._version
 
     def forget_write(self) -> None:
         """A step has applied the gradient."""
@@ -210,7 +212,7 @@ class Anchor:
         before, version = self._sample
         if gradient._version == version:
             return None
-        now = _sample_of(gradient)
+        now = sample(gradient, SIZE).float()
         product, norms = now @ before, now.norm() * before.norm()
         return (product < (1 - 1e-3) * norms) & (norms > 0)
 
@@ -220,13 +222,6 @@ def _drop_cut_off_hooks(parameter: Any) -> None:
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if not getattr(parameter, hooks):
             setattr(parameter, hooks, None)
-
-
-def _sample_of(gradient: Tensor) -> Tensor:
-    """Up to about a thousand numbers of a gradient, in float32, one dimension."""
-    numbers = gradient.detach().flatten()
-    sample = numbers[:: max(1, len(numbers) // 1024)].float()
-    return sample.clone() if sample.data_ptr() == numbers.data_ptr() else sample
 
 
 def _get(reference: weakref.ref[Tensor] | None) -> Tensor | None:
