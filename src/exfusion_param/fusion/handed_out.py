@@ -98,7 +98,7 @@ def found_write(fusion: nn.Module, *, only_fresh: bool = False) -> bool:
         is_quick = only_fresh and one.is_checked
         if one.has_new_version() if is_quick else one.was_written():
             found = True
-        elif one.is_held():
+        elif is_quick or one.is_held():  # a last write may only show in its numbers
             one.is_checked = True
             _handed_out.setdefault(fusion, []).append(one)
     return found
