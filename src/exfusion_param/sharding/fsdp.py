@@ -22,7 +22,7 @@ from ..fusion.lookup import groups_of
 from ..fusion_weights.base import live_groups
 from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.rank_agreement import require_agreement
-from ..step.hooks import outdate
+from ..step.refusals import outdate
 from ..tensors.ranks import ranks_in
 from .checks import check_placement, check_shardable
 from .transformer_blocks import transformer_blocks

@@ -23,11 +23,6 @@ from .starts import refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
 from .view import copy_back, view_of
 
-# Those of the step before.
-_slots: weakref.WeakKeyDictionary[Optimizer, dict[FusedParameter, Slot]] = (
-    weakref.WeakKeyDictionary()
-)
-
 # The last one of each FFN group, which its optimizer's hooks keep if it failed.
 _steps: weakref.WeakKeyDictionary[FusionWeights, weakref.ref[ExpertStep]] = (
     weakref.WeakKeyDictionary()
@@ -48,9 +43,15 @@ class ExpertStep:
     Args:
         optimizer: about to step.
         groups: the FFN groups that have a parameter in it, all with `fuse_on="step"`.
+        known: the slots of the optimizer's step before; this step's are added.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: Sequence[FusionWeights]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        groups: Sequence[FusionWeights],
+        known: dict[FusedParameter, Slot],
+    ) -> None:
         self.optimizer = optimizer
         self.groups = groups
         self._lent: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
@@ -71,7 +72,6 @@ class ExpertStep:
         self._settings = [dict(group) for group in optimizer.param_groups]
         with torch.no_grad():
             gather_learned(groups)
-            known = _slots.setdefault(optimizer, {})
             self._slots = {}
             for group in groups:
                 fused_here: list[Any] = group.fused

@@ -53,8 +53,8 @@ class FusedParameter:
 
     def _forget(self) -> None:
         self._owner: weakref.ref[Optimizer] | None = None
-        # The experts, for the next optimizer if this one is deleted or its state reset.
-        self._own_state: dict[str, Any] = {}
+        self.own_state: dict[str, Any] = {}
+        """The experts, for the next optimizer if this one is deleted or its state reset."""
         self.writes = Writes(self.fusion_weights)
         self.is_stepping = False
         """The optimizer that holds the parameter is within its step."""
@@ -63,7 +63,7 @@ class FusedParameter:
     def __getstate__(self) -> dict[str, Any]:
         """The state that a copy or a pickle includes, without experts, which optimizers hold."""
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return kept | {"products": None, "writes": None}
+        return kept | {"products": None, "writes": None, "own_state": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,19 +98,23 @@ class FusedParameter:
         """The optimizer that has the experts, if one does."""
         return None if self._owner is None else self._owner()
 
-    def own_state(self) -> dict[str, Any]:
-        """The experts where no optimizer has them, for the next one."""
-        return self._own_state
-
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """The experts are in this optimizer's state from now on."""
         self._owner = weakref.ref(optimizer)
         self.base = None  # the draws are not needed again
 
     def keep(self, experts: Tensor) -> None:
-        """Keep experts alive that are in an optimizer's state; another one may come."""
-        self.refuse_other_experts(experts)
-        self._own_state[EXPERTS] = experts
+        """Keep experts alive that are in an optimizer's state; another one may come.
+
+        Raises:
+            ValueError: they are not as many as the model is wrapped with.
+        """
+        if experts.shape[0] != (count := self.fusion_weights.config.num_experts):
+            raise ValueError(
+                f"The optimizer's state has {len(experts)} experts of {self.start.name!r}, and the "
+                f"model is wrapped with {count}. Wrap it with num_experts={len(experts)}."
+            )
+        self.own_state[EXPERTS] = experts
 
     def refuse_flat(self) -> None:
         """Raise for the flat parameters of FSDP1."""
@@ -132,17 +136,9 @@ class FusedParameter:
                 "fuse(model); or leave the linear out, wrap(model, filter_fn=...)."
             )
 
-    def refuse_other_experts(self, experts: Tensor) -> None:
-        """Raise unless there are as many as the model is wrapped with."""
-        if experts.shape[0] != (count := self.fusion_weights.config.num_experts):
-            raise ValueError(
-                f"The optimizer's state has {len(experts)} experts of {self.start.name!r}, and the "
-                f"model is wrapped with {count}. Wrap it with num_experts={len(experts)}."
-            )
-
     def has_stepped(self) -> bool:
         """Whether an optimizer has moved the experts, as far as this process knows."""
-        return self.writes.has_record()
+        return self.writes.recorded is not None
 
     def is_untouched(self) -> bool:
         """Whether the parameter is what `wrap` made of it."""
@@ -160,7 +156,7 @@ class FusedParameter:
         if optimizer is not None and EXPERTS in optimizer.state.get(parameter, {}):
             stack: Tensor = optimizer.state[parameter][EXPERTS]
             return stack
-        return self._own_state[EXPERTS] if self._own_state else self.drawn()
+        return self.own_state[EXPERTS] if self.own_state else self.drawn()
 
     @torch.no_grad()
     def drawn(self, *, is_start: bool = False) -> Tensor:

@@ -24,11 +24,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import (
@@ -37,18 +37,18 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..fusion_weights.base import FusionWeights, live_groups, on_creation
+from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.rank_agreement import agree
 from .custom_loops import note_step
 from .expert_step import ExpertStep
 from .first_step_checks import check_first_step
+from .fused_parameter import FusedParameter
 from .health import check_health, finish_checks
 from .interrupts import DeferredInterrupt
-from .refusals import delegates, held_by, refuse_closures, refuse_within_backward
+from .refusals import delegates, held_by, refuse_closures, refuse_outdated, refuse_within_backward
+from .slots import Slot
 from .view import is_view
 
-# By id, as tensors compare by value. An entry goes with its tensor, so an id is never another's.
-_outdated: dict[str, weakref.WeakValueDictionary[int, Tensor]] = {}  # by the call that made it so
 _warned: weakref.WeakSet[FusionWeights] = weakref.WeakSet()
 _steps_without: weakref.WeakKeyDictionary[
     FusionWeights, weakref.WeakKeyDictionary[Optimizer, int]
@@ -71,31 +71,13 @@ def install() -> None:
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
-on_creation(install)  # importing the package registers nothing with torch
-
-
-def outdate(parameters: Iterable[nn.Parameter], call: str) -> None:
-    """Refuse optimizers that hold these parameters, which others have taken the place of.
-
-    Args:
-        parameters: of before.
-        call: what has put others in their place.
-    """
-    known = _outdated.setdefault(call, weakref.WeakValueDictionary())
-    known.update((id(parameter), parameter) for parameter in parameters)
-
-
 @_disable_dynamo
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if is_view(optimizer):  # a base class's `step` within a step: its hooks run again
         return
     finish_checks()
+    refuse_outdated(optimizer)
     held = held_by(optimizer)
-    for call, parameters in _outdated.items():
-        if not held.isdisjoint(parameters.keys()):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} was made before {call}. Make the optimizer after it."
-            )
     groups = list(_groups_of(held))
     by_step = [group for group in groups if group.fused]
     refuse_closures(optimizer, by_step)
@@ -134,6 +116,7 @@ class _InnerHooks:
     def __init__(self) -> None:
         self._groups: list[FusionWeights] = []
         self._step: ExpertStep | None = None
+        self._slots: dict[FusedParameter, Slot] = {}  # of the step before
         self._interrupt = DeferredInterrupt()
         self._keys: tuple[int, int] | None = None
         self._compiler: Any = None  # torch.compile's callback, if the step is within its region
@@ -164,7 +147,7 @@ class _InnerHooks:
             self._step.refuse_half_done()
             self._step.return_gradients()
         self._interrupt.begin()
-        self._step = step = ExpertStep(optimizer, groups)
+        self._step = step = ExpertStep(optimizer, groups, self._slots)
         # What is returned here replaces the arguments of `step`: `self` becomes the view.
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         if given is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from operator import is_
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,30 +26,10 @@ OWN_SETTINGS = ("state_dtype", "expert_dtype", "fused", "foreach")
 
 _ZERO = torch.zeros(())
 
-
-class _KnownPlan(NamedTuple):
-    """A plan, with what it was made for.
-
-    Args:
-        plan: itself.
-        stored_as: the dtypes of states and experts that the group asks for.
-        tensors: the slots and states, kept so that no other ones have their identities.
-    """
-
-    plan: StackPlan
-    stored_as: tuple[Any, Any]
-    tensors: list[Any]
-
-    def is_of(self, stored_as: tuple[Any, Any], tensors: list[Any]) -> bool:
-        """Whether the plan is for these."""
-        is_same = len(tensors) == len(self.tensors) and all(
-            map(operator.is_, tensors, self.tensors)
-        )
-        return is_same and stored_as == self.stored_as
-
-
-# Of each parameter group by its index.
-_plans: weakref.WeakKeyDictionary[Optimizer, dict[int, _KnownPlan]] = weakref.WeakKeyDictionary()
+# Of each parameter group by its index, with what they were made for.
+_plans: weakref.WeakKeyDictionary[Optimizer, dict[int, tuple[list[Any], StackPlan]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class OnePassOptimizer(Optimizer):
@@ -160,12 +140,11 @@ class OnePassOptimizer(Optimizer):
         group, plans = self.param_groups[index], _plans.setdefault(self, {})
         kinds = self._kinds_of_state(group)
         keys = [EXPERTS, "step", *[f"{EXPERTS}.{name}" for name in kinds]]
-        stored_as = (group["state_dtype"], group["expert_dtype"])
-        known = plans.get(index)
-        if known is not None and known.is_of(stored_as, _tensors_of(slots, keys)):
-            return known.plan
+        before, now = plans.get(index), _basis_of(group, slots, keys)
+        if before is not None and len(before[0]) == len(now) and all(map(is_, before[0], now)):
+            return before[1]
         plan = StackPlan([self._stack(slot, group, kinds) for slot in slots])
-        plans[index] = _KnownPlan(plan, stored_as, _tensors_of(slots, keys))
+        plans[index] = _basis_of(group, slots, keys), plan
         return plan
 
     def _stack(self, slot: Slot, group: dict[str, Any], kinds: Mapping[str, bool]) -> Stack:
@@ -203,9 +182,10 @@ class OnePassOptimizer(Optimizer):
         return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
 
 
-def _tensors_of(slots: Sequence[Slot], keys: Sequence[str]) -> list[Any]:
-    """The slots, which stay the same while parameters and experts do, and their states."""
-    return [each for slot in slots for each in (slot, *map(slot.state.get, keys))]
+def _basis_of(group: dict[str, Any], slots: Sequence[Slot], keys: Sequence[str]) -> list[Any]:
+    """What a plan is made for: dtypes; slots, which stay the same while experts do; states."""
+    tensors = [each for slot in slots for each in (slot, *map(slot.state.get, keys))]
+    return [group["state_dtype"], group["expert_dtype"], *tensors]
 
 
 def _generators(group: dict[str, Any]) -> Callable[[torch.device], torch.Generator]:

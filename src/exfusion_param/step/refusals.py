@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.votes.custom_ops import current_backward
+
+_OUTDATED = "_exfusion_outdated_by"
+"""The attribute of a parameter that another one has taken the place of: the call that did it."""
 
 
 def refuse_closures(optimizer: optim.Optimizer, groups: Sequence[FusionWeights]) -> None:
@@ -18,6 +21,28 @@ def refuse_closures(optimizer: optim.Optimizer, groups: Sequence[FusionWeights])
             f"{type(optimizer).__name__} evaluates the model within its step, which the experts of "
             f'{groups[0].group!r} cannot follow under fuse_on="step". Wrap with fuse_on="forward".'
         )
+
+
+def outdate(parameters: Iterable[nn.Parameter], call: str) -> None:
+    """Refuse optimizers that hold these parameters, which others have taken the place of.
+
+    Args:
+        parameters: of before.
+        call: what has put others in their place.
+    """
+    for parameter in parameters:
+        setattr(parameter, _OUTDATED, call)
+
+
+def refuse_outdated(optimizer: optim.Optimizer) -> None:
+    """Raise if an optimizer holds parameters of before `wrap` or `fully_shard`."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (call := getattr(parameter, _OUTDATED, None)) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was made before {call}. "
+                    "Make the optimizer after it."
+                )
 
 
 def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bool:

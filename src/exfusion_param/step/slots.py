@@ -69,7 +69,7 @@ def slot_of(
     parameter = fused.parameter if parameter is None else parameter
     group_index = place.get(id(parameter))
     owner = optimizer if group_index is not None else fused.optimizer
-    state = fused.own_state() if owner is None else owner.state[parameter]
+    state = fused.own_state if owner is None else owner.state[parameter]
     if (  # nothing was moved or loaded since
         before is not None
         and before.state is state
@@ -83,7 +83,7 @@ def slot_of(
         return before
     fused.require_own()
     if EXPERTS not in state:
-        experts = fused.own_state().get(EXPERTS)
+        experts = fused.own_state.get(EXPERTS)
         if experts is None:
             experts = fused.drawn(is_start=True)
         share_among_experts(state, fused.start.name, len(experts))

@@ -61,25 +61,19 @@ def stored(state: Tensor | None, stack: Tensor, dtype: StateDtype, signed: bool)
     part = local(stack)
     # Of a sharded stack each rank has whole rows, of its own number.
     unit = math.prod(stack.shape[2:] if is_sharded(stack) else stack.shape[1:])
-    is_quantized = dtype == "8bit" and unit % BLOCK == 0
-    plain = dtype if isinstance(dtype, torch.dtype) else stack.dtype
-    if state is not None and _is_stored(local(state), None if is_quantized else plain):
+    if dtype == "8bit" and unit % BLOCK:
+        dtype = stack.dtype
+    if state is not None and dtype == (state.dtype if is_plain(local(state)) else "8bit"):
         return state
-    new = _quantized_zeros(part, signed) if is_quantized else torch.zeros_like(part, dtype=plain)
+    if dtype == "8bit":
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        new = OptimState8bit.zeros(part.shape, signed, BLOCK, part.device, part.dtype)
+    else:
+        new = torch.zeros_like(part, dtype=dtype)
     if state is not None:
-        new.copy_(to_work_on(local(state), accumulation_dtype(plain)))
+        new.copy_(to_work_on(local(state), accumulation_dtype(part.dtype)))
     return with_memory_of(new, stack)
-
-
-def _is_stored(state: Tensor, dtype: torch.dtype | None) -> bool:
-    return not is_plain(state) if dtype is None else is_plain(state) and state.dtype == dtype
-
-
-def _quantized_zeros(part: Tensor, signed: bool) -> Tensor:
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    zeros: Tensor = OptimState8bit.zeros(part.shape, signed, BLOCK, part.device, part.dtype)
-    return zeros
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -93,8 +87,7 @@ def to_work_on(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if is_plain(tensor):
         return tensor.to(dtype)
     quantized: Any = tensor
-    numbers: Tensor = quantized.dequantize(dtype)
-    return numbers
+    return quantized.dequantize(dtype)
 
 
 def store(tensor: Tensor, numbers: Tensor, generator: torch.Generator) -> None:

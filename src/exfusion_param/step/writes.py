@@ -33,10 +33,6 @@ class Writes:
         self._fused_from: tuple[int, int] | None = None
         self._fusion_weights: list[tuple[int, int]] = []
 
-    def has_record(self) -> bool:
-        """Whether an optimizer has stepped on the experts in this process."""
-        return self.recorded is not None
-
     def take(self, part: Tensor, stack: Tensor, experts: Tensor, now: Tensor) -> None:
         """Add to the experts what was written to the parameter since the last step.
 

@@ -55,29 +55,7 @@ def await_members(members: Sequence[int], where: str) -> None:
     """
     counts = _meetings.setdefault(distributed.group.WORLD, Counter())
     counts[where, *members] += 1
-    _meet(members, where, counts[where, *members])
-
-
-def apart(ranks: Ranks) -> Ranks:
-    """The same ranks with process groups that nothing else uses.
-
-    Made at the first call, which all of the ranks have to take part in.
-    """
-    if any(group not in _own_groups for group in ranks.groups):
-        await_ranks(ranks, "forward")
-    return Ranks(tuple(_own_group(group) for group in ranks.groups))
-
-
-def _own_group(group: Any) -> Any:
-    separate = _own_groups.get(group)
-    if separate is None:
-        members = distributed.get_process_group_ranks(group)
-        separate = distributed.new_group(members, use_local_synchronization=True)
-        _own_groups[group] = separate
-    return separate
-
-
-def _meet(members: Sequence[int], where: str, number: int) -> None:
+    number = counts[where, *members]
     store: Any = distributed.distributed_c10d._get_default_store()
     place = f"exfusion_param/{where}/{number}/{','.join(map(str, members))}"
     here = distributed.get_rank()
@@ -94,6 +72,20 @@ def _meet(members: Sequence[int], where: str, number: int) -> None:
             f"their first {where} within {PATIENCE[where]:.0f} s of rank {here}. If they do not "
             f"{way_out}"
         ) from error
+
+
+def apart(ranks: Ranks) -> Ranks:
+    """The same ranks with process groups that nothing else uses.
+
+    Made at the first call, which all of the ranks have to take part in.
+    """
+    if any(group not in _own_groups for group in ranks.groups):
+        await_ranks(ranks, "forward")
+        for group in ranks.groups:
+            if group not in _own_groups:
+                members = distributed.get_process_group_ranks(group)
+                _own_groups[group] = distributed.new_group(members, use_local_synchronization=True)
+    return Ranks(tuple(_own_groups[group] for group in ranks.groups))
 
 
 def _listed(ranks: Sequence[int]) -> str:

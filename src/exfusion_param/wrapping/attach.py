@@ -14,7 +14,7 @@ from ..fusion.lookup import fused_names, fusion_weights_of, original, parametriz
 from ..fusion_weights.base import FusionWeights
 from ..fusion_weights.memory_bank import MemoryBank
 from ..step.custom_loops import CustomLoopCheck
-from ..step.hooks import outdate
+from ..step.refusals import outdate
 
 
 def attach(

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..finding.left_out import warn_of_left_out
 from ..finding.selection import Filter, select_groups
-from ..fusion_weights.base import FusionWeights
+from ..fusion_weights.base import FusionWeights, on_creation
 from ..fusion_weights.token_pool import Layout, TokenPool
+from ..step.hooks import install
 from ..tensors.ranks import ranks_in
 from .checks import check_wrappable
 from .load_guard import guard_loading
@@ -21,6 +22,8 @@ from .planning import Config, MakeWeights, choose_seed, plan_groups
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+on_creation(install)  # importing the package registers nothing with torch
 
 
 def wrap_linears(
