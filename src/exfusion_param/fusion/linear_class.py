@@ -31,13 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finding.place import PlaceInGroup
-from ..fusion_weights.routed_forward import routed_forward
+from ..finding.place import PlaceInGroup, input_of
 from ..tensors.precision import leaves_memory_unset
 from ..tensors.shards import assign, is_sharded
 from . import outside_access
 from .expert_fusion import ExpertFusion
-from .refused_edits import OwnParameters, qconfig_property, refuse_deletion, split_property
+from .refused_edits import (
+    OwnParameters,
+    half_removed,
+    qconfig_property,
+    refuse_deletion,
+    split_property,
+)
 
 _shared: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
 
@@ -65,7 +70,7 @@ def share_class(
         if hasattr(dense, "reset_parameters"):
             members["reset_parameters"] = _reset_experts
         members["extra_repr"] = _describe
-        forward = dense.forward if place is None else routed_forward(dense, place)
+        forward = dense.forward if place is None else _routed(dense, place)
         members["forward"] = outside_access.watched(forward)
         members |= {"_apply": _moving(dense), "register_parameter": _registering(dense)}
         members["_save_to_state_dict"] = _saving(dense)
@@ -115,6 +120,25 @@ def _property(name: str) -> property:
         refuse_deletion(name)
 
     return property(get, set_originals, refuse_deletion_of_fused)
+
+
+def _routed(dense: Any, place: PlaceInGroup) -> Callable[..., Any]:
+    """The `forward` for a dense class, run by the fusion weights until the last linear has run."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def run_dense() -> Any:
+            return dense.forward(self, *args, **kwargs)
+
+        if "weight" not in self.parametrizations:
+            raise half_removed(self)
+        weights = self.parametrizations.weight[0].fusion_weights
+        try:
+            return weights.run(self, input_of(args, kwargs), place, run_dense)
+        finally:
+            if place.is_last:
+                weights.end_forward()
+
+    return forward
 
 
 def _moving(dense: Any) -> Callable[..., Any]:

@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 from ..finding.outer_modules import clean_name, unwrapped
 from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.fused import Fused
-from ..fusion_weights.routed_forward import half_removed
 from ..tensors import functional
 from ..tensors.shards import as_expert, full_tensor, is_sharded, local, with_all_experts
 from .expert_fusion import ExpertFusion
 from .outside_access import computed, require_sound
+from .refused_edits import half_removed
 
 
 def original(linear: nn.Module, name: str) -> nn.Parameter:

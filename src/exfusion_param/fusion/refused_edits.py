@@ -3,7 +3,8 @@
 `functional_call` swaps tensors by name; old-style `torch.nn.utils.weight_norm` and `spectral_norm`
 take the weight out of the linear's dict of parameters; eager quantization sets a `qconfig`; tensor
 parallelism asks whether the linear is split already; others delete the attribute. Each is refused
-where it begins, with the linear as it was.
+where it begins, with the linear as it was, but for `remove_parametrizations` of the weight only,
+which the next forward refuses.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ _SETTERS = (
     *(f"{__package__}.{module}" for module in ("refused_edits", "outside_access", "linear_class")),
     "torch.nn.modules.module",
 )
+
+
+def half_removed(linear: Any) -> RuntimeError:
+    """The error for a linear whose bias is still fused and whose weight is not any more."""
+    return RuntimeError(
+        f"The weight of a wrapped {type(linear).__bases__[0].__name__} was taken from its experts "
+        "by remove_parametrizations, and its bias is still fused. Call exfusion_param.fuse(model) "
+        "instead of it; or let it take weight and bias of all linears of the FFN."
+    )
 
 
 def qconfig_property() -> property:

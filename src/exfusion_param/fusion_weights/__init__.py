@@ -8,8 +8,7 @@ All variants share `base`: the weights of one group, a module that must exist on
 The third variant is the memory bank, which follows a router: `memory_bank` under "forward",
 `bank_on_step` under "step".
 
-- Its input: `routed_forward` passes the FFN's input on; `token_pool` excludes
-  padding.
+- Its input, from which `token_pool` excludes padding.
 - Its votes, the micro-batches that count: the folder `votes`.
 - Its problems: `bank_problems` raises for forwards that it cannot follow, and warns of collapsed
   routers and dead experts; `empty_banks` warns of banks that are still zero or do not move.

@@ -6,7 +6,6 @@ Warnings are of collapsed routers and dead experts, and of experts that train wi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -53,26 +52,21 @@ def shares_of(bank: Tensor) -> Tensor:
 
 def warn_of_problems(group: str, routed: Tensor, shares: Tensor, warned: set[str]) -> None:
     """Warn of the problems of one step, each kind once; both tensors have shape (N,)."""
-    for kind, problem in _problems(group, routed, shares):
-        if kind not in warned:
-            warned.add(kind)
-            warnings.warn(problem, stacklevel=3)
-
-
-def _problems(group: str, routed: Tensor, shares: Tensor) -> Iterator[tuple[str, str]]:
+    problems: dict[str, str] = {}
     if routed.max() > COLLAPSED:
-        yield (
-            "collapsed",
+        problems["collapsed"] = (
             f"The router of {group!r} has collapsed: expert {int(routed.argmax())} has a weight of "
             f"{routed.max():.3f}, and the others next to none. A lower learning rate for routers "
-            "(param_groups(fusion_lr=...)) may help.",
+            "(param_groups(fusion_lr=...)) may help."
         )
     if shares.min() < DEAD:
-        yield (
-            "dead",
+        problems["dead"] = (
             f"Expert {int(shares.argmin())} of {group!r} is dead: its fusion weight is less than "
-            f"{DEAD} of an equal share.",
+            f"{DEAD} of an equal share."
         )
+    for kind in [kind for kind in problems if kind not in warned]:
+        warned.add(kind)
+        warnings.warn(problems[kind], stacklevel=3)
 
 
 def warn_of_bypass(group: str) -> None:

@@ -17,7 +17,7 @@ from ..tensors.sliced_sums import fuse_into
 from .fused_parameter import FusedParameter
 from .fusion_gradients import fusion_gradients, gather_learned
 from .one_pass import OnePassOptimizer
-from .refusals import refuse_graph, refuse_own_dicts
+from .refusals import held_by, refuse_graph, refuse_own_dicts
 from .slots import Slot, slot_of
 from .starts import refuse_tied, warn_of_starts
 from .torch_optimizers import StandIns, steps_one_by_one, update_one_by_one
@@ -63,12 +63,7 @@ class ExpertStep:
         self._copies: list[Tensor] = []
         if isinstance(optimizer, OnePassOptimizer):
             optimizer.refuse_unsupported()
-        place = {
-            id(parameter): index
-            for index, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-        }
-        self._place = place
+        self._place = place = held_by(optimizer)
         self._settings = [dict(group) for group in optimizer.param_groups]
         with torch.no_grad():
             gather_learned(groups)

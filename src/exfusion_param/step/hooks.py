@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ _steps_without: weakref.WeakKeyDictionary[
 ] = weakref.WeakKeyDictionary()
 _inner: weakref.WeakKeyDictionary[Optimizer, _InnerHooks] = weakref.WeakKeyDictionary()
 # What optimizers hold that step now: the ids of parameters, and the FFN groups.
-_holds: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], list[FusionWeights]]] = (
+_holds: weakref.WeakKeyDictionary[Optimizer, tuple[Set[int], list[FusionWeights]]] = (
     weakref.WeakKeyDictionary()
 )
 _hooks: list[Any] = []
@@ -77,7 +77,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     finish_checks()
     refuse_outdated(optimizer)
-    held = held_by(optimizer)
+    held = held_by(optimizer).keys()
     groups = list(_groups_of(held))
     by_step = [group for group in groups if group.fused]
     refuse_closures(optimizer, by_step)
@@ -186,7 +186,7 @@ def _skipped(optimizer: Optimizer) -> Tensor | None:
     return found_inf > 0 if isinstance(found_inf, Tensor) else None
 
 
-def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
+def _groups_of(held: Set[int]) -> Iterator[FusionWeights]:
     """The fusion weights of every group that has one of these parameters."""
     for group in live_groups():
         # As a rule the first is held, which is quicker than to look for all of them.
@@ -195,7 +195,7 @@ def _groups_of(held: set[int]) -> Iterator[FusionWeights]:
             yield group
 
 
-def _warn_if_left_out(optimizer: Optimizer, group: FusionWeights, held: set[int]) -> None:
+def _warn_if_left_out(optimizer: Optimizer, group: FusionWeights, held: Set[int]) -> None:
     """Warn once if the experts train and the group's router or learned weights do not."""
     trained = [p for p in group._parameters.values() if p is not None and p.requires_grad]
     if not trained or not held.isdisjoint([id(parameter) for parameter in trained]):

@@ -64,7 +64,7 @@ def delegates(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> bo
             'fuse_on="forward".'
         )
     tensors = [t for group in groups for t in (*group.trained(), *group.own_tensors())]
-    held = {id(tensor) for tensor in tensors} & held_by(optimizer)
+    held = {id(tensor) for tensor in tensors} & held_by(optimizer).keys()
     left = held - set().union(*map(held_by, inner))
     if left and left != held and not is_parted:
         raise RuntimeError(
@@ -83,9 +83,13 @@ def _optimizers_in(optimizer: optim.Optimizer) -> Iterator[optim.Optimizer]:
                 yield one
 
 
-def held_by(optimizer: optim.Optimizer) -> set[int]:
-    """The ids of an optimizer's parameters."""
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def held_by(optimizer: optim.Optimizer) -> dict[int, int]:
+    """An optimizer's parameters: by the id of each, the index of its parameter group."""
+    return {
+        id(parameter): index
+        for index, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
 
 
 def refuse_within_backward(optimizer: optim.Optimizer, groups: Iterable[FusionWeights]) -> None:

@@ -16,6 +16,7 @@ it is looked at with the optimizer's step.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable
 from typing import Literal
@@ -37,17 +38,18 @@ class OrderedSums:
 
     Args:
         name: of the group, alike on all ranks.
-        find_ranks: gives the ranks that train the group.
+        find_ranks: a bound method that gives the ranks that train the group; it is held weakly.
     """
 
-    def __init__(self, name: str, find_ranks: Callable[[], Ranks | None]) -> None:
+    def __init__(self, name: str, find_ranks: Callable[[], Ranks]) -> None:
         self.has_differed: Tensor | None = None  # a boolean, shape (), on a GPU
         self._name = name
-        self._find_ranks = find_ranks
+        self._find_ranks = weakref.WeakMethod(find_ranks)
 
     def ranks(self) -> Ranks:
         """The ranks that train the group."""
-        return self._find_ranks() or ALONE
+        find = self._find_ranks()
+        return ALONE if find is None else find()
 
     def sum(self, tensor: Tensor, direction: Direction) -> Tensor:
         """The sum of a tensor of one dimension over the ranks; all of them call this together.

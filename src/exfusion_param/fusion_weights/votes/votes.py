@@ -25,7 +25,6 @@ through it:
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -68,7 +67,7 @@ class Votes:
     Args:
         find_anchor: a bound method that gives a trainable parameter of the group, or None; it is
             held weakly.
-        find_ranks: a bound method that gives the ranks that train the group; it is held weakly.
+        find_ranks: as for `OrderedSums`.
         name: of the group, alike on all ranks.
     """
 
@@ -80,8 +79,7 @@ class Votes:
     ) -> None:
         self.has_counted = False  # ever
         self.total: Tensor | None = None  # (N + 1,): the sum of w, and how many it sums
-        held_weakly = weakref.WeakMethod(find_ranks)
-        self.sums = OrderedSums(name, lambda: (find := held_weakly()) and find())
+        self.sums = OrderedSums(name, find_ranks)
         self._all_noted: Tensor | None = None  # the total, had no gradient been reset
         self._is_split = False  # a backward since the last step was
         self._backwards: dict[int | None, _Backward] = {}
