@@ -34,24 +34,6 @@ class _Pass:
     weights: Any
     backward: int | None = None
 
-    def note(self, gradient: Tensor) -> None:
-        """A hook on the linear's output."""
-        self.backward = current_backward()
-
-    def require_noted(self, gradient: Tensor) -> None:
-        """A hook on the vector that the linear fuses with.
-
-        Raises:
-            RuntimeError: the running backward has not passed the output.
-        """
-        if self.backward != current_backward():
-            raise RuntimeError(
-                f"The learned fusion weights of {self.weights.group!r} are shared by several "
-                "linears, and their gradient cannot be computed apart from that of the inputs, as "
-                "pipelines with a zero-bubble schedule do, under "
-                'fuse_on="forward". Wrap with fuse_on="step", or take another schedule.'
-            )
-
 
 class _Running(threading.local):
     forward: _Pass | None = None
@@ -69,8 +51,7 @@ def run_noting_backwards(weights: Any, x: Tensor, run_dense: Callable[[], Any]) 
         y = run_dense()
     finally:
         _running.forward = None
-    y.register_hook(running.note)
-    return y
+    return _AtOutput.apply(y, running)
 
 
 def noting_backwards(owner: Any, weights: Tensor) -> Tensor:
@@ -80,9 +61,8 @@ def noting_backwards(owner: Any, weights: Tensor) -> Tensor:
     running = _running.forward
     if running is None or running.weights is not owner or not weights.requires_grad:
         return weights
-    weights = weights.clone()  # for hooks of this forward only
-    weights.register_hook(running.require_noted)
-    return weights
+    noting: Tensor = _AtWeights.apply(weights, running)
+    return noting
 
 
 def _can_be_split(x: Tensor) -> bool:
@@ -90,3 +70,33 @@ def _can_be_split(x: Tensor) -> bool:
     if "torch.distributed.pipelining" not in sys.modules:
         return False
     return x.requires_grad and torch.is_grad_enabled() and not is_transformed(x)
+
+
+class _AtOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, running: _Pass) -> Tensor:
+        ctx.running = running
+        return y.detach()  # not a view, which the next layer could not write to in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.running.backward = current_backward()
+        return gradient, None
+
+
+class _AtWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, running: _Pass) -> Tensor:
+        ctx.running = running
+        return weights.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.running.backward != current_backward():
+            raise RuntimeError(
+                f"The learned fusion weights of {ctx.running.weights.group!r} are shared by "
+                "several linears, and their gradient cannot be computed apart from that of the "
+                "inputs, as pipelines with a zero-bubble schedule do, under "
+                'fuse_on="forward". Wrap with fuse_on="step", or take another schedule.'
+            )
+        return gradient, None
