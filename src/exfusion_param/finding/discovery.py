@@ -50,7 +50,7 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
     groups: list[FFNGroup] = []
     unsure: list[FFNGroup] = []
     taken: set[nn.Module] = set()
-    counts = Counter(part for name in candidate_linears(model) for part in _parents(name))
+    counts = Counter(part for name in candidate_linears(model) for part in parents_of(name))
     mixers = set(attention)  # modules that hold attention, and no FFN
     for fqn, module in reversed(modules.items()):  # what is inside of a module comes before it
         if module in attention:
@@ -63,11 +63,8 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
             is_beside_attention=module in inside_blocks,
             holds_attention=not mixers.isdisjoint(module.children()),
         )
-        found = [
-            ({_join(fqn, name): linear for name, linear in linears.items()}, is_unsure)
-            for linears, is_unsure in holder.ffns()
-        ]
-        for linears, is_unsure in found:
+        for own, is_unsure in holder.ffns():
+            linears = {_join(fqn, name): linear for name, linear in own.items()}
             # A linear that several modules hold belongs to the first, by whose name it is known.
             if linears.keys() <= modules.keys() and taken.isdisjoint(linears.values()):
                 taken.update(linears.values())
@@ -80,7 +77,7 @@ def find_ffns(model: nn.Module) -> list[FFNGroup]:
     return named_apart(sorted(groups or unsure, key=lambda group: rank[group.inputs[0]]))
 
 
-def _parents(fqn: str) -> list[str]:
+def parents_of(fqn: str) -> list[str]:
     """The names of the modules that hold a module, the innermost first, the model's last."""
     parts = fqn.split(".")
     return [".".join(parts[:length]) for length in reversed(range(len(parts)))]
@@ -90,7 +87,7 @@ def _around(
     modules: Mapping[str, nn.Module], fqn: str, counts: Mapping[str, int]
 ) -> dict[str, nn.Module]:
     """A module, and those around it that hold no projections but its own."""
-    parents = takewhile(lambda name: name and counts[name] == counts[fqn], _parents(fqn))
+    parents = takewhile(lambda name: name and counts[name] == counts[fqn], parents_of(fqn))
     return {name: modules[name] for name in (fqn, *parents)}
 
 

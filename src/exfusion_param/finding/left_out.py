@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from .outer_modules import globs_of
 from .projections import (
     Projection,
     is_wide_ffn,
-    one_projection,
     projection_of,
+    projections_beside,
     projections_of,
 )
 from .structure import is_spatial
@@ -108,7 +108,7 @@ def _rows(
     module: nn.Module, seen: set[nn.Module]
 ) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Rows of a module's projections, D to H and on to D with H > D; they are then seen."""
-    linears = _projections(module)
+    linears = projections_beside(module)
     rest = [name for name, linear in linears.items() if linear not in seen]
     for index, first in enumerate(rest):
         for end, last in enumerate(rest[index + 1 :], index + 1):
@@ -147,13 +147,6 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         is_torchs = type(holder).__module__.startswith("torch.")
         if not projection_of(holder) and not is_torchs and (holder is module or len(own) == 1):
             yield from ((prefix or name, parameter) for name, parameter in own)
-
-
-def _projections(module: nn.Module) -> Mapping[str, nn.Module]:
-    """A module's projections, and the only ones of its children."""
-    found = {name: one_projection(child) for name, child in module.named_children()}
-    paths = {child: path for path, child in module.named_modules()}
-    return {paths[linear]: linear for linear in found.values() if linear is not None}
 
 
 def _in_turn(module: nn.Module, pair: Sequence[nn.Module], seen: Collection[nn.Module]) -> bool:

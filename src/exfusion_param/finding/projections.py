@@ -84,6 +84,13 @@ def one_projection(module: nn.Module | None) -> nn.Module | None:
     return weighty[0] if len(weighty) == 1 and projection_of(weighty[0]) else None
 
 
+def projections_beside(module: nn.Module) -> dict[str, nn.Module]:
+    """A module's own projections, and the only ones of its children, by their names in it."""
+    names = {inner: name for name, inner in module.named_modules()}
+    found = map(one_projection, module.children())
+    return {names[linear]: linear for linear in found if linear is not None}
+
+
 def _weighty(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold a matrix or more, projections as a whole."""
     if projection_of(module) or any(p.ndim > 1 for p in module.parameters(recurse=False)):

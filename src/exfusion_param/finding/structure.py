@@ -15,6 +15,7 @@ from .projections import (
     is_wide_ffn,
     one_projection,
     projection_of,
+    projections_beside,
     projections_of,
 )
 
@@ -86,8 +87,10 @@ class Holder:
 
     def _fitting(self, shape: FFNShape) -> Linears:
         names = (*shape.inputs, shape.output)
-        found = [one_projection(_descendant(self.module, name)) for name in names]
-        linears = {self._path(linear): linear for linear in found if linear is not None}
+        below = dict(self.module.named_modules(remove_duplicate=False))
+        found = [one_projection(below.get(name)) for name in names]
+        first_names = {module: name for name, module in reversed(below.items())}
+        linears = {first_names[linear]: linear for linear in found if linear is not None}
         if len(linears) < len(names) or not self._fits(projections_of(linears.values())):
             return {}
         # An adapter's down_proj is registered before its up_proj.
@@ -106,16 +109,14 @@ class Holder:
         free = self.is_called_ffn and self.is_beside_attention and widens
         return is_ffn(maps, any_output=free)
 
-    def _path(self, linear: nn.Module) -> str:
-        return next(path for path, module in self.module.named_modules() if module is linear)
-
     def _is_ffn(self, linears: Linears) -> bool:
         maps = projections_of(linears.values())
         return is_wide_ffn(maps) and self._may_mix(linears)
 
     def _in_turn(self) -> Iterator[Linears]:
         """FFNs in a row of linears beside attention, in the order of their registration."""
-        rest = list(self._seen_through().items()) if self.holds_attention else []
+        beside = projections_beside(self.module) if self.holds_attention else {}
+        rest = [(n, linear) for n, linear in beside.items() if self._may_be_part(linear)]
         while len(rest) > 1:
             for length in (3, 2):
                 part = dict(rest[:length])
@@ -125,18 +126,6 @@ class Holder:
                     break
             else:
                 rest = rest[1:]
-
-    def _seen_through(self) -> Linears:
-        """Linears that are children, or the only projection of one, beside norms and the like."""
-        linears = {}
-        for name, child in self.module.named_children():
-            if isinstance(child, nn.ModuleList | nn.ModuleDict):
-                continue
-            linear = one_projection(child)
-            if linear is not None and self._may_be_part(linear):
-                path = next(path for path, m in child.named_modules() if m is linear)
-                linears[f"{name}.{path}".rstrip(".")] = linear
-        return linears
 
     def _may_be_part(self, module: nn.Module) -> bool:
         """Whether it may be part of an FFN by structure; convolutions need a telling name."""
@@ -170,12 +159,3 @@ def is_spatial(module: nn.Module) -> bool:
     """Whether a module runs over more than one token: a convolution, or a recurrent layer."""
     is_convolution = isinstance(module, CONVOLUTIONS) and math.prod(module.kernel_size) > 1
     return is_convolution or isinstance(module, nn.RNNBase)
-
-
-def _descendant(module: nn.Module, name: str) -> nn.Module | None:
-    for part in name.split("."):
-        child = dict(module.named_children()).get(part)
-        if child is None:
-            return None
-        module = child
-    return module

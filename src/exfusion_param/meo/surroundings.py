@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
+
+from ..finding.discovery import parents_of
 
 _TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CAUSAL = ("is_causal", "is_decoder")
@@ -16,7 +16,7 @@ def is_causal(model: nn.Module, ffn: str) -> bool:
     Attention modules of transformers say so in `is_causal` or `is_decoder`, others by their name or
     that of the model. torch's `nn.TransformerDecoderLayer` is made for masks that hide later ones.
     """
-    for parent in _parents(model, ffn):
+    for parent in _around(model, ffn):
         if isinstance(parent, nn.TransformerDecoderLayer):
             return True
         said = [module for module in parent.modules() if _speaks(module)]
@@ -27,7 +27,7 @@ def is_causal(model: nn.Module, ffn: str) -> bool:
 
 def batch_dim(model: nn.Module, ffn: str) -> int:
     """Dimension of an FFN's input that runs over samples: 0, but for some of torch's layers."""
-    for parent in _parents(model, ffn):
+    for parent in _around(model, ffn):
         if isinstance(parent, _TORCH_LAYERS):
             return 0 if parent.self_attn.batch_first else 1
     return 0
@@ -35,15 +35,12 @@ def batch_dim(model: nn.Module, ffn: str) -> int:
 
 def is_in_torch_layer(model: nn.Module, ffn: str) -> bool:
     """Whether the FFN is of one of torch's layers, which take single samples, shape (T, D), too."""
-    return any(isinstance(parent, _TORCH_LAYERS) for parent in _parents(model, ffn))
+    return any(isinstance(parent, _TORCH_LAYERS) for parent in _around(model, ffn))
 
 
-def _parents(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def _around(model: nn.Module, name: str) -> list[nn.Module]:
     """A module of the model and all that hold it, from the inside."""
-    while name:
-        yield model.get_submodule(name)
-        name = name.rpartition(".")[0]
-    yield model
+    return [model.get_submodule(each) for each in (name, *parents_of(name))]
 
 
 def _speaks(module: nn.Module) -> bool:

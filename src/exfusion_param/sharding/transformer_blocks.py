@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..finding.discovery import parents_of
 from ..fusion.lookup import groups_of, wrapped_linears
 
 
@@ -22,7 +23,8 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     first = _first_linears(model)
     blocks = {}
     for fqn in first:
-        elements = [path for path in _ancestors(fqn) if _is_element(model, path)]
+        around = reversed(parents_of(fqn)[:-1])  # the largest first, without the model itself
+        elements = [path for path in around if _is_element(model, path)]
         counts = [sum(other.startswith(f"{path}.") for other in first) for path in elements]
         fitting = [path for path, n in zip(elements, counts, strict=True) if n == min(counts)]
         if fitting:
@@ -35,12 +37,6 @@ def _first_linears(model: nn.Module) -> list[str]:
     """The name of the first linear of each FFN group."""
     firsts = {group.linears[0] for group in groups_of(model)}
     return [fqn for fqn, linear in wrapped_linears(model).items() if linear in firsts]
-
-
-def _ancestors(fqn: str) -> list[str]:
-    """The names of the modules around a module, the largest first, but for the model itself."""
-    parts = fqn.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _is_element(model: nn.Module, path: str) -> bool:
