@@ -86,7 +86,13 @@ def wrap(
             process_group=process_group,
         )
     )
-    _warn_of_bank(config)
+    fills_first = config.variant == "mb" and config.bank_init == "zeros"
+    if fills_first and config.expert_init != "independent":
+        warnings.warn(
+            "Upcycled experts under a memory bank of zeros: the model loses its pretraining "
+            'while the bank fills. Use bank_init="uniform".',
+            stacklevel=2,
+        )
     return model
 
 
@@ -153,14 +159,3 @@ def _is_trained_without_experts(fused: Fused) -> bool:
     # An average of the weights has no gradients, and is shipped without a step of its own.
     is_trained = fused.parameter.grad is not None or fused.fusion_weights.is_in_custom_loop
     return is_trained and not fused.has_stepped() and not fused.is_untouched()
-
-
-def _warn_of_bank(config: ExFusionConfig) -> None:
-    if config.variant != "mb":
-        return
-    if config.expert_init != "independent" and config.bank_init == "zeros":
-        warnings.warn(
-            "Upcycled experts under a memory bank of zeros: the model loses its pretraining "
-            'while the bank fills. Use bank_init="uniform".',
-            stacklevel=3,
-        )

@@ -10,12 +10,6 @@ from .expert_config import ExpertConfig, FuseOn, check_type
 Variant = Literal["sw", "dw", "mb"]
 BankInit = Literal["zeros", "uniform"]
 
-_CHOICES = {
-    "variant": get_args(Variant),
-    "bank_init": get_args(BankInit),
-    "fuse_on": get_args(FuseOn),
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExFusionConfig(ExpertConfig):
@@ -73,8 +67,9 @@ class ExFusionConfig(ExpertConfig):
     fuse_on: FuseOn = "forward"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            self._check_choice(name, choices)
+        self._check_choice("variant", get_args(Variant))
+        self._check_choice("bank_init", get_args(BankInit))
+        self._check_choice("fuse_on", get_args(FuseOn))
         super().__post_init__()
         check_type("momentum", self.momentum, int, float)
         if not 0 <= self.momentum < 1:
@@ -82,13 +77,8 @@ class ExFusionConfig(ExpertConfig):
                 f"momentum must be in [0, 1), got {self.momentum}. "
                 "The paper uses 0.95; 0 uses each step's own fusion weights."
             )
-        if not isinstance(self.shared_router, bool):
-            raise TypeError(f"shared_router must be a bool, got {self.shared_router!r}.")
-        check_type("token_stride", self.token_stride, int)
-        if self.token_stride < 1:
-            raise ValueError(
-                f"token_stride must be >= 1, got {self.token_stride}. 1 reads all tokens."
-            )
+        self._check_bool("shared_router")
+        self._check_count("token_stride", 1, "1 reads all tokens.")
 
     @property
     def label(self) -> str:

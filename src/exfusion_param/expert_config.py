@@ -33,11 +33,7 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         self._check_choice("expert_init", get_args(ExpertInit))
-        check_type("num_experts", self.num_experts, int)
-        if self.num_experts < 2:
-            raise ValueError(
-                f"num_experts must be >= 2, got {self.num_experts}. Use the dense model instead."
-            )
+        self._check_count("num_experts", 2, "Use the dense model instead.")
         self._check_init()
         self._check_layers()
         if self.seed is not None:
@@ -48,10 +44,24 @@ class ExpertConfig:
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
+    def _check_count(self, name: str, least: int, way_out: str = "") -> None:
+        value = getattr(self, name)
+        check_type(name, value, int)
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}. {way_out}".rstrip())
+
+    def _check_scale(self, name: str) -> None:
+        value = getattr(self, name)
+        check_type(name, value, int, float)
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
+
+    def _check_bool(self, name: str) -> None:
+        if not isinstance(value := getattr(self, name), bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}.")
+
     def _check_init(self) -> None:
-        check_type("upcycle_noise", self.upcycle_noise, int, float)
-        if not 0 <= self.upcycle_noise < float("inf"):
-            raise ValueError(f"upcycle_noise must be >= 0 and finite, got {self.upcycle_noise}.")
+        self._check_scale("upcycle_noise")
         check_type("drop_ratio", self.drop_ratio, int, float)
         if not 0 < self.drop_ratio <= 1:
             raise ValueError(

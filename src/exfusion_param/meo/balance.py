@@ -57,7 +57,9 @@ def balance_loss(model: nn.Module) -> Tensor:
             by_size[gate.config.num_experts, gate.gate.device].append(gate)
     total = torch.zeros((), device=gates[0].gate.device)
     for alike in by_size.values():
-        values = _summed(torch.stack([_statistics(gate) for gate in alike]), alike[0].ranks)
+        values = torch.stack([_statistics(gate) for gate in alike])
+        if (ranks := alike[0].ranks) is not ALONE:
+            values = _SumOverRanks.apply(values, ranks)
         factors = values.new_tensor([gate.config.balance_weight for gate in alike])
         loss = (squared_variation(values).sum(dim=1) * factors).sum()
         total = total + loss.to(total.device)
@@ -78,16 +80,8 @@ def gates_of(model: nn.Module) -> list[Gate]:
 
 def _statistics(gate: Gate) -> Tensor:
     """Importance and load of the experts, shape (2, N)."""
-    importance = torch.stack([gates.importance for gates in gate.recorded]).sum(dim=0)
-    return torch.stack(
-        [importance, torch.stack([gates.load for gates in gate.recorded]).sum(dim=0)]
-    )
-
-
-def _summed(values: Tensor, ranks: Ranks) -> Tensor:
-    if ranks is ALONE:
-        return values
-    return _SumOverRanks.apply(values, ranks)
+    every = [torch.stack([gates.importance, gates.load]) for gates in gate.recorded]
+    return torch.stack(every).sum(dim=0)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -74,19 +74,15 @@ class MEOConfig(ExpertConfig):
         self._check_choice("gating", get_args(Gating))
         self._check_top_k()
         self._check_task()
-        check_type("segment_length", self.segment_length, int)
-        if self.segment_length < 1:
-            raise ValueError(f"segment_length must be >= 1, got {self.segment_length}.")
+        self._check_count("segment_length", 1)
         if self.batch_dim is not None:
             check_type("batch_dim", self.batch_dim, int)
             if self.batch_dim not in (0, 1):
                 raise ValueError(f"batch_dim must be 0, 1 or None, got {self.batch_dim}.")
-        check_type("balance_weight", self.balance_weight, int, float)
-        if not 0 <= self.balance_weight < float("inf"):
-            raise ValueError(f"balance_weight must be >= 0 and finite, got {self.balance_weight}.")
-        for name, kinds in (("shared_gate", (bool,)), ("causal", (bool, type(None)))):
-            if not isinstance(getattr(self, name), kinds):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        self._check_scale("balance_weight")
+        self._check_bool("shared_gate")
+        if self.causal is not None:
+            self._check_bool("causal")
 
     def _check_top_k(self) -> None:
         if self.gating == "softmax":
@@ -111,9 +107,7 @@ class MEOConfig(ExpertConfig):
                 f"no other level has one. Got level={self.level!r}, task_dim={self.task_dim!r}."
             )
         if self.task_dim is not None:
-            check_type("task_dim", self.task_dim, int)
-            if self.task_dim < 1:
-                raise ValueError(f"task_dim must be >= 1, got {self.task_dim}.")
+            self._check_count("task_dim", 1)
         if self.level == "task" and self.causal:
             raise ValueError('causal=True has no effect with level="task". Leave it out.')
 

@@ -76,7 +76,8 @@ def check_placement(name: str, parameter: nn.Parameter, placement: Any, shards: 
 
 
 def _refuse_sharded(model: nn.Module, groups: Collection[FusionWeights]) -> None:
-    sharded = [name for name, module in model.named_modules() if _is_by_fsdp(module)]
+    kind = distributed.fsdp.FSDPModule
+    sharded = [name for name, module in model.named_modules() if isinstance(module, kind)]
     stacks = {stack for group in groups for stack in group.expert_stacks() if not group.fused}
     spread = [name for name, p in model.named_parameters() if p in stacks and is_sharded(p)]
     if sharded or spread:
@@ -85,10 +86,6 @@ def _refuse_sharded(model: nn.Module, groups: Collection[FusionWeights]) -> None
             f"{type(model).__name__} is already sharded ({first}). Build it again, wrap it, and "
             "shard it once."
         )
-
-
-def _is_by_fsdp(module: nn.Module) -> bool:
-    return isinstance(module, distributed.fsdp.FSDPModule)
 
 
 def _check_mesh(mesh: DeviceMesh) -> None:
