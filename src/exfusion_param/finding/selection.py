@@ -48,8 +48,8 @@ def select_groups(
         refuse_mixtures(model, groups)
         _refuse_shared(model, groups)
     else:
-        together = _together(linears, filter_fn)
-        groups = _group(model, _filtered(linears, filter_fn), [*together, *groups])
+        chosen, together = _chosen(linears, filter_fn)
+        groups = _group(model, chosen, [*together, *groups])
     if not groups:
         raise ValueError(_nothing_matched(model, linears, filter_fn))
     return groups if layers is None else _at(groups, layers)
@@ -78,20 +78,19 @@ def _refuse_shared(model: nn.Module, groups: Iterable[FFNGroup]) -> None:
             )
 
 
-def _filtered(linears: NamedLinears, filter_fn: Filter) -> dict[str, nn.Module]:
+def _chosen(linears: NamedLinears, filter_fn: Filter) -> tuple[NamedLinears, list[FFNGroup]]:
+    """The linears that a filter accepts, and the groups that its tuples of globs name."""
     if callable(filter_fn):
-        return {fqn: linear for fqn, linear in linears.items() if filter_fn(linear, fqn)}
-    chosen: set[str] = set()
-    for entry in _entries(filter_fn):
-        for glob in (entry,) if isinstance(entry, str) else entry:
-            chosen.update(_matching(linears, glob))
-    return {fqn: linear for fqn, linear in linears.items() if fqn in chosen}
-
-
-def _entries(filter_fn: Filter) -> list[str | Sequence[str]]:
-    if callable(filter_fn):
-        return []
-    return [filter_fn] if isinstance(filter_fn, str) else list(filter_fn)
+        return {fqn: linear for fqn, linear in linears.items() if filter_fn(linear, fqn)}, []
+    names: set[str] = set()
+    together: list[FFNGroup] = []
+    for entry in [filter_fn] if isinstance(filter_fn, str) else filter_fn:
+        globs = [entry] if isinstance(entry, str) else list(entry)
+        found = [_matching(linears, glob) for glob in globs]
+        names.update(*found)
+        if not isinstance(entry, str):
+            together += _together(linears, globs, found)
+    return {fqn: linear for fqn, linear in linears.items() if fqn in names}, together
 
 
 def _matching(linears: NamedLinears, glob: str) -> list[str]:
@@ -100,21 +99,17 @@ def _matching(linears: NamedLinears, glob: str) -> list[str]:
     raise ValueError(f"The glob {glob!r} matches no linear. {_list_of(linears)}")
 
 
-def _together(linears: NamedLinears, filter_fn: Filter) -> list[FFNGroup]:
-    """The groups that tuples of globs name: the first match of each, the second of each, ..."""
-    groups = []
-    for entry in _entries(filter_fn):
-        if isinstance(entry, str):
-            continue
-        found = [_matching(linears, glob) for glob in entry]
-        if len({len(names) for names in found}) > 1:
-            raise ValueError(
-                f"The globs {tuple(entry)} match {' and '.join(str(len(n)) for n in found)} "
-                "linears. To name FFNs each has to match one linear of each FFN; give globs that "
-                "match no others."
-            )
-        groups += [_as_group(names, linears) for names in zip(*found, strict=True)]
-    return groups
+def _together(
+    linears: NamedLinears, globs: Sequence[str], found: Sequence[Sequence[str]]
+) -> list[FFNGroup]:
+    """The groups that a tuple of globs names: the first match of each, the second of each, ..."""
+    if len({len(names) for names in found}) > 1:
+        raise ValueError(
+            f"The globs {tuple(globs)} match {' and '.join(str(len(n)) for n in found)} "
+            "linears. To name FFNs each has to match one linear of each FFN; give globs that "
+            "match no others."
+        )
+    return [_as_group(names, linears) for names in zip(*found, strict=True)]
 
 
 def _as_group(names: Sequence[str], linears: NamedLinears) -> FFNGroup:

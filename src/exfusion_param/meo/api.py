@@ -109,8 +109,8 @@ def _refuse_more_than_linears(group: FFNGroup) -> None:
     for fqn, linear in group.linears.items():
         forward: Any = type(linear).forward
         is_known = forward.__module__ in _PLAIN and forward.__qualname__ in _PLAIN_FORWARDS
-        strides = getattr(linear, "stride", 1), getattr(linear, "padding", 0)
-        if not is_known or set(_flat(strides[0])) != {1} or set(_flat(strides[1])) != {0}:
+        strides, padding = getattr(linear, "stride", (1,)), getattr(linear, "padding", (0,))
+        if not is_known or set(strides) != {1} or set(padding) != {0}:
             raise ValueError(
                 f"{fqn!r} is a {type(linear).__name__}, whose forward may do more than a linear's, "
                 "so that it cannot be merged for each sample. Leave it out with filter_fn, or use "
@@ -122,7 +122,3 @@ _PLAIN = ("torch.nn.modules.linear", "torch.nn.modules.conv", "transformers.pyto
 _PLAIN_FORWARDS = tuple(
     f"{name}.forward" for name in ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
 )
-
-
-def _flat(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)

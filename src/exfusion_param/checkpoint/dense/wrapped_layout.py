@@ -126,8 +126,8 @@ class WrappedLayout:
         return keys, tied
 
     def _read_group(self, group: Mapping[str, Any], config: ExFusionConfig) -> None:
-        linears = group["linears"]
-        places = [_join(fqn, "parametrizations.weight.0.fusion_weights.") for fqn in linears]
+        linears = {f"{fqn}." if fqn else "": names for fqn, names in group["linears"].items()}
+        places = [f"{prefix}parametrizations.weight.0.fusion_weights." for prefix in linears]
         weights = None
         if own := _OWN_TENSORS[config.variant]:
             found = [place for place in places if place + own[0] in self._reader.specs]
@@ -138,10 +138,10 @@ class WrappedLayout:
                 )
             weights = found[0] + own[0]
             self._left_out |= {place + name for place in found for name in own}
-        for fqn, names in linears.items():
+        for prefix, names in linears.items():
             for name in names:
-                stack = _join(fqn, f"parametrizations.{name}.original")
-                self.fused[_join(fqn, name)] = FusedTensor(stack, weights, config.num_experts)
+                stack = f"{prefix}parametrizations.{name}.original"
+                self.fused[prefix + name] = FusedTensor(stack, weights, config.num_experts)
 
     def _check_names(self, known: set[str], tied: list[set[str]]) -> None:
         specs = self._reader.specs
@@ -166,7 +166,3 @@ class WrappedLayout:
                     f"{name} has shape {tuple(spec.shape)}, config.json says {fused.num_experts} "
                     "experts."
                 )
-
-
-def _join(fqn: str, name: str) -> str:
-    return f"{fqn}.{name}" if fqn else name
