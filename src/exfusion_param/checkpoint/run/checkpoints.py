@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,12 @@ import torch
 from ..files.errors import CheckpointError
 from ..files.manifest import read_manifest, write_manifest
 from ..files.processes import Processes
-from ..files.rank_files import read_rank, write_rank
 from ..files.run_folder import RunFolder
-from ..files.tensor_files import read_tensors, stored_tensors
-from .holders import Holders, saved_by
+from .holders import Holders
 from .optimizer_part import OptimizerPart
-from .parts import Module, Part
+from .parts import Module
 from .resizing import ResizedModule, ResizedOptimizer
-from .snapshot import Captured, Plan, load_all, parts_of
-
-Read = Callable[[int], dict[str, Any]]
-"""The values of a rank's parts, by its number."""
+from .snapshot import Captured, Stored, parts_of
 
 
 class Checkpoints:
@@ -153,7 +148,11 @@ class Checkpoints:
         step, manifest = latest
         kinds = (ResizedModule, ResizedOptimizer) if resize_experts else (Module, OptimizerPart)
         parts = [p for p in parts_of(self._named, *kinds) if p.name not in leave_out]
-        self._load(self._run.of(step), manifest, parts)
+        stored = self._processes.each(
+            lambda: Stored(self._run.of(step), manifest, parts, self._holders)
+        )
+        self._holders.each(stored.read)
+        self._processes.each(stored.load)
         return step
 
     def _latest_whole(self) -> tuple[int, dict[str, Any]] | None:
@@ -191,9 +190,8 @@ class Checkpoints:
     def _write_files(self, step: int, captured: Captured) -> None:
         folder, ranks = self._run.partial(step), self._processes
         ranks.on_first(lambda: self._run.start(step))
-        self._holders.each(lambda name, those: captured.write(folder, name, those))
-        own = captured.rank_values, captured.rank_tensors
-        ranks.each(lambda: write_rank(folder, ranks.rank, *own))
+        self._holders.each(functools.partial(captured.write, folder))
+        ranks.each(lambda: captured.write_rank(folder, ranks.rank))
         content = {
             "step": step,
             "ranks": ranks.count,
@@ -203,35 +201,3 @@ class Checkpoints:
         }
         write_manifest(folder, content, ranks)
         ranks.on_first(lambda: self._run.commit(step))
-
-    def _load(self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]) -> None:
-        plans = self._processes.each(lambda: self._checked_plans(folder, manifest, parts))
-
-        def read(name: str, those: Processes) -> None:
-            if name in plans:
-                read_tensors(folder / name, plans[name].tensors, those.group)
-
-        self._holders.each(read)
-        self._processes.each(lambda: load_all(plans.values()))
-
-    def _checked_plans(
-        self, folder: Path, manifest: Mapping[str, Any], parts: list[Part]
-    ) -> dict[str, Plan]:
-        if missing := [part.name for part in parts if part.name not in manifest["parts"]]:
-            raise CheckpointError(
-                f"{folder} lacks {missing[0]!r}; it holds {manifest['parts']}. Resume without it: "
-                f"resume(leave_out={missing})."
-            )
-        read = functools.cache(lambda rank: read_rank(folder, rank))
-        try:
-            return {part.name: self._plan(folder, manifest, part, read) for part in parts}
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder} does not hold what a run saves: {error!r}") from error
-
-    def _plan(self, folder: Path, manifest: Mapping[str, Any], part: Part, read: Read) -> Plan:
-        those, saved = self._holders.processes[part.name], saved_by(part.name, manifest)
-        is_same = len(saved) == those.count
-        numbers = [saved[those.rank]] if is_same else saved
-        of_part = [read(number)[part.name] for number in numbers]
-        values = of_part[0] if is_same else part.merged(of_part, those.rank)
-        return Plan(part, part.allocate(stored_tensors(folder / part.name), values), values)

@@ -1,11 +1,12 @@
-"""All parts of a run at one moment: captured to be saved, and what each is to load."""
+"""All parts of a run at one moment: captured to be saved, or stored in a checkpoint to load."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,29 +17,12 @@ from ..dense.description import describe, write_description
 from ..files.errors import CheckpointError
 from ..files.plain_values import split
 from ..files.processes import Processes
-from ..files.rank_files import RANKS
-from ..files.tensor_files import write_tensors
+from ..files.rank_files import RANKS, read_rank, write_rank
+from ..files.tensor_files import read_tensors, stored_tensors, write_tensors
+from .holders import Holders, saved_by
 from .optimizer_part import OptimizerPart, parameter_names
 from .parts import Module, Part, Stateful
 from .running_parts import RANDOM_NUMBERS, Accumulated, RandomNumbers
-
-
-class Plan(NamedTuple):
-    """What a part is to load."""
-
-    part: Part
-    tensors: dict[str, Tensor]
-    values: Any
-
-
-def load_all(plans: Iterable[Plan]) -> None:
-    """Load all parts; what was read fits them, as their plans have checked."""
-    for plan in plans:
-        try:
-            plan.part.load(plan.tensors, plan.values)
-        except Exception as error:
-            message = f"{plan.part.name} does not take what was saved of it: {error}"
-            raise CheckpointError(message) from error
 
 
 class Captured:
@@ -60,14 +44,61 @@ class Captured:
         if name in self.descriptions and holders.rank == 0:
             write_description(self.descriptions[name], folder / name)
 
+    def write_rank(self, folder: Path, rank: int) -> None:
+        """Write what this rank has for itself."""
+        write_rank(folder, rank, self.rank_values, self.rank_tensors)
+
     def copy_to_cpu(self) -> None:
         """Take copies, which the run no longer changes."""
         for tensors in (*self.tensors.values(), self.rank_tensors):
-            tensors.update({name: _cpu_copy(tensor) for name, tensor in tensors.items()})
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.detach().to("cpu", copy=True)
 
 
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+class Stored:
+    """What a checkpoint holds of some parts of this rank; they change only at `load`.
+
+    Raises:
+        CheckpointError: it does not fit them.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], parts: list[Part], holders: Holders
+    ) -> None:
+        if missing := [part.name for part in parts if part.name not in manifest["parts"]]:
+            raise CheckpointError(
+                f"{folder} lacks {missing[0]!r}; it holds {manifest['parts']}. Resume without it: "
+                f"resume(leave_out={missing})."
+            )
+        self._folder, self._parts = folder, parts
+        self._values: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        values_of_rank = functools.cache(lambda rank: read_rank(folder, rank))
+        try:
+            for part in parts:
+                those, saved = holders.processes[part.name], saved_by(part.name, manifest)
+                is_same = len(saved) == those.count
+                ranks = [saved[those.rank]] if is_same else saved
+                every = [values_of_rank(rank)[part.name] for rank in ranks]
+                values = every[0] if is_same else part.merged(every, those.rank)
+                self._values[part.name] = values
+                stored = stored_tensors(folder / part.name)
+                self._tensors[part.name] = part.allocate(stored, values)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder} does not hold what a run saves: {error!r}") from error
+
+    def read(self, name: str, holders: Processes) -> None:
+        """Read a part's tensors, together with the ranks that hold it."""
+        read_tensors(self._folder / name, self._tensors.get(name, {}), holders.group)
+
+    def load(self) -> None:
+        """Let the parts become what was read."""
+        for part in self._parts:
+            try:
+                part.load(self._tensors[part.name], self._values[part.name])
+            except Exception as error:
+                message = f"{part.name} does not take what was saved of it: {error}"
+                raise CheckpointError(message) from error
 
 
 def parts_of(
