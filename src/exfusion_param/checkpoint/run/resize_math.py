@@ -41,37 +41,36 @@ def resize(weights: Tensor, count: int) -> Resize:
         ValueError: fused experts would have no weight, as theirs cancel each other out.
     """
     weights = weights.double()
-    shares = _expanding(len(weights), count) if count > len(weights) else _reducing(weights, count)
-    if count > len(weights):
-        total = weights.sum()
-        if total.abs() < 1e-6 * weights.abs().sum():
-            raise ValueError("its fusion weights sum to zero")
-        mean = weights / total if weights.any() else shares[-1]
-        experts = shares.clone()
-        experts[len(weights) :] = mean
-        new = (total / count).expand(count - len(weights))
-        return Resize(torch.cat([weights * len(weights) / count, new]), experts, shares)
-    taken = shares * weights
+    return _expand(weights, count) if count > len(weights) else _reduce(weights, count)
+
+
+def _expand(weights: Tensor, count: int) -> Resize:
+    old, total = len(weights), weights.sum()
+    if total.abs() < 1e-6 * weights.abs().sum():
+        raise ValueError("its fusion weights sum to zero")
+    uniform = torch.full_like(weights, 1 / old)
+    fused = weights / total if weights.any() else uniform
+    new = (total / count).expand(count - old)
+    experts, shares = (
+        torch.cat([torch.eye(old, dtype=weights.dtype), row.expand(count - old, old)])
+        for row in (fused, uniform)
+    )
+    return Resize(torch.cat([weights * old / count, new]), experts, shares)
+
+
+def _reduce(weights: Tensor, count: int) -> Resize:
+    old = len(weights)
+    starts = torch.arange(count, dtype=weights.dtype).unsqueeze(1) * old / count
+    lower = torch.arange(old, dtype=weights.dtype)
+    ends = torch.minimum(starts + old / count, lower + 1)
+    overlaps = (ends - torch.maximum(starts, lower)).clamp(min=0)  # (M, N)
+    shares = overlaps / overlaps.sum(dim=1, keepdim=True)
+    taken = overlaps * weights
     fused = taken.sum(dim=1)
     if (fused.abs() < 1e-6 * taken.abs().sum(dim=1)).any():
         raise ValueError("fusion weights of experts to be fused sum to zero")
     is_empty = (fused == 0).unsqueeze(1)
-    experts = torch.where(is_empty, shares / shares.sum(1, True), taken / fused.unsqueeze(1))
-    return Resize(fused, experts, shares / shares.sum(dim=1, keepdim=True))
-
-
-def _expanding(old: int, new: int) -> Tensor:
-    rows = torch.full((new - old, old), 1 / old, dtype=torch.float64)
-    return torch.cat([torch.eye(old, dtype=torch.float64), rows])
-
-
-def _reducing(weights: Tensor, new: int) -> Tensor:
-    """The share of each old expert, shape (N,), that each new one takes, shape (M, N)."""
-    old = len(weights)
-    starts = torch.arange(new, dtype=torch.float64).unsqueeze(1) * old / new
-    lower = torch.arange(old, dtype=torch.float64)
-    ends = torch.minimum(starts + old / new, lower + 1)
-    return (ends - torch.maximum(starts, lower)).clamp(min=0)
+    return Resize(fused, torch.where(is_empty, shares, taken / fused.unsqueeze(1)), shares)
 
 
 def apply(matrix: Tensor, tensor: Tensor) -> Tensor:

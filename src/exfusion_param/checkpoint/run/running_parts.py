@@ -75,7 +75,12 @@ class Accumulated(Part):
 
     def tensors(self) -> dict[str, Tensor]:
         """Sharded gradients."""
-        _refuse_unreduced(self._module)
+        sharded = (child for child in self._module.modules() if isinstance(child, FSDPModule))
+        if any(map(has_unreduced_gradients, sharded)):
+            raise CheckpointError(
+                "gradients of this step were not reduced yet (set_requires_gradient_sync(False)). "
+                "Save between two optimizer steps."
+            )
         return {name: grad for name, grad in self._gradients() if is_sharded(grad)}
 
     def values(self) -> Any:
@@ -137,16 +142,6 @@ class Accumulated(Part):
     def _banks(self) -> list[tuple[str, MemoryBank]]:
         groups = groups_of(self._module).items()
         return [(name, bank) for bank, name in groups if isinstance(bank, MemoryBank)]
-
-
-def _refuse_unreduced(module: nn.Module) -> None:
-    """Raise if FSDP2 holds gradients that it has not given to the parameters."""
-    sharded = [child for child in module.modules() if isinstance(child, FSDPModule)]
-    if any(has_unreduced_gradients(child) for child in sharded):
-        raise CheckpointError(
-            "gradients of this step were not reduced yet (set_requires_gradient_sync(False)). "
-            "Save between two optimizer steps."
-        )
 
 
 def has_unreduced_gradients(module: FSDPModule) -> bool:
