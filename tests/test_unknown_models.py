@@ -1,6 +1,7 @@
 """Models that discovery has not seen: what it takes, leaves with a warning, or refuses."""
 
 import ast
+import copy
 import itertools
 import re
 import warnings
@@ -173,6 +174,35 @@ def test_a_refusal_names_what_looks_like_an_ffn_with_a_filter_that_takes_it() ->
     assert found(model, filter_fn=chosen) == [[f"layers.0.mlp.{i}" for i in range(3)]]
 
 
+FUSED = {
+    "PaLM": (
+        linears(fused_attn_ff_proj=(8, 80), attn_out=(8, 8)),
+        "fused_attn_ff_proj",
+        "ff_out.1",
+    ),
+    "ViT-22B": (linears(in_proj=(8, 56), attn_out_proj=(8, 8)), "in_proj", "ff_out.1"),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_an_ffn_whose_first_linear_feeds_attention_too_is_named(name: str, is_beside: bool) -> None:
+    model = beside_known() if is_beside else part(layers=nn.ModuleList())
+    layer, first, last = FUSED[name]
+    layer = copy.deepcopy(layer)
+    layer.add_module("ff_out", nn.Sequential(nn.SiLU(), nn.Linear(32, 8)))
+    model.layers.append(layer)
+    if is_beside:
+        message, chosen = left(model)
+        assert f"leaves 1 x 8 -> 32 of {80 if name == 'PaLM' else 56} -> 8 dense" in message
+    else:
+        with pytest.raises(ValueError, match=r"No FFN was found .* look like one\.") as caught:
+            exf.wrap(model)
+        *_, chosen = filters_in(str(caught.value))
+    at = len(model.layers) - 1
+    assert found(model, filter_fn=chosen) == [[f"layers.{at}.{first}", f"layers.{at}.{last}"]]
+
+
 class Dense(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -191,6 +221,8 @@ def test_ffns_that_are_no_linears_are_left_with_a_warning(other: nn.Module) -> N
     model.layers.append(part(attn=attention(), mlp=other))
     with pytest.warns(UserWarning, match="8 -> 32 -> 8 .* layers.1.mlp.w1 .* make each a torch.nn"):
         exf.wrap(model)
+    with pytest.raises(ValueError, match=r"w1 and layers.0.mlp.w2 look like one\. Only linears can"):
+        exf.wrap(part(layers=nn.ModuleList([part(attn=attention(), mlp=other)])))
     low_rank = beside_known(lora=part(a=Dense(2, 8), b=Dense(8, 2)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -96,12 +96,17 @@ def _rows_of(
     """The names of the linears of each that looks like an FFN, and its widths D, H and D."""
     attention = attention_of(model)
     seen = {*taken, *attention}
-    widths_taken = {p.in_features for p in projections_of(taken)}
+    # Where nothing is taken, those of all linears.
+    widths_taken = {p.in_features for p in projections_of(taken or model.modules())}
     for fqn, module in reversed(dict(model.named_modules()).items()):
-        if module not in attention and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            for names, widths in (*_rows(module, seen), *_of_matrices(module, widths_taken)):
-                prefix = f"{fqn}." if fqn else ""
-                yield tuple(prefix + name for name in names), " -> ".join(map(str, widths))
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        rows = [*_beside_attentions_inputs(module, taken)]
+        if module not in attention:
+            rows += [*_rows(module, seen), *_of_matrices(module, widths_taken)]
+        for names, widths in rows:
+            prefix = f"{fqn}." if fqn else ""
+            yield tuple(prefix + name for name in names), " -> ".join(map(str, widths))
 
 
 def _rows(
@@ -121,6 +126,29 @@ def _rows(
                 names = (first, *inner, last)
                 seen.update(linears[name] for name in names)
                 yield names, (up.in_features, up.out_features, down.out_features)
+
+
+def _beside_attentions_inputs(
+    module: nn.Module, taken: Collection[nn.Module]
+) -> Iterator[tuple[tuple[str, ...], tuple[int | str, ...]]]:
+    """The FFN of a parallel block whose first linear makes the inputs of attention as well.
+
+    That linear maps D to K, and two or more others map their parts of it back to D, one of them
+    from H > D, as in PaLM and ViT-22B.
+    """
+    linears = {n: linear for n, linear in _projections(module).items() if linear not in taken}
+    if len(linears) < 3:
+        return
+    (first, *others), (up, *outputs) = list(linears), projections_of(linears.values())
+    hidden = max(p.in_features for p in outputs)
+    are_back = all(p.out_features == up.in_features for p in outputs)
+    if (
+        are_back
+        and up.in_features < hidden
+        and up.out_features >= sum(p.in_features for p in outputs)
+    ):
+        last = next(n for n, p in zip(others, outputs, strict=True) if p.in_features == hidden)
+        yield (first, last), (up.in_features, f"{hidden} of {up.out_features}", up.in_features)
 
 
 def _runs_within(linear: nn.Module, up: Projection) -> bool:
