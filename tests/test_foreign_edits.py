@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import exfusion_param as exf
 from exfusion_testing.models import FFNs, inputs, loss_of
@@ -41,6 +41,10 @@ NORMS: dict[str, tuple[Edit, Edit]] = {
     "orthogonal": (parametrizations.orthogonal, unregister),
     "old weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
     "old spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "pruning": (
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: prune.remove(linear, "weight"),
+    ),
 }
 TAKEN = r"'blocks.0.fc1.weight' is not a parameter of its linear any more: .* fuse\(model\)"
 
