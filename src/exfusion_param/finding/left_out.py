@@ -136,17 +136,14 @@ def _beside_attentions_inputs(
     That linear maps D to K, and two or more others map their parts of it back to D, one of them
     from H > D, as in PaLM and ViT-22B.
     """
-    linears = {n: linear for n, linear in _projections(module).items() if linear not in taken}
+    linears = {n: each for n, each in projections_beside(module).items() if each not in taken}
     if len(linears) < 3:
         return
     (first, *others), (up, *outputs) = list(linears), projections_of(linears.values())
-    hidden = max(p.in_features for p in outputs)
+    read = [p.in_features for p in outputs]
+    hidden = max(read)
     are_back = all(p.out_features == up.in_features for p in outputs)
-    if (
-        are_back
-        and up.in_features < hidden
-        and up.out_features >= sum(p.in_features for p in outputs)
-    ):
+    if are_back and up.in_features < hidden and sum(read) <= up.out_features:
         last = next(n for n, p in zip(others, outputs, strict=True) if p.in_features == hidden)
         yield (first, last), (up.in_features, f"{hidden} of {up.out_features}", up.in_features)
 

@@ -131,10 +131,10 @@ class FusedParameter:
             raise RuntimeError(
                 f"{self.start.name!r} is not a parameter of its linear any more: weight_norm, "
                 "spectral_norm, pruning or the like, applied after wrap(), computes it from other "
-                "tensors, which have no experts. Undo that, by "
-                f"parametrize.remove_parametrizations(linear, {self.name!r}), remove_weight_norm, "
-                "remove_spectral_norm or prune.remove, and apply it after fuse(model); or leave the "
-                "linear out, wrap(model, filter_fn=...)."
+                "tensors, which have no experts. Undo that, by parametrize."
+                f"remove_parametrizations(linear, {self.name!r}), remove_weight_norm, "
+                "remove_spectral_norm or prune.remove, and apply it after fuse(model); or leave "
+                "the linear out, wrap(model, filter_fn=...)."
             )
 
     def has_stepped(self) -> bool:
