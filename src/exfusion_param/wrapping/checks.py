@@ -27,52 +27,8 @@ def check_wrappable(model: nn.Module, groups: Sequence[FFNGroup], config: Expert
     """Raise a ValueError unless every linear of the groups can be wrapped as the config says."""
     linears = {fqn: linear for group in groups for fqn, linear in group.linears.items()}
     _refuse_parallel_wrappers(model)
-    _refuse(
-        linears,
-        lambda linear: bool(fused_names(linear)),
-        "already wrapped. Call fuse(model) first, or leave them out with filter_fn or layers.",
-    )
-    _refuse(
-        linears,
-        lambda linear: ADAPTED in dict(linear.named_children()),
-        "inside an adapter (peft). Merge it first, model.merge_and_unload(); or wrap before peft, "
-        "and call fuse(model) before merging.",
-    )
-    _refuse(
-        linears,
-        _is_offloaded,
-        "offloaded by accelerate. Wrap first, offload after.",
-    )
-    _refuse(linears, is_parametrized, "parametrized by something else. Remove that first.")
-    _refuse(
-        linears,
-        lambda linear: not isinstance(linear.weight, nn.Parameter),
-        "without a weight parameter: something computes it. Remove pruning or norms first, by "
-        "torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm. Wrap before FSDP "
-        "shards them.",
-    )
-    _refuse(
-        linears,
-        _has_shards,
-        "sharded (DTensor). Wrap first, shard after; have from_pretrained load the model without "
-        'tp_plan. Tensor parallelism of wrapped linears needs fuse_on="step".',
-    )
-    _refuse(
-        linears,
-        lambda linear: any(type(t.data) is not Tensor for t in dense_tensors(linear).values()),
-        "converted to a tensor subclass, as torchao does. Wrap before converting.",
-    )
-    _refuse(
-        linears,
-        lambda linear: not all(map(_is_trainable, dense_tensors(linear).values())),
-        "not of a floating dtype of 16 bits or more, and experts are trained. Wrap before "
-        "quantizing, or leave them out with filter_fn or layers.",
-    )
-    _refuse(
-        linears,
-        lambda linear: any(not t.requires_grad for t in dense_tensors(linear).values()),
-        "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
-    )
+    for is_bad, problem in _NOT_WRAPPABLE:
+        _refuse(linears, is_bad, problem)
     _refuse_tied(model, linears)
     if config.follows_inputs:
         _refuse(
@@ -179,6 +135,43 @@ def _refuse(
 ) -> None:
     if bad := [fqn for fqn, linear in linears.items() if is_bad(linear)]:
         raise ValueError(f"{listed(bad)}: {'is' if len(bad) == 1 else 'are'} {problem}")
+
+
+_NOT_WRAPPABLE: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (
+        lambda linear: bool(fused_names(linear)),
+        "already wrapped. Call fuse(model) first, or leave them out with filter_fn or layers.",
+    ),
+    (
+        lambda linear: ADAPTED in dict(linear.named_children()),
+        "inside an adapter (peft). Merge it first, model.merge_and_unload(); or wrap before peft, "
+        "and call fuse(model) before merging.",
+    ),
+    (_is_offloaded, "offloaded by accelerate. Wrap first, offload after."),
+    (is_parametrized, "parametrized by something else. Remove that first."),
+    (
+        lambda linear: not isinstance(linear.weight, nn.Parameter),
+        "without a weight of their own, as FSDP and pruning leave them. Wrap first.",
+    ),
+    (
+        _has_shards,
+        "sharded (DTensor). Wrap first, shard after; tensor parallelism of wrapped linears needs "
+        'fuse_on="step".',
+    ),
+    (
+        lambda linear: any(type(t.data) is not Tensor for t in dense_tensors(linear).values()),
+        "converted to a tensor subclass, as torchao does. Wrap before converting.",
+    ),
+    (
+        lambda linear: not all(map(_is_trainable, dense_tensors(linear).values())),
+        "not of a floating dtype of 16 bits or more, and experts are trained. Wrap before "
+        "quantizing, or leave them out with filter_fn or layers.",
+    ),
+    (
+        lambda linear: any(not t.requires_grad for t in dense_tensors(linear).values()),
+        "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
+    ),
+)
 
 
 def _refuse_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
