@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exfusion_param import meo
 from exfusion_param.fusion.lookup import groups_of
+from exfusion_testing.meo_models import with_random_gates
 from exfusion_testing.models import FFNs, inputs
 
 
@@ -136,3 +137,43 @@ def test_batches_without_samples_or_tokens_train(shape: tuple[int, int], fields:
     (y.sum() + meo.balance_loss(model)).backward()
     for parameter in model.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+class Block(nn.Module):
+    """A block of OpenAI's CLIP, whose attention takes (tokens, batch, D) unless told otherwise."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Pooled(nn.Module):
+    """Blocks, and a pooling attention with its own order of dimensions."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.blocks = nn.Sequential(Block(batch_first), Block(batch_first))
+        self.pool = nn.MultiheadAttention(8, 2, batch_first=not batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(x if self.batch_first else x.transpose(0, 1))
+        y = y.transpose(0, 1)  # as the pool takes it
+        y = self.pool(y, y, y)[0]
+        return y.transpose(0, 1) if self.batch_first else y
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_attention_beside_an_ffn_tells_which_dimension_runs_over_samples(
+    batch_first: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = meo.wrap(Pooled(batch_first).double(), num_experts=4, top_k=2, seed=0)
+    with_random_gates(model).eval()
+    x = inputs(8, 3, 5)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=0, atol=1e-12)

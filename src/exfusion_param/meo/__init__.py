@@ -12,9 +12,8 @@ and all that works with a wrapped model works with this one. These parts are spe
 
 - gates: `gating` has their mathematics, `gate` is the module, and `balance` is the loss that keeps
   their choices even;
-- what gates read: `pooling`, by samples or by segments; `surroundings` tells causal models and the
-  batch dimension by the modules around an FFN, and `attention_watch` looks for causal attention
-  that does not tell;
+- what gates read: `pooling`, by samples or by segments; `surroundings` tells causal models by the
+  modules around an FFN, and `attention_watch` looks for causal attention that does not tell;
 - the linears: `gated_forward` merges for each sample, by the products in `merging`;
 - the model: `course` tells its forwards apart for what gates record, and keeps it off fast paths
   and its cache; `tasks` sets its task, and makes it the dense model of one.

@@ -15,7 +15,7 @@ from .attention_watch import AttentionWatch
 from .config import MEOConfig
 from .course import Course, kept_off_fast_paths, refuse_cache
 from .gate import Gate
-from .surroundings import batch_dim, is_causal, is_in_torch_layer
+from .surroundings import is_causal, is_in_torch_layer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,8 +98,7 @@ def _gate_for(model: nn.Module, group: FFNGroup, config: MEOConfig, seed: int) -
         _refuse_more_than_linears(group)
     first = next(iter(group.linears))
     causal = is_causal(model, first) if config.causal is None else config.causal
-    samples = batch_dim(model, first) if config.batch_dim is None else config.batch_dim
-    gate = Gate(group, config, seed, is_causal=causal and config.level != "task", batch_dim=samples)
+    gate = Gate(group, config, seed, is_causal=causal and config.level != "task")
     gate.takes_single_samples = is_in_torch_layer(model, first)
     return gate
 

@@ -34,7 +34,7 @@ class MEOConfig(ExpertConfig):
             causal. If only the first forward shows that, it raises, in eager mode.
         segment_length: the number of tokens per segment.
         batch_dim: the dimension of a linear's input that runs over samples; None uses the first, or
-            in torch's Transformer layers the one given by `batch_first`.
+            beside an `nn.MultiheadAttention` the one given by its `batch_first`.
         balance_weight: the factor of the sum in `meo.balance_loss`.
         expert_init: as for ExFusion. Gates sum to one, so upcycled experts without noise leave what
             the model computes exactly unchanged; they separate because samples choose among them.

@@ -42,12 +42,9 @@ class Gate(TokenPool):
     pools_in_eval = True
     takes_single_samples = False  # without a batch dimension, shape (T, D)
 
-    def __init__(
-        self, group: FFNGroup, config: MEOConfig, seed: int, *, is_causal: bool, batch_dim: int
-    ) -> None:
+    def __init__(self, group: FFNGroup, config: MEOConfig, seed: int, *, is_causal: bool) -> None:
         super().__init__(group, config, seed)
         self.is_causal = is_causal  # tokens must not see later ones
-        self.batch_dim = batch_dim  # of the input, that runs over samples
         self.recorded: tuple[Gates, ...] = ()  # in the running forward of the model
         self.mean_gates: Tensor | None = None  # of the last forward in training
         features = [projection.in_features for projection in projections_of(self.linears)]
@@ -60,6 +57,12 @@ class Gate(TokenPool):
             self.blocks = nn.ModuleList(TokenBlock(d, device, dtype) for d in features)
         self.register_buffer("task", None, persistent=False)
         self.reset_parameters(self.generator(self.gate.device))
+
+    @property
+    def batch_dim(self) -> int:
+        """The dimension of an input that runs over samples."""
+        given = self.config.batch_dim
+        return int(self.layout.tokens_first) if given is None else given
 
     def __getstate__(self) -> dict[str, Any]:
         """The state that a deepcopy includes, without the running forward."""

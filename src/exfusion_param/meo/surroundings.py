@@ -1,4 +1,4 @@
-"""Tells what tokens an FFN gets by the modules around it: causal or not, batch first or not."""
+"""Tells what tokens an FFN gets by the modules around it: causal or not, batched or not."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ def is_causal(model: nn.Module, ffn: str) -> bool:
         if said:
             return any(_says_causal(module) for module in said)
     return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
-
-
-def batch_dim(model: nn.Module, ffn: str) -> int:
-    """Dimension of an FFN's input that runs over samples: 0, but for some of torch's layers."""
-    for parent in _around(model, ffn):
-        if isinstance(parent, _TORCH_LAYERS):
-            return 0 if parent.self_attn.batch_first else 1
-    return 0
 
 
 def is_in_torch_layer(model: nn.Module, ffn: str) -> bool:

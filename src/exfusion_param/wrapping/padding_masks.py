@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..finding.attention import attention_of
 from ..fusion_weights.token_pool import Layout, TokenPool
 
 ATTENTION_MASK = "attention_mask"
@@ -43,6 +44,7 @@ _TOKENS_FIRST = {"xlnet", "fsmt"}
 
 def follow_padding_masks(model: nn.Module, pools: Collection[TokenPool]) -> None:
     """Let fusion weights that pool over tokens follow a model's padding masks; warn of others."""
+    _note_tokens_first(model, pools)
     taken: dict[TokenPool, tuple[nn.Module, str]] = {}
     in_transformers: set[TokenPool] = set()
     for module in model.modules():  # an outer one comes before those inside of it
@@ -74,6 +76,17 @@ def follow_padding_masks(model: nn.Module, pools: Collection[TokenPool]) -> None
     if rest and names:
         hook = functools.partial(_warn_of_masks, rest[0], names, set())
         rest[0].handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _note_tokens_first(model: nn.Module, pools: Collection[TokenPool]) -> None:
+    """Note which FFNs have torch's attention that takes (tokens, batch, D) nearest to them."""
+    attention = attention_of(model) if pools else set()
+    for module in model.modules():
+        if beside := attention.intersection(module.children()):
+            of_torch = [each for each in beside if isinstance(each, nn.MultiheadAttention)]
+            tokens_first = any(not each.batch_first for each in of_torch)
+            for pool in _inside(module, pools):
+                pool.layout = Layout(tokens_first=tokens_first)
 
 
 def _inside(module: nn.Module, pools: Iterable[TokenPool]) -> list[TokenPool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from ..finding.left_out import warn_of_left_out
 from ..finding.selection import Filter, select_groups
 from ..fusion_weights.base import FusionWeights, on_creation
-from ..fusion_weights.token_pool import Layout, TokenPool
+from ..fusion_weights.token_pool import TokenPool
 from ..step.hooks import install
 from ..tensors.ranks import ranks_in
 from .checks import check_wrappable
@@ -58,25 +57,7 @@ def wrap_linears(
         plan.carry_out(model)
         guard_loading(model, plan.fusion_weights, plan.group.linears)
     new = [plan.fusion_weights for plan in plans]
-    _follow_masks(model, new)
+    follow_padding_masks(model, [each for each in new if isinstance(each, TokenPool)])
     if filter_fn is None and config.layers is None:
         warn_of_left_out(model, {linear for group in groups for linear in group.linears.values()})
     return new
-
-
-def _follow_masks(model: nn.Module, new: Iterable[FusionWeights]) -> None:
-    """Let routers follow masks of padding."""
-    pools = [each for each in new if isinstance(each, TokenPool)]
-    _note_tokens_first(model, pools)
-    follow_padding_masks(model, pools)
-
-
-def _note_tokens_first(model: nn.Module, pools: Iterable[TokenPool]) -> None:
-    """Note which FFNs stand beside torch's attention that takes (tokens, batch, D)."""
-    for module in model.modules():
-        attention = [a for a in module.children() if isinstance(a, nn.MultiheadAttention)]
-        if attention and not attention[0].batch_first:
-            inside = set(module.modules())
-            for pool in pools:
-                if pool.linears[0] in inside:
-                    pool.layout = Layout(tokens_first=True)
