@@ -16,6 +16,8 @@ from .finding.place import input_of
 from .finding.projections import projections_of
 from .fusion.lookup import groups_of, labels_of
 from .fusion_weights.memory_bank import MemoryBank
+from .tensors.functional import token_shares
+from .tensors.precision import without_autocast
 
 
 @contextlib.contextmanager
@@ -186,5 +188,6 @@ def _record(
 ) -> None:
     (projection,) = projections_of([linear])
     x = input_of(args, kwargs).detach().movedim(projection.feature_dim, -1)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        shares[name] = (x.to(bank.router.dtype) @ bank.router.T).softmax(-1)
+    with torch.no_grad(), without_autocast(x.device):
+        of_tokens = token_shares(x, bank.router)
+    shares[name] = of_tokens.reshape(*x.shape[:-1], len(bank.router))

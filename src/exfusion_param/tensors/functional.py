@@ -88,7 +88,7 @@ def route(x: Tensor, router: Tensor, mask: Tensor | None = None) -> Tensor:
         `w`, shape (N,), summing to one, in float32 or float64.
     """
     with without_autocast(x.device):
-        shares = _shares(x, router)
+        shares = token_shares(x, router)
         return shares.mean(dim=0) if mask is None else _token_weights(mask, shares) @ shares
 
 
@@ -120,7 +120,7 @@ def router_statistics(x: Tensor, router: Tensor, mask: Tensor | None = None) -> 
         (N (N - 1) / 2, D), where `is_exact`; otherwise `A_i = mean s_ti x_t`, shape (N, D).
     """
     with without_autocast(x.device):
-        shares = _shares(x, router).mT  # (N, tokens)
+        shares = token_shares(x, router).mT  # (N, tokens)
         tokens = x.reshape(-1, x.shape[-1]).to(shares.dtype)  # (tokens, D)
         factors = shares
         if is_exact(*router.shape):
@@ -160,7 +160,7 @@ def router_gradient(statistics: Tensor, gradient: Tensor, features: int) -> Tens
     return zeros.index_add(0, i, moves).index_add(0, j, moves, alpha=-1)
 
 
-def _shares(x: Tensor, router: Tensor) -> Tensor:
+def token_shares(x: Tensor, router: Tensor) -> Tensor:
     """softmax(G(x)) of each token, shape (tokens, N)."""
     dtype = accumulation_dtype(router.dtype)  # FSDP2 may have cast the router
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
