@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..finding.discovery import FFNGroup
 from ..finding.projections import Projection, projections_of
@@ -29,18 +28,19 @@ class DroppedUnits:
         self.group = group
         *names, self.output = group.linears
         self.hidden = self._projection(self.output).in_features
-        if not names or tuple(names) != group.inputs or not all(map(self._is_of_hidden, names)):
+        widths = {self._projection(fqn).out_features for fqn in names}
+        is_whole = names and tuple(names) == group.inputs
+        if not is_whole or not widths <= {self.hidden, 2 * self.hidden}:
             raise ValueError(
                 f"{group.name!r} is not a whole FFN, so that it has no hidden units to redraw. "
                 'Choose all of its linears, or use expert_init="upcycle".'
             )
         count = max(1, round(ratio * self.hidden))
-        orders = [self._order(generator) for _ in range(num_experts)]
+        orders = [
+            torch.randperm(self.hidden, generator=generator, device="cpu")  # not within "meta"
+            for _ in range(num_experts)
+        ]
         self.units = torch.stack(orders)[:, :count]  # (N, K)
-
-    def _order(self, generator: torch.Generator | None) -> Tensor:
-        """The units in random order, on the CPU also within `torch.device("meta")`."""
-        return torch.randperm(self.hidden, generator=generator, device="cpu")
 
     def of(self, fqn: str, name: str) -> Dropped | None:
         """The dropped entries of a linear's "weight" or "bias"; None for the output's bias."""
@@ -51,9 +51,6 @@ class DroppedUnits:
         copies = projection.out_features // self.hidden
         units = torch.cat([self.units + i * self.hidden for i in range(copies)], dim=1)
         return Dropped(projection.weight_out if name == "weight" else 0, units)
-
-    def _is_of_hidden(self, fqn: str) -> bool:
-        return self._projection(fqn).out_features in (self.hidden, 2 * self.hidden)
 
     def _projection(self, fqn: str) -> Projection:
         return projections_of([self.group.linears[fqn]])[0]

@@ -24,9 +24,6 @@ from ..files.manifest import read_manifest, write_manifest
 from ..files.processes import Processes
 from ..files.run_folder import RunFolder
 from .holders import Holders
-from .optimizer_part import OptimizerPart
-from .parts import Module
-from .resizing import ResizedModule, ResizedOptimizer
 from .snapshot import Captured, Stored, parts_of
 
 
@@ -79,7 +76,7 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, or None for all, got {keep}.")
         self._named = dict(parts)
-        self._parts = parts_of(parts, Module, OptimizerPart)
+        self._parts = parts_of(parts)
         self._run = RunFolder(Path(folder))
         self._keep = keep
         self._processes = Processes.of(process_group)
@@ -146,8 +143,8 @@ class Checkpoints:
         if latest is None:
             return 0
         step, manifest = latest
-        kinds = (ResizedModule, ResizedOptimizer) if resize_experts else (Module, OptimizerPart)
-        parts = [p for p in parts_of(self._named, *kinds) if p.name not in leave_out]
+        parts = parts_of(self._named, resize_experts=resize_experts)
+        parts = [part for part in parts if part.name not in leave_out]
         stored = self._processes.each(
             lambda: Stored(self._run.of(step), manifest, parts, self._holders)
         )

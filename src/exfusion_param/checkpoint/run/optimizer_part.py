@@ -8,7 +8,6 @@ and with states that such a step would not create (lists, states of only some pa
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -131,17 +130,18 @@ class OptimizerPart(Part):
         return self._names[id(parameter)]
 
     def _refuse_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        saved, here = [list(group["params"]) for group in groups], list(map(list, self._groups()))
-        for i, pair in enumerate(itertools.zip_longest(saved, here, fillvalue=())):
-            theirs, ours = map(set, pair)
-            if differing := sorted(theirs ^ ours):
-                where = "as saved" if differing[0] in theirs else "here"
-                raise CheckpointError(
-                    f"{self.name}: {differing[0]} is in group {i} only {where}. Create the "
-                    "optimizer as before, or resume without it: "
-                    f"resume(leave_out=[{self.name!r}])."
-                )
-        if saved != here:
+        saved, here = (
+            [(i, name) for i, names in enumerate(every) for name in names]
+            for every in ([group["params"] for group in groups], self._groups())
+        )
+        if differing := sorted(set(saved) ^ set(here)):
+            i, name = differing[0]
+            where = "as saved" if (i, name) in saved else "here"
+            raise CheckpointError(
+                f"{self.name}: {name} is in group {i} only {where}. Create the optimizer as "
+                f"before, or resume without it: resume(leave_out=[{self.name!r}])."
+            )
+        if saved != here or len(groups) != len(self._groups()):
             raise CheckpointError(
                 f"The order of parameters in {self.name} differs from the checkpoint. Create the "
                 f"optimizer as before, or resume without it: resume(leave_out=[{self.name!r}])."

@@ -22,6 +22,7 @@ from ..files.tensor_files import read_tensors, stored_tensors, write_tensors
 from .holders import Holders, saved_by
 from .optimizer_part import OptimizerPart, parameter_names
 from .parts import Module, Part, Stateful
+from .resizing import ResizedModule, ResizedOptimizer
 from .running_parts import RANDOM_NUMBERS, Accumulated, RandomNumbers
 
 
@@ -101,9 +102,7 @@ class Stored:
                 raise CheckpointError(message) from error
 
 
-def parts_of(
-    named: Mapping[str, Any], module_kind: type[Module], optimizer_kind: type[OptimizerPart]
-) -> list[Part]:
+def parts_of(named: Mapping[str, Any], *, resize_experts: bool = False) -> list[Part]:
     """The parts by their kinds, and what a run has beyond them."""
     modules = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
     names = parameter_names(modules)
@@ -112,9 +111,10 @@ def parts_of(
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in (RANDOM_NUMBERS, RANKS):
             raise ValueError(f"{name!r} cannot name a part: take letters, digits, '_' and '-'.")
         if isinstance(part, nn.Module):
-            parts.append(module_kind(name, part))
+            parts.append(ResizedModule(name, part) if resize_experts else Module(name, part))
         elif isinstance(part, Optimizer):
-            parts.append(optimizer_kind(name, part, names))
+            kind = ResizedOptimizer if resize_experts else OptimizerPart
+            parts.append(kind(name, part, names))
         elif hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
             parts.append(Stateful(name, part))
         else:
