@@ -15,8 +15,8 @@ and all that works with a wrapped model works with this one. These parts are spe
 - what gates read: `pooling`, by samples or by segments; `surroundings` tells causal models by the
   modules around an FFN, and `attention_watch` looks for causal attention that does not tell;
 - the linears: `gated_forward` merges for each sample, by the products in `merging`;
-- the model: `course` tells its forwards apart for what gates record, and keeps it off fast paths
-  and its cache; `tasks` sets its task, and makes it the dense model of one.
+- the model: `model_forwards` tells its forwards apart for what gates record, and keeps it off fast
+  paths and its cache; `tasks` sets its task, and makes it the dense model of one.
 """
 
 from .api import wrap

@@ -13,8 +13,8 @@ from ..finding.selection import Filter
 from ..wrapping.wrap_linears import wrap_linears
 from .attention_watch import AttentionWatch
 from .config import MEOConfig
-from .course import Course, kept_off_fast_paths, refuse_cache
 from .gate import Gate
+from .model_forwards import ModelForwards, kept_off_fast_paths, refuse_cache
 from .surroundings import is_causal, is_in_torch_layer
 
 if TYPE_CHECKING:
@@ -78,13 +78,14 @@ def wrap(
     )
     gates = [weights for weights in new if isinstance(weights, Gate)]
     asks = config.causal is None and config.level != "task"
-    course = Course(gates, AttentionWatch(asks and not all(gate.is_causal for gate in gates)))
+    watch = AttentionWatch(asks and not all(gate.is_causal for gate in gates))
+    forwards = ModelForwards(gates, watch)
     handles = [
-        model.register_forward_pre_hook(course.begin),
-        model.register_forward_hook(course.end, always_call=True),
+        model.register_forward_pre_hook(forwards.begin),
+        model.register_forward_hook(forwards.end, always_call=True),
     ]
     for gate in gates:
-        gate.course = course
+        gate.forwards = forwards
         gate.handles.extend(handles)
         if config.level != "task":
             gate.handles.extend(kept_off_fast_paths(gate.linears))

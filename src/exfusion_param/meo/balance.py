@@ -52,8 +52,7 @@ def balance_loss(model: nn.Module) -> Tensor:
     by_size: dict[Any, list[Gate]] = defaultdict(list)
     for gate in gates:
         if gate.recorded:
-            if gate.course is not None:
-                gate.course.require_own_thread(gate)
+            gate.forwards.require_own_thread(gate)
             by_size[gate.config.num_experts, gate.gate.device].append(gate)
     total = torch.zeros((), device=gates[0].gate.device)
     for alike in by_size.values():

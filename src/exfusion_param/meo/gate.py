@@ -27,9 +27,9 @@ from ..tensors.expert_starts import uniform_weights
 from ..tensors.precision import without_autocast
 from ..tensors.shards import assign
 from .config import MEOConfig
-from .course import Course
 from .gated_forward import gated_by_sample, per_sample_weight
 from .gating import Gates, noisy_top_k, softmax_gates
+from .model_forwards import ModelForwards
 
 
 class Gate(TokenPool):
@@ -38,7 +38,7 @@ class Gate(TokenPool):
     config: MEOConfig
     drawn = "gate"
     task: Tensor | None
-    course: Course | None = None
+    forwards: ModelForwards
     pools_in_eval = True
     takes_single_samples = False  # without a batch dimension, shape (T, D)
 
@@ -159,8 +159,7 @@ class Gate(TokenPool):
         # Activation checkpointing runs the forward again in the backward.
         is_counted = self.training and torch.is_grad_enabled()
         if is_counted and (torch.compiler.is_compiling() or current_backward() is None):
-            if self.course is not None:
-                self.course.record(self)
+            self.forwards.record(self)
             self.remember("recorded", (*self.recorded, gates))
 
     def forget(self) -> None:

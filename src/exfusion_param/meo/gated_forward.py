@@ -31,8 +31,7 @@ def gated_by_sample(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> T
 def _gated(linear: Any, gate: Any, place: PlaceInGroup, x: Tensor) -> Any:
     """The output, shape (B, ..., out), for an input of shape (B, ..., D)."""
     tokens, mask = _in_samples(gate, x)
-    if gate.course is not None:
-        gate.course.watch.require_open(gate, tokens.shape[1])
+    gate.forwards.watch.require_open(gate, tokens.shape[1])
     segments = segments_of(tokens, gate.config.segment_length, mask) if gate.is_causal else None
     gates = _gates(gate, place, tokens, mask, segments)
     if gate.config.level == "token":

@@ -28,7 +28,7 @@ class Recorder(Protocol):
         """Give up what is kept."""
 
 
-class Course:
+class ModelForwards:
     """The forwards of the model that `meo.wrap` was called on."""
 
     def __init__(self, gates: Sequence[Recorder], watch: AttentionWatch) -> None:
