@@ -149,7 +149,7 @@ class MemoryBank(TokenPool):
             raise bank_problems.unobserved(self.group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
-        self.votes.follow(None)  # torch does not move a DTensor that has weak references
+        self.votes.follow(None)  # what it knows of gradients is on another device then
         super()._apply(fn, recurse)
         return self
 

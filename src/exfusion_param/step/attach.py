@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..finding.discovery import FFNGroup
 from ..fusion_weights.base import FusionWeights
-from ..fusion_weights.memory_bank import MemoryBank
 from ..fusion_weights.variants import StaticWeights
 from ..tensors.expert_starts import ExpertStart
 from .custom_loops import CustomLoopCheck
 from .fused_parameter import FusedParameter
 
 NAME = "fusion_weights"
-_BEFORE_MOVES = "fusion_weights_before_moves"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -54,14 +52,10 @@ def attach_fused(
         hook = group.linears[first].register_forward_hook(weights.follow_forward, with_kwargs=True)
         weights.handles.append(hook)
         _tell_apart(group.linears[first])
-    if isinstance(weights, MemoryBank):
-        group.linears[first].add_module(_BEFORE_MOVES, _BeforeMoves(weights))
 
 
 def detach_fused(model: nn.Module, weights: FusionWeights) -> None:
     """Leave the linears of a group dense."""
-    if _BEFORE_MOVES in dict(weights.linears[0].named_children()):
-        delattr(weights.linears[0], _BEFORE_MOVES)
     first = weights.linears[0]
     if getattr(first.__dict__.get("forward"), "__func__", None) is type(first).forward:
         del first.__dict__["forward"]
@@ -82,26 +76,6 @@ def _tell_apart(linear: nn.Module) -> None:
     module's own.
     """
     linear.__dict__.setdefault("forward", linear.forward)
-
-
-class _BeforeMoves(nn.Module):
-    """Lets a bank's weak references go before the tensors of its linears are moved or cast.
-
-    torch swaps no tensor that has one, and moves the children of a module before its parameters.
-
-    Args:
-        bank: the group's.
-    """
-
-    bank: MemoryBank
-
-    def __init__(self, bank: MemoryBank) -> None:
-        super().__init__()
-        self.__dict__["bank"] = bank
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BeforeMoves:
-        self.bank.votes.follow(None)
-        return self
 
 
 def _home(model: nn.Module, first: str, group: str) -> tuple[nn.Module, str]:

@@ -9,8 +9,7 @@ A backward may compute the anchor's gradient and leave it to the user's code to 
 `autograd.grad`, and pipelines whose schedule splits input and weight gradients (zero bubble).
 Whether that happened shows at the next backward, or at the step.
 
-Parameters are held weakly: a strong reference would be a cycle that the garbage collector cannot
-see, as it runs through the parameter's hooks.
+No tensor is held weakly, as torch's `swap_tensors`, which moves DTensors, would refuse it.
 """
 
 from __future__ import annotations
@@ -29,8 +28,10 @@ from .custom_ops import current_backward
 
 SIZE = 1024
 """Numbers in a sample of a gradient, at least."""
-Gradients = list[tuple[int, int]]
-"""The identity and version of each."""
+_FOLLOWED = "_exfusion_followed"
+"""The attribute of a parameter that has our hooks."""
+_WRITTEN = "_exfusion_written"
+"""The attribute of a gradient that autograd wrote: which write of an anchor's it was."""
 
 
 class Anchor:
@@ -57,69 +58,84 @@ class Anchor:
         self._before_write = before_write
         self._after_write = after_write
         self._before_switch = before_switch
-        self._parameter: weakref.ref[Tensor] | None = None
-        self._gathered: weakref.ref[Tensor] | None = None  # in its place
+        self._parameter: Tensor | None = None
+        self._gathered: Tensor | None = None  # in its place
         self._hooks: list[RemovableHandle] = []
         self._was_written: Tensor | None = None  # whether the gradient was not zero
         self._is_held_back = False  # by FSDP2, which has not reduced it yet
         self._is_new = False  # it took over in the middle of an accumulation, without a gradient
-        self._written: weakref.ref[Tensor] | None = None  # the gradient that autograd wrote last
+        self._written: object = None  # marks the gradient that autograd wrote last
         self._sample: tuple[Tensor, int] | None = None  # some of its numbers then, and its version
-        self._left_at: Gradients | None = None  # when a backward computed one and did not write it
+        self._left_at: list[tuple[int, int]] | None = (
+            None  # when a backward computed one and did not write it
+        )
         self.is_by_hand = False
         """What a backward computed was added up by the user's code."""
 
     def refresh(self) -> None:
         """Follow the anchor that the group has now; the last one while all are frozen."""
-        find = self._find()
-        if find is not None and (parameter := find()) is not None:
+        if (find := self._find()) is not None and (parameter := find()) is not None:
             self.follow(parameter)
 
     def follow(self, parameter: Tensor | None) -> None:
         """Follow this parameter from now on; None follows none."""
-        before, gathered = _get(self._parameter), _get(self._gathered)
-        if parameter is not None and (parameter is before or parameter is gathered):
+        if self._parameter is not None and not hasattr(self._parameter, _FOLLOWED):
+            self._leave()  # `swap_tensors` has moved it
+        before = self._parameter
+        if parameter is not None and (parameter is before or parameter is self._gathered):
             return
         if parameter is not None and before is not None:
             if not parameter.is_leaf and not is_flattened(before):
                 return  # `functional_call` has put it there, as MAML does
             if _is_gathered(parameter, before):
-                self._gathered = weakref.ref(parameter)
+                self._gathered = parameter
                 self.counts_at_once = not parameter.is_leaf
                 self._hook(parameter)
                 return
             if _is_gathered(before, parameter):  # it was gathered when it was followed first
-                self._parameter, self._gathered = weakref.ref(parameter), self._parameter
+                self._parameter, self._gathered = parameter, before
                 self._written = None  # FSDP2 writes the sharded one's
+                setattr(parameter, _FOLLOWED, True)
                 return
         if before is not None:
             self._before_switch()
             self._is_new = parameter is not None
+        self._leave()
+        if parameter is not None and parameter.is_leaf and not parameter.is_meta:
+            self._parameter = parameter
+            self._hook(parameter)
+
+    def _leave(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._parameter, self._gathered, self._hooks = None, None, []
         self._was_written, self._written, self._left_at = None, None, None
         self._is_held_back = self.counts_at_once = self.is_by_hand = False
-        if parameter is not None and parameter.is_leaf and not parameter.is_meta:
-            self._parameter = weakref.ref(parameter)
-            self._hook(parameter)
 
     def _hook(self, parameter: Tensor) -> None:
-        if parameter.is_leaf:
-            _drop_cut_off_hooks(parameter)
-            self._hooks += [
-                parameter.register_hook(self._computed),
-                parameter.register_post_accumulate_grad_hook(self._wrote),
-            ]
+        if not parameter.is_leaf:
+            return
+        held_weakly = weakref.WeakMethod(self._wrote)  # garbage collection sees no cycle there
+
+        def wrote(parameter: Tensor) -> None:
+            if (call := held_weakly()) is not None:
+                call(parameter)
+
+        _drop_cut_off_hooks(parameter)
+        setattr(parameter, _FOLLOWED, True)
+        self._hooks += [
+            parameter.register_hook(self._computed),
+            parameter.register_post_accumulate_grad_hook(wrote),
+        ]
 
     def _computed(self, gradient: Tensor) -> None:
         self._look_for_hand()
         self._left_at = self._gradients()
         self._before_write(gradient)
 
-    def _gradients(self) -> Gradients:
-        """What the anchor and a gathered one in its place have now."""
-        parameters = [_get(self._parameter), _get(self._gathered)]
+    def _gradients(self) -> list[tuple[int, int]]:
+        """Identity and version of what the anchor and a gathered one in its place have now."""
+        parameters = [self._parameter, self._gathered]
         found = [tensor.grad for tensor in parameters if tensor is not None and tensor.is_leaf]
         return [(id(grad), local(grad)._version) for grad in found if grad is not None]
 
@@ -144,18 +160,23 @@ class Anchor:
     def _end_backward(self) -> None:
         """FSDP2 has reduced the gradient, or keeps it until a later backward."""
         self.refresh()
-        if (parameter := _get(self._parameter)) is not None:
-            self._is_held_back = parameter.grad is None
-            if self._written is None or self._written() is not parameter.grad:
-                self._note_gradient(parameter)
+        if self._parameter is not None:
+            self._is_held_back = self._parameter.grad is None
+            if not self._is_written(self._parameter.grad):
+                self._note_gradient(self._parameter)
 
     def _note_gradient(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        self._was_written = None if gradient is None else has_nonzero(gradient)
-        self._written = None if gradient is None else weakref.ref(gradient)
-        self._sample = None
-        if gradient is not None and not is_sharded(gradient):
+        self._was_written = self._written = self._sample = None
+        if (gradient := parameter.grad) is None:
+            return
+        self._was_written, self._written = has_nonzero(gradient), object()
+        setattr(gradient, _WRITTEN, self._written)
+        if not is_sharded(gradient):
             self._sample = sample(gradient, SIZE).float(), gradient._version
+
+    def _is_written(self, gradient: Tensor | None) -> bool:
+        """Whether this is the gradient that autograd wrote last."""
+        return self._written is not None and getattr(gradient, _WRITTEN, None) is self._written
 
     def forget_write(self) -> None:
         """A step has applied the gradient."""
@@ -164,23 +185,19 @@ class Anchor:
 
     def still_applied(self, total: Tensor | None) -> Tensor | None:
         """What was counted for the gradient as it was last written, if it has not been reset."""
-        parameter = _get(self._parameter)
-        if total is None or parameter is None:
+        if total is None or self._parameter is None:
             return None
         if self._is_new or self._is_held_back or self.counts_at_once:
             return total
-        if self._was_written is None and parameter.grad is not None:
-            return total
-        if self._was_written is None or parameter.grad is None:
-            return None
+        if (gradient := self._parameter.grad) is None or self._was_written is None:
+            return None if gradient is None else total
         # `zero_grad(set_to_none=False)` leaves zeros; to ask for them would stall a GPU.
-        is_reset = self._was_written & ~has_nonzero(parameter.grad)
-        return torch.where(is_reset, 0, total)
+        is_reset = self._was_written & ~has_nonzero(gradient)
+        return torch.where(is_reset.to(total.device), 0, total)
 
     def is_resharded(self) -> bool:
         """Whether FSDP2 takes it away between a forward and its backward."""
-        parameter = _get(self._parameter)
-        return parameter is not None and is_resharded_after_forward(parameter)
+        return self._parameter is not None and is_resharded_after_forward(self._parameter)
 
     def composed(self, is_counted: bool) -> Tensor | None:
         """The gradient, if not autograd wrote it but the user's code, out of those of backwards.
@@ -190,8 +207,7 @@ class Anchor:
         Args:
             is_counted: whether anything was counted for a gradient that autograd wrote.
         """
-        parameter = _get(self._parameter)
-        gradient = None if parameter is None else parameter.grad
+        gradient = None if self._parameter is None else self._parameter.grad
         self._look_for_hand()
         if self.is_by_hand:
             return gradient
@@ -199,18 +215,18 @@ class Anchor:
             return None
         if self._written is None:  # by a parameter that was the anchor before, if anything counted
             return None if is_counted else gradient
-        return None if self._written() is gradient else gradient
+        return None if self._is_written(gradient) else gradient
 
     def rewritten(self) -> Tensor | None:
         """Whether what autograd wrote points elsewhere now, a boolean of shape (); None if not.
 
         Clipping and unscaling write in place as well, and leave the direction.
         """
-        gradient = None if self._written is None else self._written()
-        if gradient is None or self._sample is None or gradient._is_view():
+        gradient = None if self._parameter is None else self._parameter.grad
+        if gradient is None or self._sample is None or not self._is_written(gradient):
             return None
         before, version = self._sample
-        if gradient._version == version:
+        if gradient._version == version or gradient._is_view():
             return None
         now = sample(gradient, SIZE).float()
         product, norms = now @ before, now.norm() * before.norm()
@@ -218,14 +234,10 @@ class Anchor:
 
 
 def _drop_cut_off_hooks(parameter: Any) -> None:
-    """Hooks are not called in an empty dict that `swap_tensors`, which moves DTensors, has left."""
+    """Hooks are not called in an empty dict that `swap_tensors` has left."""
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if not getattr(parameter, hooks):
             setattr(parameter, hooks, None)
-
-
-def _get(reference: weakref.ref[Tensor] | None) -> Tensor | None:
-    return None if reference is None else reference()
 
 
 def _is_gathered(parameter: Tensor, before: Tensor) -> bool:
