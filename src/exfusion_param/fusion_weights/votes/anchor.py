@@ -66,9 +66,7 @@ class Anchor:
         self._is_new = False  # it took over in the middle of an accumulation, without a gradient
         self._written: object = None  # marks the gradient that autograd wrote last
         self._sample: tuple[Tensor, int] | None = None  # some of its numbers then, and its version
-        self._left_at: list[tuple[int, int]] | None = (
-            None  # when a backward computed one and did not write it
-        )
+        self._left_at: list[tuple[int, int]] | None = None  # by a backward that did not write it
         self.is_by_hand = False
         """What a backward computed was added up by the user's code."""
 
@@ -244,9 +242,5 @@ def _is_gathered(parameter: Tensor, before: Tensor) -> bool:
     """Whether FSDP has put `parameter` in the place of `before` for a forward and backward."""
     if not parameter.is_leaf:
         return True
-    return parameter.shape == before.shape and _mesh_dims(parameter) < _mesh_dims(before)
-
-
-def _mesh_dims(parameter: Tensor) -> int:
-    """How many dimensions the mesh of a DTensor has; 0 for a plain tensor."""
-    return parameter.device_mesh.ndim if is_sharded(parameter) else 0
+    dims, dims_before = [p.device_mesh.ndim if is_sharded(p) else 0 for p in (parameter, before)]
+    return parameter.shape == before.shape and dims < dims_before
