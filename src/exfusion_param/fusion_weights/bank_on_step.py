@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..finding.place import input_of
 from ..finding.projections import projection_of
 from ..tensors import functional
-from ..tensors.shards import has_nonzero, local, local_to_differentiate, plus
+from ..tensors.shards import has_nonzero, is_sharded, local, plus
 from .memory_bank import MemoryBank
 from .votes.votes import mean_of
 from .zero_gradients import is_transformed, with_zero_gradient
@@ -50,8 +50,10 @@ class BankOnStep(MemoryBank):
     def _followed_by_compiler(self, x: Tensor, output: Tensor) -> Tensor:
         if x.numel() == 0:
             return with_zero_gradient(output, self._probe())
-        part = local_to_differentiate(self._probe()).flatten()[:1]
-        return plus(output, self.votes.token(self._statistics_of(x), part).to(output.dtype))
+        probe = self._probe()
+        part = probe.to_local() if is_sharded(probe) else probe
+        token = self.votes.token(self._statistics_of(x), part.flatten()[:1])
+        return plus(output, token.to(output.dtype))
 
     def _probe(self) -> nn.Parameter:
         """The parameter with whose gradient votes are noted: the router, unless it is frozen."""

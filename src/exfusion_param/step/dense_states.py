@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tensors.shards import as_stack, local
+from ..tensors.shards import local, stacked
 from .fused_parameter import EXPERTS
 
 
@@ -28,8 +28,7 @@ def share_among_experts(state: dict[str, Any], name: str, count: int) -> None:
         if not isinstance(value, (Tensor, list, dict)) or getattr(value, "ndim", 1) == 0:
             continue
         if isinstance(value, Tensor) and type(local(value)) is Tensor:
-            stack = local(value).expand(count, *local(value).shape).clone()
-            copies[key] = as_stack(stack, value)
+            copies[key] = stacked([value] * count)
         else:
             copies[key] = [_copied(key, value, name) for _ in range(count)]
     if copies and float(state.get("step", 1)) > 0:

@@ -56,8 +56,7 @@ class _Cut:
         states: each of shape (n, *S).
         is_plain: whether they are updated in their place.
         is_last: whether they are the last ones of the stack.
-        is_all: whether they are all of the stack.
-        flat: shape (numbers of an expert, n).
+        flat: shape (numbers of an expert, N) if they are all of the stack and plain, else None.
     """
 
     index: int
@@ -66,8 +65,7 @@ class _Cut:
     states: Sequence[Tensor]
     is_plain: bool
     is_last: bool
-    is_all: bool
-    flat: Tensor
+    flat: Tensor | None
 
 
 class Batch(NamedTuple):
@@ -100,7 +98,7 @@ class StackPlan:
         self.stacks = stacks
         self._batches = list(self._cut())
         cuts = [cut for batch in self._batches for cut in batch]
-        self._uncut = {cut.index for cut in cuts if cut.is_plain and cut.is_all}
+        self._uncut = {cut.index for cut in cuts if cut.flat is not None}
 
     @torch.no_grad()
     def step(
@@ -161,7 +159,7 @@ class StackPlan:
                 store(cut.experts, batch.experts[index], generator)
                 for kind, state in zip(batch.states, cut.states, strict=True):
                     store(state, kind[index], generator)
-            if cut.index in fusions:
+            if cut.flat is None or cut.index in fusions:
                 fusions[cut.index].add(cut.experts, cut.part)
             else:  # as a running fusion does
                 _, _, fused, new_weights = steps[cut.index]
@@ -171,24 +169,19 @@ class StackPlan:
     def _cut(self) -> Iterator[list[_Cut]]:
         """Cuts of stacks, as many at a time as one batch takes, and at least one."""
         batch: list[_Cut] = []
-        room = 0
+        room, kind = 0, None  # of the batch
         for index, stack in enumerate(self.stacks):
+            own_kind = stack.experts.device, stack.dtype
             for part in slices(stack.experts):
                 cut = _cut_of(stack, index, part)
-                if batch and not (self._fits(batch[0], index) and cut.experts.numel() <= room):
-                    yield batch
-                    batch = []
-                if not batch:
-                    room = slice_size(stack.experts.device)
+                if kind != own_kind or cut.experts.numel() > room:
+                    if batch:
+                        yield batch
+                    batch, room, kind = [], slice_size(own_kind[0]), own_kind
                 batch.append(cut)
                 room -= cut.experts.numel()
         if batch:
             yield batch
-
-    def _fits(self, cut: _Cut, index: int) -> bool:
-        """Whether a stack goes with a cut into one call."""
-        one, other = self.stacks[cut.index], self.stacks[index]
-        return (one.experts.device, one.dtype) == (other.experts.device, other.dtype)
 
 
 def _cut_of(stack: Stack, index: int, part: slice) -> _Cut:
@@ -196,5 +189,6 @@ def _cut_of(stack: Stack, index: int, part: slice) -> _Cut:
     states = [state[part] for state in stack.states]
     is_plain = all(type(t) is Tensor and t.dtype == stack.dtype for t in (experts, *states))
     is_last = part.stop == stack.experts.shape[0]
-    flat = experts.reshape(experts.shape[0], math.prod(experts.shape[1:])).T
-    return _Cut(index, part, experts, states, is_plain, is_last, is_last and not part.start, flat)
+    is_uncut = is_plain and is_last and part.start == 0
+    flat = experts.reshape(experts.shape[0], math.prod(experts.shape[1:])).T if is_uncut else None
+    return _Cut(index, part, experts, states, is_plain, is_last, flat)

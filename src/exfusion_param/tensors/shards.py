@@ -36,11 +36,6 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def local_to_differentiate(tensor: Tensor) -> Tensor:
-    """The part that this rank holds, for autograd to follow."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
 def plus(tensor: Tensor, number: Tensor) -> Tensor:
     """A tensor plus a number of this rank, whose gradient is plain whatever the tensor is."""
     if not is_sharded(tensor):
