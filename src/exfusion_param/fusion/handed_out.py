@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion_weights.zero_gradients import is_capturing
-from ..tensors.shards import is_sharded, local
+from ..tensors.readable import can_be_read
+from ..tensors.shards import local
 
 # Not attributes of the modules, for a deepcopy not to take them along.
 _handed_out: weakref.WeakKeyDictionary[nn.Module, list[_HandedOut]] = weakref.WeakKeyDictionary()
@@ -76,10 +76,7 @@ _OWN_REFERENCES = 2
 
 def remember(fusion: nn.Module, fused: Tensor, *, is_in_forward: bool, is_empty: bool) -> None:
     """Remember a fused tensor that is about to be handed out."""
-    is_plain = type(fused) is Tensor or is_sharded(fused)
-    if not is_plain or fused.is_meta or torch.func.debug_unwrap(fused) is not fused:
-        return
-    if is_capturing(fused):
+    if not can_be_read(fused):
         return
     if is_empty:
         local(fused.detach()).copysign_(fused.new_full((), -1.0))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion_weights.empty_banks import warn_of_empty_bank_once
-from ..fusion_weights.zero_gradients import is_capturing
+from ..tensors.readable import is_capturing
 from ..tensors.shards import is_sharded, local
 from .expert_fusion import ExpertFusion
 from .handed_out import forget, found_write, is_any_handed_out, remember

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from ..finding.place import input_of
 from ..finding.projections import projection_of
 from ..tensors import functional
+from ..tensors.readable import is_transformed
 from ..tensors.shards import has_nonzero, is_sharded, local, plus
 from .memory_bank import MemoryBank
 from .votes.votes import mean_of
-from .zero_gradients import is_transformed, with_zero_gradient
+from .zero_gradients import with_zero_gradient
 
 
 class BankOnStep(MemoryBank):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors.shards import local, sample
+from ..tensors.readable import can_be_read
+from ..tensors.shards import sample
 from .base import FusionWeights
-from .zero_gradients import is_capturing, is_transformed
 
 PATIENCE = 10
 """Forwards without a gradient, and without a step, after which a bank ought to have moved."""
@@ -66,7 +66,7 @@ class StillBank:
         """
         if torch.compiler.is_compiling() or self.is_filled or self.alarm.is_given:
             return
-        if not _can_be_read(bank.numbers):
+        if not can_be_read(bank.numbers):
             return
         self.is_filled = not bank.fuses_zeros()
         if not self.is_filled:
@@ -84,7 +84,7 @@ class StillBank:
         if torch.compiler.is_compiling() or self.alarm.is_given:
             return
         stacks = bank.expert_stacks()
-        if not (stacks and _can_be_read(bank.numbers) and _can_be_read(local(stacks[0]))):
+        if not (stacks and can_be_read(bank.numbers) and can_be_read(stacks[0])):
             return
         self._forwards += 1
         if self._forwards < self._looks_at:
@@ -135,12 +135,6 @@ def warn_of_empty_bank_once(weights: FusionWeights) -> None:
 def _banks(groups: Iterable[FusionWeights]) -> list[Any]:
     """Those that are memory banks, whose module imports this one."""
     return [group for group in groups if hasattr(group, "bank")]
-
-
-def _can_be_read(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers can be looked at here without disturbing what runs."""
-    is_plain = type(tensor) is Tensor and not tensor.is_meta
-    return is_plain and not (is_transformed(tensor) or is_capturing(tensor))
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:

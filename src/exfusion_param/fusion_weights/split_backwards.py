@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tensors.readable import is_transformed
 from .votes.custom_ops import current_backward
-from .zero_gradients import is_transformed
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..tensors.readable import is_transformed
 from ..tensors.shards import plus
 
 Note = Callable[[], None]
@@ -37,21 +38,6 @@ def with_zero_gradient(y: Tensor, parameter: Tensor | None, note: Note | None = 
     if torch.compiler.is_compiling() and note is None:
         return plus(y, 0 * parameter.flatten()[:1].to(y.dtype))
     return _ZeroGradient.apply(y, _Token.apply(parameter, note))
-
-
-def is_transformed(y: Tensor) -> bool:
-    """Whether `torch.func`, forward-mode differentiation or a tracer sees this tensor."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return True
-    is_wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(y)
-    return is_wrapped or forward_ad._current_level >= 0
-
-
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is recorded, within which nothing can be compared."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_torch_func(weights: Tensor, group: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..fusion_weights.zero_gradients import is_capturing, is_transformed
+from ..tensors.readable import is_capturing, is_transformed
 
 HIDDEN = -1e4
 """A score from which on a token is taken to be hidden; masks add this or less."""

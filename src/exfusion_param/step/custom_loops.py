@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 from ..fusion_weights.base import FusionWeights, live_groups
 from ..fusion_weights.variants import StaticWeights
-from ..fusion_weights.zero_gradients import is_capturing, is_transformed
 from ..tensors.ranks import is_joining
+from ..tensors.readable import is_capturing, is_transformed
 from ..tensors.shards import sample
 
 PATIENCE = 12
