@@ -76,6 +76,12 @@ TAKEN = {
         linears(key=(8, 32), receptance=(8, 8), value=(32, 8)),
         ["key", "value"],
     ),
+    "FT-Transformer's dict": (
+        nn.ModuleDict(
+            {"attention": attention(), "linear0": nn.Linear(8, 64), "linear1": nn.Linear(32, 8)}
+        ),
+        ["linear0", "linear1"],
+    ),
 }
 
 

@@ -37,6 +37,7 @@ FFN_SHAPES = (
     FFNShape(("w0", "w1"), "w2"),  # timm: ViTamin
     FFNShape(("conv1",), "conv3", re.compile("^SpatialMlp$")),  # timm: Visformer
     FFNShape(("linear1",), "linear2"),  # torch.nn's Transformer layers
+    FFNShape(("linear0",), "linear1", re.compile("^ModuleDict$")),  # FT-Transformer
     FFNShape(("0",), "3", re.compile("^MLP(Block)?$")),  # torchvision: ViT, Swin
     FFNShape(("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, ELECTRA, DeBERTa
     FFNShape(("lin1",), "lin2"),  # DistilBERT

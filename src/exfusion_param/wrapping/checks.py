@@ -169,7 +169,8 @@ _NOT_WRAPPABLE: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     ),
     (
         lambda linear: any(not t.requires_grad for t in dense_tensors(linear).values()),
-        "frozen. Set requires_grad before wrapping, or leave them out with filter_fn or layers.",
+        "frozen. Set requires_grad of weight and bias before wrapping, and freeze after it; or "
+        "leave them out with filter_fn or layers.",
     ),
 )
 
