@@ -198,7 +198,8 @@ def _load_timm(name: str) -> nn.Module:
 
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.partition('_')[0]}*")[:5]
-        raise UsageError(f"timm has no model {name!r}. Similar names: {', '.join(close)}.")
+        similar = f"Similar names: {', '.join(close)}." if close else "timm.list_models() has all."
+        raise UsageError(f"timm has no model {name!r}. {similar}")
     return timm.create_model(name)
 
 
