@@ -151,12 +151,14 @@ _NOT_WRAPPABLE: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     (is_parametrized, "parametrized by something else. Remove that first."),
     (
         lambda linear: not isinstance(linear.weight, nn.Parameter),
-        "without a weight of their own, as FSDP and pruning leave them. Wrap first.",
+        "without a weight parameter: something computes it. Remove pruning or norms first, by "
+        "torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm. Wrap before FSDP "
+        "shards them.",
     ),
     (
         _has_shards,
-        "sharded (DTensor). Wrap first, shard after; tensor parallelism of wrapped linears needs "
-        'fuse_on="step".',
+        "sharded (DTensor). Wrap first, shard after; have from_pretrained load the model without "
+        'tp_plan. Tensor parallelism of wrapped linears needs fuse_on="step".',
     ),
     (
         lambda linear: any(type(t.data) is not Tensor for t in dense_tensors(linear).values()),
