@@ -105,13 +105,11 @@ class ExpertStep:
 
     def _make_view(self) -> Optimizer:
         """The optimizer as its own `step` is to see it, without the wrapped parameters."""
-        seen: dict[int, list[nn.Parameter]] = {id(slot.parameter): [] for slot in self._held}
-        if self._stand_ins is not None:
-            seen = self._stand_ins.units
-        view = view_of(self.optimizer, seen)
-        if self._stand_ins is not None:
-            view.state = self._stand_ins.state
-        if self._stand_ins is not None and self._may_be_loaded:
+        if self._stand_ins is None:
+            return view_of(self.optimizer, {id(slot.parameter): [] for slot in self._held})
+        view = view_of(self.optimizer, self._stand_ins.units)
+        view.state = self._stand_ins.state
+        if self._may_be_loaded:
             # Some optimizers restore dtypes in it, which `load_state_dict` has cast.
             view.__setstate__({"state": view.state, "param_groups": view.param_groups})
         return view
