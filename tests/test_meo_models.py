@@ -160,3 +160,18 @@ def test_a_vit_trains_and_its_state_loads() -> None:
     (model(x).square().mean() + meo.balance_loss(model)).backward()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+def test_a_type_that_runs_on_tokens_first_gates_each_sample() -> None:
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(
+        vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=32, dropout=0.0
+    )
+    model = meo.wrap(transformers.XLNetModel(config).double(), num_experts=4, causal=False)
+    with_random_gates(model).eval()
+    ids = torch.randint(0, 50, (3, 6))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1] * 6])
+    y = model(ids, attention_mask=mask).last_hidden_state
+    for ours, single in ((y[0], ids[:1]), (y[1, 2:], ids[1:2, 2:])):
+        expected = model(single).last_hidden_state[0]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
