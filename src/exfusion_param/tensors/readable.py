@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .shards import local
+from .shards import is_sharded, local
 
 
 def can_be_read(tensor: Tensor) -> bool:
     """Whether a tensor has numbers of its own, which nothing that runs now traces or records."""
+    if type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor):
+        return False  # such as MEO's stand-in for a weight, which raises where it is computed with
     part = local(tensor)
     has_numbers = type(part) is Tensor and not part.is_meta
     return has_numbers and not (is_transformed(part) or is_capturing(part))
