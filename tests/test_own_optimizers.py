@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -174,3 +175,9 @@ def test_a_dict_by_parameter_is_refused_and_trains_under_forward(key: Any, is_fi
     train(ours, ByDict(ours.parameters(), key, is_filled))
     train(theirs, SGD(theirs.parameters(), lr=LR, momentum=0.9))
     assert_same(ours.state_dict(), theirs.state_dict(), 1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+def test_a_dict_by_parameter_of_what_an_optimizer_makes_again_is_not_refused() -> None:
+    model = wrapped("sw")
+    train(model, create_optimizer_v2(model, "kron", lr=1e-3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn, optim
 
@@ -113,18 +113,29 @@ def refuse_graph(optimizer: optim.Optimizer) -> NoReturn:
 
 
 def refuse_own_dicts(optimizer: optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Raise if an optimizer has a dict by these tensors, or by their ids, beside its state."""
+    """Raise if an optimizer has values by these tensors, or by their ids, beside its state.
+
+    What it can make again does not count, such as the terms that timm's Kron has by parameter.
+    """
     ids = set(map(id, tensors))
     for name, value in vars(optimizer).items():
         if name == "state" or not isinstance(value, dict):
             continue
-        if any((id(key) if isinstance(key, Tensor) else key) in ids for key in value):
+        keys = [key for key, kept in value.items() if _is_value(kept)]
+        if any((id(key) if isinstance(key, Tensor) else key) in ids for key in keys):
             raise RuntimeError(
                 f"{type(optimizer).__name__} has a dict by parameter, {name!r}. Under "
                 'fuse_on="step" its param_groups hold the experts while it steps, which are '
                 "other tensors at each step. Keep these values in self.state[parameter], or wrap "
                 'with fuse_on="forward".'
             )
+
+
+def _is_value(kept: Any) -> bool:
+    """Whether it is a tensor or a number, or has one in it."""
+    if isinstance(kept, dict | list | tuple):
+        return any(map(_is_value, kept.values() if isinstance(kept, dict) else kept))
+    return isinstance(kept, Tensor | int | float)
 
 
 def refuse_dense_state(optimizer: optim.Optimizer, weights: FusionWeights) -> None:
